@@ -1,0 +1,131 @@
+"""Ride a base's decoder layers: inject before a layer, update after it, and undo the ride exactly.
+
+The only file that touches a foreign model. The touch is a pair of forward hooks on unmodified layers: names, classes, state
+dict and `save_pretrained` of the base stay what they were. The hooks do nothing unless a passage is under way in the
+calling thread. What a passage carries (the shadow state) lives in the passage, never on a module; so a bare call of the
+base is the bare base, several attachments share one base, and dropping a wrapper leaves hooks that do nothing.
+
+transformers checkpoints a layer's `forward`, so these hooks stay outside the region that a backward pass recomputes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Passage(Protocol):
+    """What one forward pass does at the layers it rides."""
+
+    def before(self, index: int, h: Tensor) -> Tensor:
+        """The corrected input `[B, T, d]` of layer `index`."""
+
+    def after(self, index: int, h: Tensor) -> None:
+        """Take notice of the output `[B, T, d]` of layer `index`."""
+
+    def at_head(self, h: Tensor) -> Tensor | None:
+        """What the base's own head is to read instead of `h` `[B, T, d]`; None leaves it."""
+
+
+class Attachment:
+    """The hooks of one adapter on one base, and the passage that is under way in each thread.
+
+    Args:
+        layers: decoder layers to ride, in order; `Passage` methods are called with their index here.
+        head: the base's output embedding, when its input is wanted too.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], input_name: str, head: nn.Module | None = None) -> None:
+        self._here = threading.local()
+        self._hosts = [*layers, *([] if head is None else [head])]
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(_Before(self, index, input_name), with_kwargs=True)
+            if index < len(layers) - 1:
+                layer.register_forward_hook(_After(self, index))
+        if head is not None:
+            head.register_forward_pre_hook(_AtHead(self))
+
+    @property
+    def passage(self) -> Passage | None:
+        """The passage under way in this thread."""
+        return getattr(self._here, "passage", None)
+
+    @passage.setter
+    def passage(self, passage: Passage | None) -> None:
+        self._here.passage = passage
+
+    @property
+    def enabled(self) -> bool:
+        """False inside `disabled()`, in this thread."""
+        return getattr(self._here, "enabled", True)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """No passage starts in this thread while the context lasts."""
+        before, self._here.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self._here.enabled = before
+
+    def detach(self) -> None:
+        """Take every hook of this attachment off the base."""
+        for module in self._hosts:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if isinstance(hook, _Hook) and hook.attachment is self:
+                        del hooks[key]
+                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        self._hosts = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_hosts": self._hosts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _here=threading.local())
+
+
+class _Hook:
+    """A hook that knows its attachment, so that copies of a base carry copies that know theirs."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+
+class _Before(_Hook):
+    def __init__(self, attachment: Attachment, index: int, input_name: str) -> None:
+        super().__init__(attachment)
+        self.index = index
+        self.input_name = input_name
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passage = self.attachment.passage
+        if passage is None:
+            return None
+        if args:
+            return (passage.before(self.index, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, self.input_name: passage.before(self.index, kwargs[self.input_name])}
+
+
+class _After(_Hook):
+    def __init__(self, attachment: Attachment, index: int) -> None:
+        super().__init__(attachment)
+        self.index = index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passage = self.attachment.passage
+        if passage is not None:
+            passage.after(self.index, output if isinstance(output, Tensor) else output[0])
+
+
+class _AtHead(_Hook):
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
+        passage = self.attachment.passage
+        if passage is None:
+            return None
+        h = passage.at_head(args[0])
+        return None if h is None else (h, *args[1:])

@@ -1,0 +1,106 @@
+"""ShadowCache: the base's cache and the backbone's cache, one object that travels with the call.
+
+Everything between attention layers is per token, so these two are all the state that decoding needs. Whatever acts on
+all layers of a cache (crop, reorder, repeat, select, reset) acts on both; questions about lengths are answered by the base's
+cache, or by the backbone's where the base does not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+
+class ShadowCache(Cache):
+    """A pair of caches that generation handles as one.
+
+    Args:
+        base: the base's cache; None when only the shadow runs.
+        shadow: the backbone's cache.
+    """
+
+    def __init__(self, base: Cache | None, shadow: Cache) -> None:
+        self.base = base
+        self.shadow = shadow
+
+    @property
+    def layers(self) -> list[Any]:  # type: ignore[override]
+        """The layers of both caches, the base's first."""
+        return [*(self.base.layers if self.base is not None else ()), *self.shadow.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens held."""
+        held = self.shadow if self.base is None else self.base
+        return held.get_seq_length(layer_idx)
+
+    def __repr__(self) -> str:
+        return f"ShadowCache(base={self.base!r}, shadow={self.shadow!r})"
+
+
+def sibling_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
+    """An empty cache for the backbone of the kind of the base's: static beside static, dynamic beside all others.
+
+    A backbone is a small part of the whole, so beside a quantized cache its own states stay exact.
+
+    Args:
+        cache: the base's cache, or None.
+        config: the backbone's config.
+    """
+    if isinstance(cache, StaticCache):
+        return StaticCache(config=config, max_cache_len=cache.get_max_length())
+    return DynamicCache(config=config, offloading=cache is not None and cache.offloading)
+
+
+class StatePair(NamedTuple):
+    """The states of base and backbone where an architecture keeps something else than a transformers cache."""
+
+    base: Any
+    shadow: Any
+
+
+def pair(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
+    """What base and backbone returned as their states, as one object; None where either keeps none."""
+    if shadow is None or base is None:
+        return None
+    return ShadowCache(base, shadow) if isinstance(base, Cache) and isinstance(shadow, Cache) else StatePair(base, shadow)
+
+
+def shadow_states(shadow: Any) -> ShadowCache | StatePair | None:
+    """The states of a call in which the shadow runs alone."""
+    if shadow is None:
+        return None
+    return ShadowCache(None, shadow) if isinstance(shadow, Cache) else StatePair(None, shadow)
+
+
+def unpaired(states: Any, runs_base: bool) -> Any:
+    """The one network's states that generation is to look at: the base's, or the backbone's where the shadow runs alone."""
+    if not isinstance(states, (ShadowCache, StatePair)):
+        return states
+    return states.base if runs_base and states.base is not None else states.shadow
+
+
+def paired(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | StatePair | None:
+    """The states of both networks for a cache that a caller brings: an empty one gets an empty sibling.
+
+    Raises:
+        ValueError: no transformers cache, or one with tokens that the shadow has not seen.
+    """
+    if cache is None or isinstance(cache, (ShadowCache, StatePair)):
+        return cache
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be a transformers cache, got {type(cache).__name__}.")
+    if cache.is_initialized and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"This {type(cache).__name__} holds {cache.get_seq_length()} tokens that the shadow has not seen. Continue "
+            "with the past_key_values that this model returned, or start with an empty cache."
+        )
+    return ShadowCache(cache, sibling_cache(cache, backbone_config))
+
+
+def bare(states: Any) -> StatePair | None:
+    """The base's states alone, for a call without the shadow."""
+    if states is None:
+        return None
+    return StatePair(states.base if isinstance(states, (ShadowCache, StatePair)) else states, None)

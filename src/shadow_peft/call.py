@@ -1,0 +1,75 @@
+"""The arguments of one forward call, made ready for base and backbone alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shadow_peft.backbone import Signature
+from shadow_peft.cache import ShadowCache, StatePair
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call.
+
+    Attributes:
+        input_ids: token ids `[B, T]`, or None.
+        inputs_embeds: embeddings `[B, T, d]`, or None.
+        attention_mask: 1 for tokens, 0 for padding, `[B, P + T]` with P cached tokens; other shapes are handed on.
+        position_ids: positions `[B, T]`, or None.
+        cache: the states of base and backbone from an earlier call, or None.
+        use_cache: whether states are returned.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    cache: ShadowCache | StatePair | None
+    use_cache: bool
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: ShadowCache | StatePair | None,
+        use_cache: bool,
+    ) -> Call:
+        """A call with positions counted from the mask.
+
+        Raises:
+            ValueError: neither or both of tokens and embeddings.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = positions(attention_mask, tokens.shape[1])
+        return cls(input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """The tokens as the base takes them."""
+        if self.inputs_embeds is not None:
+            return {"inputs_embeds": self.inputs_embeds}
+        assert self.input_ids is not None
+        return {"input_ids": self.input_ids}
+
+    def arguments(self, signature: Signature, cache: Any) -> dict[str, Any]:
+        """Mask, positions and cache, those that a model's forward knows, under its names."""
+        arguments: dict[str, Any] = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        if signature.cache_name is not None:
+            arguments |= {signature.cache_name: cache, "use_cache": self.use_cache}
+        return signature.accepted(arguments)
+
+
+def positions(attention_mask: Tensor, length: int) -> Tensor:
+    """Positions `[B, T]` of the last `length` tokens, counted from the first token that is no padding."""
+    counted = attention_mask.long().cumsum(-1) - 1
+    return counted.masked_fill(attention_mask == 0, 0)[:, -length:]

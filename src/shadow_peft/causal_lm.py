@@ -1,0 +1,216 @@
+"""ShadowForCausalLM: a language model of an adapted base and its shadow.
+
+    loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels)
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from shadow_peft.backbone import returned_cache
+from shadow_peft.cache import shadow_states, unpaired
+from shadow_peft.heads import TaskHead
+from shadow_peft.loss import next_token_loss, shifted
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.task import InferenceMode, ShadowTaskModel, trainable_copy
+
+
+@dataclass
+class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with the shadow's own logits.
+
+    Attributes:
+        shadow_logits: `[B, T, V]`, what the detached shadow computes alone; None where they were not asked for.
+    """
+
+    shadow_logits: Tensor | None = None
+
+
+class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
+    """A causal language model that answers with the adapted base or with the shadow alone.
+
+    The heads `lm_head` and `shadow_lm_head` are the base's own, without a copy, unless `modules_to_save` names them: then each
+    named one is a trained copy in float32.
+
+    Args:
+        peft_model: an adapted causal LM.
+        shadow_loss_weight: factor of the shadow's own loss.
+        inference_mode: "base_shadow" or "shadow_only".
+
+    Raises:
+        ValueError: the base is no causal LM; see also `ShadowTaskModel`.
+    """
+
+    head_names = ("lm_head", "shadow_lm_head")
+
+    def __init__(
+        self,
+        peft_model: ShadowPeftModel,
+        *,
+        shadow_loss_weight: float = 0.05,
+        inference_mode: InferenceMode = "base_shadow",
+    ) -> None:
+        super().__init__(peft_model, shadow_loss_weight=shadow_loss_weight, inference_mode=inference_mode)
+        if peft_model.base_model.get_output_embeddings() is None:
+            raise ValueError(f"{type(peft_model.base_model).__name__} has no output embedding: it is no causal LM.")
+        self.generation_config = copy.deepcopy(peft_model.base_model.generation_config)
+        self._rebuild_heads()
+
+    @classmethod
+    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+        return list(peft_model.shadow_config.modules_to_save)
+
+    @classmethod
+    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
+        return trainable_copy(peft_model.base_model.get_output_embeddings())
+
+    def _rebuild_heads(self) -> None:
+        base, path, trained = self.peft_model.base_model, self.peft_model.stack.path, self.peft_model.task_heads
+        own, shadow = (trained[name] if name in trained else None for name in self.head_names)
+        self._own_head = None if own is None else TaskHead(base, path, own)
+        self._shadow_head = TaskHead(base, path, shadow)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        output_shadow_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of the next token, of the adapted base and of the shadow.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, P + T]`, 1 for tokens and 0 for padding on either side.
+            position_ids: `[B, T]`; None counts them from the mask.
+            past_key_values: what an earlier call returned, with P tokens, or an empty transformers cache.
+            inputs_embeds: `[B, T, d]` instead of `input_ids`.
+            labels: `[B, T]`, `-100` where there is none; adds `loss`.
+            use_cache: return the states of both networks in `past_key_values`.
+            logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 keeps all.
+            num_items_in_batch: divisor of both losses, see `loss`.
+            shift_labels: labels that are shifted already, instead of `labels`.
+            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use them.
+            return_dict: False returns a tuple.
+            **kwargs: whatever else the base's forward takes.
+
+        Returns:
+            `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those of
+            the one network that runs.
+        """
+        peft = self.peft_model
+        targets = shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        kept = _kept(logits_to_keep)
+        if targets is not None and kept is not _ALL:
+            raise ValueError("A loss needs the logits of every token: pass labels without logits_to_keep.")
+        call = peft.call(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
+        if peft.base_takes("logits_to_keep"):
+            kwargs["logits_to_keep"] = logits_to_keep
+        if not peft.attachment.enabled:
+            result = _answer(peft.run_base(call, kwargs))
+        elif self.inference_mode == "shadow_only":
+            state, shadow_cache = peft.initial_state(call, kwargs)
+            logits = self._shadow_head(state[:, kept])
+            states = call.cache or shadow_states(shadow_cache)
+            result = ShadowCausalLMOutputWithPast(logits=logits, shadow_logits=logits, past_key_values=states)
+        else:
+            state, shadow_cache = peft.initial_state(call, kwargs)
+            outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=self._own_head is not None)
+            result = _answer(outputs)
+            if self._own_head is not None:
+                result.logits = self._own_head(hidden)
+            if self.wants_shadow_logits(output_shadow_logits):
+                result.shadow_logits = self._shadow_head(state[:, kept])
+        if self.inference_mode == "base_shadow" and not peft.base_takes("logits_to_keep"):
+            result.logits = result.logits[:, kept]
+        if targets is not None:
+            result.loss = self._loss(result, targets, num_items_in_batch)
+        return result.to_tuple() if return_dict is False else result
+
+    def _loss(self, result: ShadowCausalLMOutputWithPast, targets: Tensor, count: Tensor | int | None) -> Tensor:
+        loss = next_token_loss(result.logits, targets, count)
+        if result.shadow_logits is not None and result.shadow_logits is not result.logits:
+            shadow_loss = next_token_loss(result.shadow_logits, targets, count)
+            loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
+        return loss
+
+    # ---------------------------------------------------------------- generation, through transformers' own
+
+    def can_generate(self) -> bool:  # type: ignore[override]
+        """Always: a causal LM generates."""
+        return True
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Whatever the base's `generate` takes is taken; only the base knows which names those are."""
+        self.peft_model.base_model._validate_model_kwargs(dict(model_kwargs))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the base prepare the kind of cache that is asked for, and put a sibling for the backbone beside it."""
+        base, name = self.peft_model.base_model, self.peft_model.cache_name
+        given = model_kwargs.pop("past_key_values", None)
+        if name is not None and given is not None:
+            model_kwargs[name] = unpaired(given, self.inference_mode == "base_shadow")
+        base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepared = None if name is None else model_kwargs.pop(name, None)
+        if prepared is not None:
+            model_kwargs["past_key_values"] = given if given is not None else self.peft_model.paired(prepared)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The base's own preparation, on the base's own cache."""
+        peft, states = self.peft_model, kwargs.pop("past_key_values", None)
+        attention_mask = kwargs.get("attention_mask")
+        if states is not None and peft.cache_name is not None:
+            kwargs[peft.cache_name] = unpaired(states, self.inference_mode == "base_shadow")
+        inputs: dict[str, Any] = peft.base_model.prepare_inputs_for_generation(input_ids, **kwargs)
+        if peft.cache_name is not None:
+            inputs.pop(peft.cache_name, None)
+        return {**inputs, "past_key_values": states, "attention_mask": attention_mask, "output_shadow_logits": False}
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the base's embeddings; heads that are trained copies cannot follow.
+
+        Raises:
+            ValueError: a head is a trained copy.
+        """
+        if len(self.peft_model.task_heads):
+            raise ValueError("Resize the base's token embeddings before heads are copied for training.")
+        embeddings: nn.Module = self.peft_model.base_model.resize_token_embeddings(*args, **kwargs)
+        self._rebuild_heads()
+        return embeddings
+
+
+_ALL = slice(None)
+
+
+def _kept(logits_to_keep: int | Tensor) -> Any:
+    """Which tokens of a sequence `logits_to_keep` means."""
+    if isinstance(logits_to_keep, int):
+        return slice(-logits_to_keep, None) if logits_to_keep else _ALL
+    return logits_to_keep
+
+
+def _answer(outputs: Any) -> ShadowCausalLMOutputWithPast:
+    """The base's outputs as ours."""
+    return ShadowCausalLMOutputWithPast(
+        logits=outputs.logits,
+        past_key_values=returned_cache(outputs),
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )

@@ -1,0 +1,67 @@
+"""Dialect A: the tensors of `shadow-peft` 0.1.x under their names in `shadow_adapter.safetensors`.
+
+The names map to views of the model's own parameters, whose layout follows speed: gate and transform share one down map, and
+the maps of all layers are stacked. Copying a view out saves, copying into it loads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shadow_peft.model import ShadowPeftModel
+
+CONFIG_FILE = "shadow_config.json"
+ADAPTER_FILE = "shadow_adapter.safetensors"
+LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
+HEADS_FILE = "shadow_modules.safetensors"
+
+
+def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+    """Name in the file -> view of the parameter, for every tensor of the adapter; task heads are apart.
+
+    Raises:
+        ValueError: the adapter's mathematics has no place in this dialect.
+    """
+    if model.shadow_config.variant != "released":
+        raise ValueError(
+            f"An adapter of variant {model.shadow_config.variant!r} cannot be stored in the dialect of shadow-peft 0.1.x; "
+            'save it with dialect="peft".'
+        )
+    views = {f"shadow_model.{name}": tensor for name, tensor in saved_tensors(model.shadow_model).items()}
+    if isinstance(model.shadow_hidden_projection, nn.Linear):
+        views["shadow_hidden_projection.weight"] = model.shadow_hidden_projection.weight.detach()
+    injection = model.shadow_injection_model
+    views["shadow_injection_model.injection_downs"] = injection.injection_downs.detach()
+    views["shadow_injection_model.injection_ups"] = injection.injection_ups.detach()
+    views |= {f"shadow_update_model.{name}": view for name, view in _update_views(model).items()}
+    return views
+
+
+def head_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+    """Name in `shadow_modules.safetensors` -> tensor of a trained head."""
+    return {
+        f"{head}.{name}": tensor
+        for head, module in model.task_heads.items()
+        for name, tensor in saved_tensors(module).items()
+    }
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state dict, detached, sharing memory with it."""
+    return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def _update_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+    """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: a dropout stands at 2)."""
+    updating, k = model.shadow_update_model, model.shadow_config.gate_hidden_size
+    assert updating.hidden_norm is not None
+    views = {f"hidden_norm.{name}": p.detach() for name, p in updating.hidden_norm.named_parameters()}
+    for i, maps in enumerate(updating.all_maps()):
+        views[f"update_gates.{i}.0.weight"] = maps.down[:k]
+        views[f"update_gates.{i}.2.weight"] = maps.gate_up
+        views[f"update_transforms.{i}.0.weight"] = maps.down[k:]
+        views[f"update_transforms.{i}.3.weight"] = maps.transform_up
+    return views

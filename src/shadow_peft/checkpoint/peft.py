@@ -1,0 +1,118 @@
+"""Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "paper".
+
+    adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
+    adapter_model.safetensors    per block the injection and update maps, then backbone and projection
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from shadow_peft.checkpoint.native import saved_tensors
+from shadow_peft.config import ShadowConfig
+
+if TYPE_CHECKING:
+    from shadow_peft.model import ShadowPeftModel
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "SHADOW"
+
+_PREFIX = "base_model.model."
+_ADAPTER = "default"
+
+_FIELDS = {
+    "r": "injection_hidden_size",
+    "shadow_alpha": "alpha",
+    "shadow_dropout": "dropout",
+    "shadow_hidden_size": "shadow_hidden_size",
+    "shadow_num_attention_heads": "shadow_num_attention_heads",
+    "shadow_intermediate_size": "shadow_intermediate_size",
+}
+"""Field of `adapter_config.json` -> field of ShadowConfig with the same meaning."""
+
+
+def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+    """Name in `adapter_model.safetensors` -> view of the parameter.
+
+    Raises:
+        ValueError: the adapter's mathematics has no place in this dialect.
+    """
+    if model.shadow_config.variant != "paper":
+        raise ValueError(
+            f"An adapter of variant {model.shadow_config.variant!r} cannot be stored in peft's dialect, which holds the "
+            'variant "paper" alone.'
+        )
+    views: dict[str, Tensor] = {}
+    for i, block in enumerate(block_paths(model)):
+        views |= {f"{_PREFIX}{block}.{name}": view for name, view in _block_views(model, i).items()}
+    backbone = saved_tensors(model.shadow_model)
+    views |= {f"base_model.shadow_backbone.{_ADAPTER}.{name}": tensor for name, tensor in backbone.items()}
+    if isinstance(model.shadow_hidden_projection, nn.Linear):
+        weight = model.shadow_hidden_projection.weight.detach()
+        views[f"base_model.shadow_projection.{_ADAPTER}.weight"] = weight
+    return views
+
+
+def block_paths(model: ShadowPeftModel) -> list[str]:
+    """Paths of the base's decoder layers, as `target_modules` lists them."""
+    stem = ".".join(filter(None, (model.stack.path, model.stack.layers_path)))
+    return [f"{stem}.{i}" for i in range(len(model.stack.layers))]
+
+
+def _block_views(model: ShadowPeftModel, i: int) -> dict[str, Tensor]:
+    injection, k = model.shadow_injection_model, model.shadow_config.gate_hidden_size
+    maps = model.shadow_update_model.all_maps()[i]
+    assert maps.down_bias is not None and maps.gate_up_bias is not None and maps.transform_up_bias is not None
+    gate, transform = f"shadow_update_gate.{_ADAPTER}", f"shadow_update_transform.{_ADAPTER}"
+    return {
+        f"shadow_down.{_ADAPTER}.weight": injection.injection_downs.detach()[i].T,
+        f"shadow_up.{_ADAPTER}.weight": injection.injection_ups.detach()[i].T,
+        f"{gate}.0.weight": maps.down[:k],
+        f"{gate}.0.bias": maps.down_bias[:k],
+        f"{gate}.2.weight": maps.gate_up,
+        f"{gate}.2.bias": maps.gate_up_bias,
+        f"{transform}.0.weight": maps.down[k:],
+        f"{transform}.0.bias": maps.down_bias[k:],
+        f"{transform}.2.weight": maps.transform_up,
+        f"{transform}.2.bias": maps.transform_up_bias,
+    }
+
+
+def config_from_peft(data: dict[str, Any]) -> ShadowConfig:
+    """The ShadowConfig that an `adapter_config.json` describes.
+
+    Raises:
+        ValueError: another tuner's config, or one that uses what this library does not know.
+    """
+    if data.get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{CONFIG_FILE} has peft_type {data.get('peft_type')!r}; only {PEFT_TYPE!r} is a shadow adapter.")
+    if not data.get("share_embeddings", True):
+        raise ValueError(f"{CONFIG_FILE} has share_embeddings false, which is not supported.")
+    values = {ours: data[theirs] for theirs, ours in _FIELDS.items() if data.get(theirs) is not None}
+    return ShadowConfig(
+        **values,
+        num_shadow_layers=data.get("shadow_num_hidden_layers") or 1,
+        gate_hidden_size=data.get("update_hidden_size") or data["r"],
+        variant="paper",
+        shadow_init="random",
+    )
+
+
+def peft_config(model: ShadowPeftModel, base_name: str | None) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter."""
+    config = model.shadow_config
+    return {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM" if model.base_model.get_output_embeddings() is not None else None,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
+        "shadow_model": "mirror",
+        "shadow_num_hidden_layers": config.num_shadow_layers,
+        "update_hidden_size": config.gate_hidden_size,
+        "share_embeddings": True,
+        "target_modules": block_paths(model),
+    }

@@ -1,0 +1,153 @@
+"""ShadowConfig: every choice that defines an adapter, validated, with a JSON round trip.
+
+The mathematics an adapter uses is part of its config (`variant`), so a stored adapter keeps its meaning when the
+defaults for new adapters change:
+
+    "released"   what the package `shadow-peft` 0.1.x computes: layer 0 untouched, LayerNorm and SiLU in the update
+    "paper"      what the Shadow tuner of `peft` computes: every layer injected and updated, GELU and biases, no norm
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+logger = logging.getLogger(__name__)
+
+Variant = Literal["released", "paper"]
+ShadowInit = Literal["auto", "base", "random"]
+ShadowInitLayers = Literal["first", "even"]
+
+_NOT_FIELDS = frozenset({"provenance"})
+"""Keys of a stored config that belong to the file and not to the adapter."""
+
+
+@dataclass(frozen=True)
+class ShadowConfig:
+    """The hyperparameters of one shadow adapter (METHOD: ShadowPEFT, arXiv 2604.19254).
+
+    Args:
+        num_shadow_layers: decoder layers of an implicit shadow backbone, at least 1.
+        injection_hidden_size: rank r of the injection, at least 1.
+        gate_hidden_size: width k of the update's gate and transform, at least 2.
+        alpha: factor of the injected correction.
+        dropout: probability in [0, 1) inside injection and update, active in training only.
+        shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection.
+        shadow_intermediate_size: MLP width of an implicit backbone; None means the base's.
+        shadow_num_attention_heads: attention heads of an implicit backbone; None means the base's.
+        shadow_num_key_value_heads: key/value heads of an implicit backbone; None means the base's.
+        shadow_head_dim: width of one head of an implicit backbone; None means the base's.
+        modules_to_save: heads that are trained and saved beside the adapter: `lm_head`, `shadow_lm_head` of a causal LM;
+            `classifier_head`, `shadow_classifier_head` of a classifier (empty means both).
+        shadow_init: where an implicit backbone starts. "base" cuts its layers from the base's own pretrained layers,
+            "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
+        shadow_init_layers: which base layers "base" cuts: the "first" ones or "even"ly spaced ones.
+        train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
+        variant: the mathematics of injection and update, see the module's docstring.
+
+    Raises:
+        ValueError: a value outside the ranges above.
+        TypeError: a value of the wrong type.
+    """
+
+    num_shadow_layers: int = 1
+    injection_hidden_size: int = 16
+    gate_hidden_size: int = 10
+    alpha: float = 0.1
+    dropout: float = 0.2
+    shadow_intermediate_size: int | None = None
+    shadow_num_attention_heads: int | None = None
+    shadow_num_key_value_heads: int | None = None
+    shadow_head_dim: int | None = None
+    modules_to_save: list[str] = field(default_factory=list)
+    shadow_hidden_size: int | None = None
+    shadow_init: ShadowInit = "auto"
+    shadow_init_layers: ShadowInitLayers = "first"
+    train_shadow_embeddings: bool = False
+    variant: Variant = "released"
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            _check_int(name, getattr(self, name), least)
+        for name in ("alpha", "dropout"):
+            _check_number(name, getattr(self, name))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
+        _check_choice("shadow_init_layers", self.shadow_init_layers, get_args(ShadowInitLayers))
+        _check_choice("variant", self.variant, get_args(Variant))
+        object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
+
+    @property
+    def first_injected_layer(self) -> int:
+        """Index of the first base layer that is injected; the layers before it run untouched."""
+        return 1 if self.variant == "released" else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ShadowConfig:
+        """The config of stored fields; unknown keys are reported in the log and ignored."""
+        if not isinstance(data, dict):
+            raise TypeError(f"A shadow config is a JSON object, got {type(data).__name__}.")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known - _NOT_FIELDS)
+        if unknown:
+            logger.warning("Ignoring unknown keys of a stored shadow config: %s", ", ".join(unknown))
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Write `shadow_config.json` into a directory, which is created when it is missing."""
+        from shadow_peft.checkpoint.native import save_config
+
+        save_config(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_path: str) -> ShadowConfig:
+        """The config of a directory or hub repository that holds `shadow_config.json`."""
+        from shadow_peft.checkpoint import load_config
+
+        return load_config(pretrained_path)
+
+
+_LEAST: dict[str, int | tuple[None, int]] = {
+    "num_shadow_layers": 1,
+    "injection_hidden_size": 1,
+    "gate_hidden_size": 2,
+    "shadow_hidden_size": (None, 1),
+    "shadow_intermediate_size": (None, 1),
+    "shadow_num_attention_heads": (None, 1),
+    "shadow_num_key_value_heads": (None, 1),
+    "shadow_head_dim": (None, 1),
+}
+"""Least value of every integer field; a tuple allows None as well."""
+
+
+def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
+    optional = isinstance(least, tuple)
+    bound = least[1] if isinstance(least, tuple) else least
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer{' or None' if optional else ''}, got {value!r}.")
+    if value < bound:
+        raise ValueError(f"{name} must be at least {bound}, got {value}.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_names(name: str, value: object) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of module names, got {value!r}.")
+    return list(value)

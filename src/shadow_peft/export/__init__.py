@@ -1,0 +1,1 @@
+"""The shadow on its own: models that no longer need their base."""

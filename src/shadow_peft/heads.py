@@ -1,0 +1,87 @@
+"""A task class's own way from the final hidden state to its logits, without its decoder.
+
+`logits = head(h)` must mean for the shadow what it means for the base: softcapping, logit scales and multi-layer heads
+included. Instead of restating every architecture's arithmetic, the head is the task model itself with a stand-in for the
+decoder that hands on the state it is given. It shares every module with the base and copies no tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+class _HandedOn(BaseModelOutputWithPast):
+    """A decoder's output that holds the hidden state alone; whatever else a task class asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _StandIn(nn.Module):
+    """Takes the decoder's place and hands on what it is given as embeddings."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HandedOn:
+        return _HandedOn(last_hidden_state=inputs_embeds)
+
+
+def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """`root` with another module at a dotted path: a view that shares every other module and parameter with `root`.
+
+    Raises:
+        AttributeError: there is no module at the path.
+    """
+    if not path:
+        return module
+    name, _, rest = path.partition(".")
+    view = copy.copy(root)
+    view.__dict__.pop("forward", None)  # accelerate binds the original's forward to the instance
+    view._modules = dict(root._modules)
+    view._modules[name] = with_module(root.get_submodule(name), rest, module)
+    return view
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """A model's input embedding table, or None where it has none."""
+    try:
+        table: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # what transformers raises when the table was taken away
+        return None
+    return table
+
+
+def path_of(root: nn.Module, module: nn.Module) -> str:
+    """Dotted path of a module inside `root`.
+
+    Raises:
+        ValueError: `root` does not contain it.
+    """
+    for name, candidate in root.named_modules():
+        if candidate is module:
+            return name
+    raise ValueError(f"{type(root).__name__} does not contain the given {type(module).__name__}.")
+
+
+class TaskHead:
+    """`head(h)`: logits `[B, T, V]` of a final hidden state `[B, T, d]`, as the base's own class computes them.
+
+    Args:
+        base: a causal language model.
+        stack_path: where its decoder stands, see `layouts.Stack`.
+        output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
+    """
+
+    def __init__(self, base: PreTrainedModel, stack_path: str, output_embeddings: nn.Module | None = None) -> None:
+        view = with_module(base, stack_path, _StandIn())
+        if output_embeddings is not None:
+            view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
+        self._view = view
+
+    def __call__(self, h: Tensor) -> Tensor:
+        logits: Tensor = self._view(inputs_embeds=h, use_cache=False, return_dict=True).logits
+        return logits

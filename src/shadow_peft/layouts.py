@@ -1,0 +1,228 @@
+"""Where a base keeps its decoder layers, and what its config calls its sizes.
+
+A generic rule finds the layers of almost every architecture: the one list of modules whose length is the number of decoder
+layers that the config declares. `LAYERS` names the place where that rule does not hold. What cannot be ridden at all stands in
+`UNSUPPORTED` with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+MIN_LAYERS = 2
+
+LAYERS: dict[str, str] = {}
+"""`model_type` -> path of the decoder layers inside the backbone, where the generic rule is not enough."""
+
+UNSUPPORTED: dict[str, str] = {}
+"""`model_type` -> why its decoder cannot be ridden."""
+
+INPUT_NAMES: dict[str, str] = {}
+"""`model_type` -> keyword of the hidden state in a call of a decoder layer, where it is not `hidden_states`."""
+
+SIZE_NAMES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_inner"),
+    "num_attention_heads": ("num_attention_heads", "decoder_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
+    "head_dim": ("head_dim", "attention_head_dim", "kv_channels"),
+    "num_hidden_layers": ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers"),
+}
+"""Our name of a size -> the names that configs use for it, in order of preference."""
+
+
+class MlpNames(NamedTuple):
+    """Names of the linear maps of an MLP."""
+
+    gate: str
+    up: str
+    down: str
+
+
+class AttentionNames(NamedTuple):
+    """Names of the linear maps of an attention."""
+
+    query: str
+    key: str
+    value: str
+    output: str
+
+
+MLP = MlpNames("gate_proj", "up_proj", "down_proj")
+ATTENTION = AttentionNames("q_proj", "k_proj", "v_proj", "o_proj")
+"""The maps that a narrower twin can be cut from; layers that name them otherwise can be cut at full width only."""
+
+
+CLASSIFIERS = ("score", "classifier")
+"""Names of the linear head of a sequence classification model."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How the residual stream between layers is laid out; `[B, T, d]` unless the type says otherwise.
+
+    Attributes:
+        copies_dim: dimension that holds parallel copies of the stream in `h.dim() = 4`, or None for one copy.
+        folded: parallel copies that stand side by side in the last dimension, `[B, T, n d]`.
+        time_first: `[T, B, d]`.
+    """
+
+    copies_dim: int | None = None
+    folded: int = 1
+    time_first: bool = False
+
+    def enter(self, state: Tensor) -> Tensor:
+        """The shadow state `[B, T, d]` in the layout of the stream, one copy."""
+        if self.time_first:
+            state = state.transpose(0, 1)
+        if self.folded > 1:
+            return state.unsqueeze(-2)
+        return state if self.copies_dim is None else state.unsqueeze(self.copies_dim)
+
+    def split(self, h: Tensor) -> Tensor:
+        """A hidden state with its copies in a dimension of their own, so that its last dimension is d."""
+        return h.unflatten(-1, (self.folded, -1)) if self.folded > 1 else h
+
+
+STREAMS: dict[str, Stream] = {}
+"""`model_type` -> layout of its residual stream, where it is not `[B, T, d]`."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A base's decoder.
+
+    Attributes:
+        backbone: the model without its task head that runs the layers.
+        path: where the backbone stands in the base; empty when the base is the backbone.
+        layers_path: where the layers stand in the backbone.
+        layers: the decoder layers, in order.
+        config: the config of the decoder.
+    """
+
+    backbone: PreTrainedModel
+    path: str
+    layers_path: str
+    layers: tuple[nn.Module, ...]
+    config: PreTrainedConfig
+
+    @property
+    def input_name(self) -> str:
+        """Keyword of the hidden state in a call of a decoder layer."""
+        return INPUT_NAMES.get(self.config.model_type, "hidden_states")
+
+    @property
+    def stream(self) -> Stream:
+        """Layout of the residual stream between layers."""
+        return STREAMS.get(self.config.model_type, Stream())
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the hidden states between layers."""
+        return read_size(self.config, "hidden_size")
+
+
+def find_stack(model: PreTrainedModel) -> Stack:
+    """Find a model's decoder.
+
+    Args:
+        model: any transformers model with a decoder.
+
+    Returns:
+        Where it stands.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: its type is unsupported, its layers cannot be told, or there are fewer than two.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"The base must be a transformers PreTrainedModel, got {type(model).__name__}.")
+    config = model.config.get_text_config(decoder=True)
+    reason = UNSUPPORTED.get(config.model_type) or UNSUPPORTED.get(model.config.model_type)
+    if reason is not None:
+        raise ValueError(f"ShadowPEFT does not support {config.model_type!r} ({type(model).__name__}): {reason}")
+    path, layers = _layers_of(model, config)
+    backbone_path = _backbone_path(model, path)
+    backbone = model.get_submodule(backbone_path)
+    assert isinstance(backbone, PreTrainedModel)
+    inner = path[len(backbone_path) + 1 :] if backbone_path else path
+    return Stack(backbone, backbone_path, inner, tuple(layers), config)
+
+
+def classifier_name(model: PreTrainedModel) -> str | None:
+    """Where a model keeps its linear classification head, or None."""
+    return next((name for name in CLASSIFIERS if isinstance(model._modules.get(name), nn.Linear)), None)
+
+
+def read_size(config: PreTrainedConfig, size: str) -> int:
+    """A size of a config under any of the names configs use for it.
+
+    Raises:
+        ValueError: the config has none of them.
+    """
+    value = getattr(config, _size_name(config, size))
+    if not isinstance(value, int):
+        raise ValueError(f"The {size} of {type(config).__name__} is {value!r}, not an integer.")
+    return value
+
+
+def write_size(config: PreTrainedConfig, size: str, value: int) -> None:
+    """Set a size of a config under the name that it uses.
+
+    Raises:
+        ValueError: the config has no such size.
+    """
+    setattr(config, _size_name(config, size), value)
+
+
+def _size_name(config: PreTrainedConfig, size: str) -> str:
+    for name in SIZE_NAMES[size]:
+        if hasattr(config, name):
+            return name
+    raise ValueError(f"{type(config).__name__} has no {size} (looked for {', '.join(SIZE_NAMES[size])}).")
+
+
+def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
+    declared = LAYERS.get(config.model_type)
+    count = read_size(config, "num_hidden_layers")
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _may_be_layers(path, module, count, declared)
+    ]
+    outermost = [(p, m) for p, m in found if not any(p.startswith(f"{q}.") for q, _ in found)]
+    if len(outermost) != 1:
+        where = ", ".join(path for path, _ in outermost) or "none"
+        raise ValueError(
+            f"Cannot tell which modules are the {count} decoder layers of {type(model).__name__} "
+            f"(model_type {config.model_type!r}); candidates: {where}. Add its layout to shadow_peft.layouts.LAYERS."
+        )
+    if count < MIN_LAYERS:
+        raise ValueError(
+            f"ShadowPEFT needs a base of at least {MIN_LAYERS} decoder layers, {type(model).__name__} has {count}."
+        )
+    return outermost[0]
+
+
+def _may_be_layers(path: str, module: nn.ModuleList, count: int, declared: str | None) -> bool:
+    if declared is not None:
+        return path == declared or path.endswith(f".{declared}")
+    return len(module) == count
+
+
+def _backbone_path(model: PreTrainedModel, layers_path: str) -> str:
+    """The largest model inside `model` that is no task model, or the innermost one when `model` has other modalities."""
+    owners = [path for path in _prefixes(layers_path) if isinstance(model.get_submodule(path), PreTrainedModel)]
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return owners[-1]
+    is_task_model = model.get_output_embeddings() is not None or model.base_model is not model
+    return owners[1] if is_task_model and len(owners) > 1 else owners[0]
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")[:-1]
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]

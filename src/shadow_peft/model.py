@@ -1,0 +1,544 @@
+"""ShadowPeftModel: a frozen base, its shadow backbone, and the two small parts that couple them.
+
+    embeddings -> backbone -> s;   base layers, injected and updated on the way -> base outputs
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+
+from shadow_peft import checkpoint
+from shadow_peft.attach import Attachment
+from shadow_peft.backbone import (
+    CACHE_NAMES,
+    Signature,
+    asked_to_train,
+    backbone_width,
+    least_squares_map,
+    make_projection,
+    prepare_shadow_model,
+    rebuilt_shadow,
+    returned_cache,
+)
+from shadow_peft.cache import ShadowCache, StatePair, bare, pair, paired
+from shadow_peft.call import Call
+from shadow_peft.checkpoint import native, peft
+from shadow_peft.checkpoint.files import fill
+from shadow_peft.checkpoint.hub import push
+from shadow_peft.config import ShadowConfig
+from shadow_peft.export.standalone import standalone
+from shadow_peft.heads import input_embeddings
+from shadow_peft.injection import ShadowInjectionModel
+from shadow_peft.layouts import find_stack
+from shadow_peft.passage import LayerPassage
+from shadow_peft.twin import build_twin
+from shadow_peft.update import ShadowUpdateModel
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def get_shadow_model(
+    model: PreTrainedModel,
+    shadow_config: ShadowConfig,
+    *,
+    shadow_model: PreTrainedModel | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> ShadowPeftModel:
+    """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
+    return ShadowPeftModel(
+        model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+
+
+class ShadowPeftModel(nn.Module):
+    """A frozen base model with a shadow adapter attached.
+
+    The base keeps its class, module names, state dict and behaviour: a call of the base itself is the bare base, a call of
+    this model is the adapted one. Unknown attributes are looked up on the base. `state_dict()` holds the adapter alone.
+
+    Args:
+        base_model: a transformers model with at least two decoder layers. Its parameters are frozen.
+        shadow_config: the adapter's hyperparameters.
+        shadow_model: an explicit shadow; None builds an implicit one from the base (see `twin`).
+        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+
+    Attributes:
+        shadow_model: the backbone.
+        shadow_hidden_projection: P, a linear map or the identity.
+        shadow_injection_model, shadow_update_model: the maps of all ridden layers.
+        task_heads: trained heads that a task model has put here; saved beside the adapter.
+
+    Raises:
+        TypeError: the base or the shadow is no transformers model.
+        ValueError: the base cannot be ridden, or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        shadow_config: ShadowConfig,
+        *,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+        _cut: bool = True,
+    ) -> None:
+        super().__init__()
+        stack = find_stack(base_model)
+        ridden, width = stack.layers[shadow_config.first_injected_layer :], stack.hidden_size
+        if shadow_model is None:
+            backbone, shared_table_name = build_twin(stack, shadow_config, _cut)
+        else:
+            backbone, shared_table_name = prepare_shadow_model(shadow_model), None
+        self.shadow_config = shadow_config
+        self.has_implicit_shadow = shadow_model is None
+        self.shared_table_name = shared_table_name
+        self.stack = stack
+        self._unfrozen = [name for name, p in base_model.named_parameters() if p.requires_grad]
+        self.base_model = base_model.requires_grad_(False)
+        self.shadow_model = backbone
+        self.shadow_hidden_projection = make_projection(backbone, width)
+        paper = shadow_config.variant == "paper"
+        self.shadow_injection_model = ShadowInjectionModel(
+            len(ridden), width, shadow_config.injection_hidden_size, linear_init=paper
+        )
+        self.shadow_update_model = ShadowUpdateModel(len(ridden), width, shadow_config.gate_hidden_size, paper)
+        self.task_heads = nn.ModuleDict()
+        self._base_signature, self._shadow_signature = Signature.of(base_model), Signature.of(backbone)
+        self._stack_signature = Signature.of(stack.backbone)
+        self._embedding_map: Tensor | None = None
+        self._shadow_checkpointing = False
+        self._settle_embeddings(shadow_model)
+        self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
+        self._attachment: Attachment | None = Attachment(ridden, stack.input_name, base_model.get_output_embeddings())
+        weakref.finalize(self, self._attachment.detach)
+        self.train(base_model.training)
+
+    # ---------------------------------------------------------------- the path of one batch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted base's outputs; takes what the base's own forward takes."""
+        return self.forward_with_shadow(*args, **kwargs)[0]
+
+    def forward_with_shadow(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Tensor | None]:
+        """Run backbone and base together.
+
+        Args:
+            input_ids: token ids `[B, T]`.
+            attention_mask: `[B, P + T]`, 1 for tokens and 0 for padding, P tokens being cached. Positions are counted from it
+                when none are given, so that both sides of padding give the same result.
+            position_ids: positions `[B, T]`.
+            past_key_values: what an earlier call returned, or an empty transformers cache.
+            inputs_embeds: embeddings `[B, T, d]` instead of token ids.
+            use_cache: return the states of both networks in `past_key_values`; None follows the base's config in
+                inference and is False in training.
+            **kwargs: whatever else the base's forward takes.
+
+        Returns:
+            The base's outputs, and the initial shadow state s `[B, T, d]`, which is None inside `disable_adapter()`.
+
+        Raises:
+            ValueError: no tokens, or a cache that the backbone has not seen.
+            RuntimeError: the adapter was unloaded.
+        """
+        call = self.call(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
+        if not self.attachment.enabled:
+            return self.run_base(call, kwargs), None
+        state, shadow_cache = self.initial_state(call, kwargs)
+        outputs, _ = self.ride(state, shadow_cache, call, kwargs)
+        return outputs, state
+
+    def call(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> Call:
+        """The arguments of one call, made ready; takes the base's own name of a cache out of `kwargs`."""
+        if past_key_values is None and self._base_signature.cache_name is not None:
+            past_key_values = kwargs.pop(self._base_signature.cache_name, None)
+        if use_cache is None:
+            use_cache = bool(getattr(self.stack.config, "use_cache", False)) and not self.training
+        states = self.paired(past_key_values) if self.attachment.enabled else bare(past_key_values)
+        return Call.of(input_ids, inputs_embeds, attention_mask, position_ids, states, use_cache)
+
+    def paired(self, cache: Any) -> Any:
+        """The states of both networks for a cache: itself if it holds both, else one with an empty sibling.
+
+        Raises:
+            ValueError: no transformers cache, or one with tokens that the shadow has not seen.
+        """
+        return paired(cache, self.shadow_model.config)
+
+    @property
+    def cache_name(self) -> str | None:
+        """The name under which the base takes its cache, or None."""
+        return self._base_signature.cache_name
+
+    def base_takes(self, name: str) -> bool:
+        """Whether the base's forward declares an argument."""
+        return name in self._base_signature.names
+
+    def initial_state(self, call: Call, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache."""
+        cache = None if call.cache is None else call.cache.shadow
+        signature = self._shadow_signature
+        arguments = {**signature.accepted(kwargs), **call.arguments(signature, cache)}
+        with self._backbone_precision():
+            outputs = self.shadow_model(**self._shadow_tokens(call), **arguments, return_dict=True)
+            return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
+
+    def ride(
+        self,
+        state: Tensor,
+        shadow_cache: Any,
+        call: Call,
+        kwargs: dict[str, Any],
+        *,
+        headless: bool = False,
+        catch_head_input: bool = False,
+    ) -> tuple[Any, Tensor | None]:
+        """Run the base with a shadow state riding its layers.
+
+        Args:
+            state: s `[B, T, d]`.
+            shadow_cache: the backbone's cache, to be returned with the base's.
+            call: the arguments.
+            kwargs: whatever else the base's forward takes.
+            headless: run the base's backbone alone, without its task head.
+            catch_head_input: let the base's head compute nothing and return its input.
+
+        Returns:
+            The outputs, with the states of both networks where the base returns its own, and the head's input if caught.
+        """
+        passage = self._passage(state, catch_head_input)
+        attachment = self.attachment
+        attachment.passage = passage
+        try:
+            outputs = self.run_base(call, kwargs, headless)
+        finally:
+            attachment.passage = None
+        replace_cache(outputs, call.cache or pair(returned_cache(outputs), shadow_cache))
+        return outputs, passage.head_input
+
+    def _passage(self, state: Tensor, catch_head_input: bool) -> LayerPassage:
+        config = self.shadow_config
+        return LayerPassage(
+            state,
+            self.shadow_injection_model,
+            self.shadow_update_model,
+            alpha=config.alpha,
+            dropout=config.dropout if self.training else 0.0,
+            drop_difference=config.variant == "paper",
+            stream=self.stack.stream,
+            dtype=self.base_model.dtype,
+            catch_head_input=catch_head_input,
+        )
+
+    def run_base(self, call: Call, kwargs: dict[str, Any], headless: bool = False) -> Any:
+        """Run the base, or with `headless` its backbone alone, on the arguments of a call."""
+        model, signature = self.base_model, self._base_signature
+        if headless:
+            model, signature = self.stack.backbone, self._stack_signature
+        cache = None if call.cache is None else call.cache.base
+        return model(**call.tokens, **{**kwargs, **call.arguments(signature, cache), "return_dict": True})
+
+    def _shadow_tokens(self, call: Call) -> dict[str, Tensor]:
+        """The tokens as the backbone reads them: its own embeddings of the ids, or the base's embeddings."""
+        own = input_embeddings(self.shadow_model)
+        if own is None:
+            embeds = call.inputs_embeds
+            if embeds is None:
+                embeds = self.base_model.get_input_embeddings()(call.input_ids)
+        elif call.inputs_embeds is not None:
+            embeds = self._in_shadow_width(call.inputs_embeds)
+        elif self._shadow_checkpointing and self.training:
+            embeds = own(call.input_ids)
+        else:
+            assert call.input_ids is not None
+            return {"input_ids": call.input_ids}
+        if self._shadow_checkpointing and self.training and not embeds.requires_grad:
+            embeds = embeds.detach().requires_grad_()  # reentrant checkpoints drop gradients of inputs that need none
+        return {"inputs_embeds": embeds}
+
+    def _in_shadow_width(self, embeds: Tensor) -> Tensor:
+        """The base's embeddings `[B, T, d]` for a shadow with its own table: the least-squares map between the tables."""
+        if self._embedding_map is None:
+            tables = (m.get_input_embeddings().weight.detach() for m in (self.base_model, self.shadow_model))
+            self._embedding_map = least_squares_map(*tables)
+        return embeds.to(self._embedding_map.dtype) @ self._embedding_map.to(embeds.device)
+
+    def _backbone_precision(self) -> AbstractContextManager[Any]:
+        """Beside a base in half precision, float32 masters of the backbone compute in the base's dtype."""
+        parameter = next(self.shadow_model.parameters())
+        kind, dtype = parameter.device.type, self.base_model.dtype
+        if dtype in _HALF and parameter.dtype == torch.float32 and not torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, dtype)
+        return nullcontext()
+
+    # ---------------------------------------------------------------- attaching
+
+    @property
+    def attachment(self) -> Attachment:
+        """The hooks on the base.
+
+        Raises:
+            RuntimeError: the adapter was unloaded.
+        """
+        if self._attachment is None:
+            raise RuntimeError("This shadow adapter was unloaded from its base; attach a new one to use it again.")
+        return self._attachment
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the context, in this thread, the model is its bare base."""
+        with self.attachment.disabled():
+            yield
+
+    def unload(self) -> PreTrainedModel:
+        """Take the adapter off and give the base back as it was, trainable parameters included."""
+        self.attachment.detach()
+        self._attachment = None
+        for name in self._unfrozen:
+            self.base_model.get_parameter(name).requires_grad_(True)
+        return self.base_model
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, still attached; calling it is calling the bare base."""
+        return self.base_model
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the layers of base and backbone in the backward pass; takes what transformers takes."""
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
+            for module in layer.modules():
+                if "gradient_checkpointing" in module.__dict__:
+                    module.gradient_checkpointing = False  # nothing below the first injection needs a gradient
+        if self.shadow_model.supports_gradient_checkpointing:
+            self.shadow_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            self._shadow_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations of base and backbone again."""
+        self.base_model.gradient_checkpointing_disable()
+        if self._shadow_checkpointing:
+            self.shadow_model.gradient_checkpointing_disable()
+        self._shadow_checkpointing = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Generation belongs to the task model.
+
+        Raises:
+            TypeError: always; the base's own `generate` would ignore the adapter.
+        """
+        raise TypeError("Wrap the model to generate with it: ShadowForCausalLM(model).generate(...).")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # ---------------------------------------------------------------- parameters and files
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters, and of all parameters."""
+        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
+        return sum(t for t, _ in counts), sum(n for _, n in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
+        return self._adapter_views()
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what `adapter_state_dict` returned into this model.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+        """
+        shared = checkpoint.shared_table(self)
+        fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs."""
+        views = {**self._adapter_views(), **native.head_views(self)}
+        destination = {} if destination is None else destination
+        destination.update({prefix + name: view for name, view in views.items()})
+        return destination
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Copy what `state_dict` returned into this model; without `strict`, a part of it.
+
+        Returns:
+            torch's pair of missing and unexpected keys, the latter always empty.
+
+        Raises:
+            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
+        """
+        views = {**self._adapter_views(), **native.head_views(self)}
+        fill(views, state_dict, "The state dict", strict)
+        return _IncompatibleKeys([name for name in views if name not in state_dict], [])
+
+    def _adapter_views(self) -> dict[str, Tensor]:
+        return (peft if self.shadow_config.variant == "paper" else native).adapter_views(self)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the adapter and the trained heads; the arguments are those of `checkpoint.save`."""
+        checkpoint.save(self, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        pretrained_shadow_path: str | Path,
+        *,
+        is_trainable: bool = False,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> ShadowPeftModel:
+        """Attach a stored adapter to a base.
+
+        Args:
+            model: the base.
+            pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            is_trainable: False freezes the adapter.
+            shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
+            autocast_adapter_dtype: see the class.
+
+        Raises:
+            ValueError: no adapter there, a damaged file, or an adapter that does not fit the base; the base stays untouched.
+        """
+        stored = checkpoint.read(pretrained_shadow_path)
+        return cls.from_checkpoint(
+            model, stored, is_trainable=is_trainable, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        stored: checkpoint.Checkpoint,
+        *,
+        is_trainable: bool = False,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+        make_head: Callable[[ShadowPeftModel, str], nn.Module] | None = None,
+    ) -> ShadowPeftModel:
+        """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
+        if shadow_model is None:
+            shadow_model = rebuilt_shadow(stored.provenance.get("shadow_model_config"))
+        peft_model = cls(
+            model,
+            stored.config,
+            shadow_model=shadow_model,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            _cut=False,
+        )
+        try:
+            for name in stored.head_names if make_head is not None else ():
+                peft_model.task_heads[name] = make_head(peft_model, name)
+            checkpoint.load_into(peft_model, stored)
+        except ValueError:
+            peft_model.unload()
+            raise
+        if not is_trainable:
+            peft_model.requires_grad_(False).eval()
+        return peft_model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add shadow adapter",
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit."""
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def export_shadow(self) -> PreTrainedModel:
+        """The shadow alone as a self-contained model, see `export.standalone`."""
+        return standalone(self)
+
+    # ---------------------------------------------------------------- building
+
+    def _settle_embeddings(self, shadow_model: PreTrainedModel | None) -> None:
+        """Freeze the table of an explicit shadow unless it is to be trained; refuse one that cannot be fed.
+
+        Raises:
+            ValueError: a shadow without embeddings that does not read the base's width.
+        """
+        own, base = input_embeddings(self.shadow_model), self.base_model.get_input_embeddings()
+        if own is not None:
+            asked = self.shadow_config.train_shadow_embeddings or asked_to_train(shadow_model)
+            own.requires_grad_(asked)
+        elif shadow_model is not None and base.weight.shape[1] != backbone_width(self.shadow_model):
+            raise ValueError(
+                f"The shadow has no embeddings of its own and reads states {backbone_width(self.shadow_model)} wide, but the "
+                f"base's embeddings are {base.weight.shape[1]} wide. Keep the shadow's embedding table."
+            )
+
+    def _place(self, dtype: torch.dtype) -> None:
+        """Put the adapter where the base embeds its tokens."""
+        device = execution_device(self.base_model.get_input_embeddings())
+        for part in (
+            self.shadow_model,
+            self.shadow_hidden_projection,
+            self.shadow_injection_model,
+            self.shadow_update_model,
+        ):
+            part.to(device, dtype)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, also when accelerate holds its weights elsewhere between calls."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def replace_cache(outputs: Any, states: ShadowCache | StatePair | None) -> None:
+    """Put the states of both networks where a model returned its own."""
+    for name in CACHE_NAMES:
+        if name in outputs:
+            outputs[name] = states
+            return

@@ -1,0 +1,107 @@
+"""Which MLP neurons and attention heads a narrower twin keeps of a base layer: those that weigh most.
+
+    neuron j          weight  |up[j]| * |down[:, j]|  (times |gate[j]| where there is a gate)
+    key/value group   weight  |v[group]| * |o[:, heads of the group]|;  in each kept group, the query heads of largest |o[:, head]|
+
+Norms are Euclidean. The kept ones stay in the order of the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shadow_peft.layouts import ATTENTION, MLP
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows (outputs) and columns (inputs) of one linear map that the twin keeps; None keeps all."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The kept part of a weight `[out, in]` or bias `[out]`."""
+        if self.rows is not None:
+            tensor = tensor[self.rows]
+        if self.columns is not None and tensor.dim() == 2:
+            tensor = tensor[:, self.columns]
+        return tensor
+
+
+def kept_parts(target: nn.Module, source: nn.Module, head_dim: int | None) -> dict[str, Kept]:
+    """What a narrower layer keeps of a base layer.
+
+    Args:
+        target: a decoder layer of the twin.
+        source: the base's decoder layer that it follows, its weights at hand.
+        head_dim: width of one attention head, the same in both; None where it is not declared.
+
+    Returns:
+        Path of each linear map inside the layer that must be narrowed -> what is kept of it. Maps of modules whose
+        parts are not known are left out.
+    """
+    kept: dict[str, Kept] = {}
+    for path, module in source.named_modules():
+        twin = dict(target.named_modules()).get(path)
+        parts = dict(module.named_children())
+        if twin is None:
+            continue
+        if {MLP.up, MLP.down} <= parts.keys():
+            kept.update(_prefixed(path, _kept_neurons(parts, twin.get_submodule(MLP.up).weight.shape[0])))
+        if head_dim is not None and {*ATTENTION} <= parts.keys():
+            kept.update(_prefixed(path, _kept_heads(parts, dict(twin.named_children()), head_dim)))
+    return kept
+
+
+def _kept_neurons(parts: dict[str, nn.Module], count: int) -> dict[str, Kept]:
+    weight = _row_norms(parts[MLP.up]) * parts[MLP.down].weight.float().norm(dim=0)
+    if MLP.gate in parts:
+        weight = weight * _row_norms(parts[MLP.gate])
+    rows = _largest(weight, count)
+    return {name: Kept(columns=rows) if name == MLP.down else Kept(rows=rows) for name in parts if name in MLP}
+
+
+def _kept_heads(parts: dict[str, nn.Module], twin: dict[str, nn.Module], head_dim: int) -> dict[str, Kept]:
+    heads, groups = (_blocks(parts[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
+    kept_heads, kept_groups = (_blocks(twin[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
+    per_group, kept_per_group = heads // groups, kept_heads // kept_groups
+    read = parts[ATTENTION.output].weight.float().unflatten(1, (-1, head_dim)).norm(dim=(0, 2))
+    if kept_groups > groups or kept_per_group > per_group or read.numel() != heads:
+        return {}
+    read = read.view(groups, per_group)
+    written = parts[ATTENTION.value].weight.float().unflatten(0, (groups, head_dim)).flatten(1).norm(dim=1)
+    group_ids = _largest(written * read.norm(dim=1), kept_groups)
+    head_ids = torch.cat([g * per_group + _largest(read[g], kept_per_group) for g in group_ids.tolist()])
+    group_rows, head_rows = _spread(group_ids, head_dim), _spread(head_ids, head_dim)
+    return {
+        ATTENTION.query: Kept(rows=head_rows),
+        ATTENTION.key: Kept(rows=group_rows),
+        ATTENTION.value: Kept(rows=group_rows),
+        ATTENTION.output: Kept(columns=head_rows),
+    }
+
+
+def _prefixed(path: str, kept: dict[str, Kept]) -> dict[str, Kept]:
+    return {f"{path}.{name}" if path else name: part for name, part in kept.items()}
+
+
+def _row_norms(linear: nn.Module) -> Tensor:
+    return linear.weight.float().norm(dim=1)
+
+
+def _blocks(linear: nn.Module, head_dim: int) -> int:
+    return int(linear.weight.shape[0]) // head_dim
+
+
+def _largest(weight: Tensor, count: int) -> Tensor:
+    """Indices of the largest entries, ascending; all of them when `count` asks for more."""
+    return weight.topk(min(count, weight.numel())).indices.sort().values
+
+
+def _spread(blocks: Tensor, size: int) -> Tensor:
+    """Row indices of whole blocks of `size` rows."""
+    return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()

@@ -1,0 +1,171 @@
+"""ShadowForSequenceClassification: a classifier, or regressor, of an adapted base and its shadow.
+
+    logits = classifier_head(h_last)     shadow_logits = shadow_classifier_head(s_last)
+    loss   = L(logits, labels) + shadow_loss_weight * L(shadow_logits, labels)
+
+A sequence is pooled at its last token that is no padding, whichever side the padding is on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from shadow_peft.backbone import returned_cache
+from shadow_peft.cache import shadow_states
+from shadow_peft.layouts import classifier_name
+from shadow_peft.loss import classification_loss, problem_type_of
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.task import ShadowTaskModel, trainable_copy
+
+
+@dataclass
+class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast` with the shadow's own logits.
+
+    Attributes:
+        shadow_logits: `[B, C]`; None where they were not asked for.
+    """
+
+    shadow_logits: Tensor | None = None
+
+
+class ShadowForSequenceClassification(ShadowTaskModel):
+    """A classifier that answers with the adapted base or with the shadow alone.
+
+    The heads `classifier_head` and `shadow_classifier_head` start as copies of the base's classification head, or random on a base
+    without one, and are trained, unless `modules_to_save` names a subset: then only that is. Both are saved.
+
+    Args:
+        peft_model: an adapted sequence classification model, causal LM or bare decoder; its config says `num_labels`.
+        shadow_loss_weight: factor of the shadow's own loss.
+        inference_mode: "base_shadow" or "shadow_only".
+    """
+
+    head_names = ("classifier_head", "shadow_classifier_head")
+
+    @classmethod
+    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+        return list(cls.head_names)
+
+    @classmethod
+    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
+        base = peft_model.base_model
+        own = classifier_name(base)
+        if own is not None:
+            head = trainable_copy(base.get_submodule(own))
+        else:
+            head = nn.Linear(peft_model.stack.hidden_size, base.config.num_labels, bias=False)
+            nn.init.normal_(head.weight, std=getattr(peft_model.stack.config, "initializer_range", 0.02))
+        chosen = peft_model.shadow_config.modules_to_save
+        return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(
+            not chosen or name in chosen
+        )
+
+    @property
+    def classifier_head(self) -> nn.Module:
+        """The adapted base's head, `[d] -> [C]`."""
+        return self.peft_model.task_heads["classifier_head"]
+
+    @property
+    def shadow_classifier_head(self) -> nn.Module:
+        """The shadow's head, `[d] -> [C]`."""
+        return self.peft_model.task_heads["shadow_classifier_head"]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_shadow_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of a sequence, of the adapted base and of the shadow.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding on either side. Without it, tokens equal to the config's
+                `pad_token_id` are padding when a sequence is pooled.
+            position_ids: `[B, T]`; None counts them from the mask.
+            past_key_values: what an earlier call returned.
+            inputs_embeds: `[B, T, d]` instead of `input_ids`.
+            labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi label; adds
+                `loss` of the kind that `config.problem_type` or else the labels decide.
+            use_cache: return the states of both networks.
+            num_items_in_batch: divisor of both losses, see `loss`.
+            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use them.
+            return_dict: False returns a tuple.
+            **kwargs: whatever else the base's backbone takes.
+
+        Returns:
+            `ShadowSequenceClassifierOutput` with logits `[B, C]`.
+        """
+        peft = self.peft_model
+        call = peft.call(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, bool(use_cache), kwargs
+        )
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
+        last = last_tokens(tokens, attention_mask, self.config.get_text_config().pad_token_id)
+        result = ShadowSequenceClassifierOutput()
+        if not peft.attachment.enabled:
+            outputs = peft.run_base(call, kwargs, headless=True)
+            result.logits = self._classify(self.classifier_head, outputs[0], last)
+            result.past_key_values = returned_cache(outputs)
+        else:
+            state, shadow_cache = peft.initial_state(call, kwargs)
+            if self.inference_mode == "shadow_only":
+                result.logits = result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
+                result.past_key_values = call.cache or shadow_states(shadow_cache)
+            else:
+                outputs, _ = peft.ride(state, shadow_cache, call, kwargs, headless=True)
+                result.logits = self._classify(self.classifier_head, outputs[0], last)
+                result.past_key_values = returned_cache(outputs)
+                if self.wants_shadow_logits(output_shadow_logits):
+                    result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
+        if labels is not None:
+            result.loss = self._loss(result, labels, num_items_in_batch)
+        return result.to_tuple() if return_dict is False else result
+
+    def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
+        """Logits `[B, C]` of states `[B, T, d]` at the tokens `last` `[B]`."""
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
+        logits: Tensor = head(pooled.to(head.weight.device, head.weight.dtype))
+        return logits
+
+    def _loss(self, result: ShadowSequenceClassifierOutput, labels: Tensor, count: Tensor | int | None) -> Tensor:
+        kind = problem_type_of(labels, self.config.num_labels, self.config.problem_type)
+        loss = classification_loss(result.logits, labels, kind, count)
+        if result.shadow_logits is not None and result.shadow_logits is not result.logits:
+            shadow_loss = classification_loss(result.shadow_logits, labels, kind, count)
+            loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
+        return loss
+
+
+def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
+    """Index `[B]` of each sequence's last token that is no padding; 0 for a sequence of padding alone.
+
+    Args:
+        tokens: ids `[B, T]` or embeddings `[B, T, d]`.
+        attention_mask: `[B, P + T]`, or None: then ids equal to `pad_token_id` are padding, and embeddings have none.
+        pad_token_id: the padding token, or None.
+    """
+    length = tokens.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:].bool()
+    elif tokens.dim() == 2 and pad_token_id is not None:
+        real = tokens.ne(pad_token_id)
+    else:
+        return torch.full((tokens.shape[0],), length - 1, device=tokens.device)
+    order = torch.arange(length, device=tokens.device)
+    return torch.where(real, order, 0).amax(dim=-1)

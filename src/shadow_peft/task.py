@@ -1,0 +1,220 @@
+"""What the task models share: one adapted model, two ways to answer, heads that may be trained.
+
+A task model is a `PreTrainedModel`, so trainers, pipelines and accelerate treat it as one; its state dict and its files hold
+the adapter and the trained heads alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shadow_peft import checkpoint
+from shadow_peft.checkpoint.hub import push
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.twin import present
+
+InferenceMode = Literal["base_shadow", "shadow_only"]
+
+
+class ShadowTaskModel(PreTrainedModel):
+    """An adapted model with a task's heads and loss.
+
+    Args:
+        peft_model: the adapted base.
+        shadow_loss_weight: factor of the shadow's own loss.
+        inference_mode: "base_shadow" answers with the adapted base, "shadow_only" with the shadow alone, without running
+            any layer of the base.
+
+    Raises:
+        TypeError: `peft_model` is no `ShadowPeftModel`.
+        ValueError: an unknown mode, a negative weight, or a head in `modules_to_save` that the task does not have.
+    """
+
+    base_model_prefix = "peft_model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    head_names: ClassVar[tuple[str, str]]
+    """Names of the base's and the shadow's head."""
+
+    def __init__(
+        self,
+        peft_model: ShadowPeftModel,
+        *,
+        shadow_loss_weight: float = 0.05,
+        inference_mode: InferenceMode = "base_shadow",
+    ) -> None:
+        if not isinstance(peft_model, ShadowPeftModel):
+            raise TypeError(f"Expected a ShadowPeftModel (see get_shadow_model), got {type(peft_model).__name__}.")
+        if shadow_loss_weight < 0:
+            raise ValueError(f"shadow_loss_weight must not be negative, got {shadow_loss_weight}.")
+        unknown = set(peft_model.shadow_config.modules_to_save) - set(self.head_names)
+        if unknown:
+            raise ValueError(
+                f"modules_to_save names {', '.join(sorted(unknown))}, but {type(self).__name__} has {' and '.join(self.head_names)}."
+            )
+        super().__init__(peft_model.base_model.config)
+        self.peft_model = peft_model
+        self.shadow_loss_weight = shadow_loss_weight
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.set_inference_mode(inference_mode)
+        for name in self._owned_heads(peft_model):
+            if name not in peft_model.task_heads:
+                peft_model.task_heads[name] = self._fresh_head(peft_model, name)
+        self.train(peft_model.training)
+
+    @classmethod
+    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+        """The heads that this task keeps as copies of its own."""
+        raise NotImplementedError
+
+    @classmethod
+    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
+        """A head as it is before training."""
+        raise NotImplementedError
+
+    def set_inference_mode(self, mode: InferenceMode) -> None:
+        """Choose who answers: "base_shadow" or "shadow_only".
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        if mode not in get_args(InferenceMode):
+            raise ValueError(f"inference_mode must be one of {', '.join(map(repr, get_args(InferenceMode)))}, got {mode!r}.")
+        self.inference_mode = mode
+
+    def wants_shadow_logits(self, asked: bool | None) -> bool:
+        """Nobody reads them in training without a shadow loss, unless they are asked for."""
+        return asked if asked is not None else not (self.training and self.shadow_loss_weight == 0)
+
+    # ---------------------------------------------------------------- what transformers asks of a model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the base."""
+        device: torch.device = self.peft_model.base_model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base computes in."""
+        dtype: torch.dtype = self.peft_model.base_model.dtype
+        return dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's embedding table."""
+        return self.peft_model.base_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head that the adapted base answers with, if it is an output embedding."""
+        heads = self.peft_model.task_heads
+        return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute layers in the backward pass; takes what transformers takes."""
+        self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.peft_model.gradient_checkpointing_disable()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "peft_model":
+                raise
+            return getattr(self.peft_model, name)
+
+    # ---------------------------------------------------------------- files
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The adapter's tensors and the trained heads under their names in the files."""
+        return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
+        return self.peft_model.load_state_dict(state_dict, strict, assign)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        self.peft_model.print_trainable_parameters()
+
+    def export_shadow(self) -> PreTrainedModel:
+        """The shadow alone as a self-contained model, see `export.standalone`."""
+        return self.peft_model.export_shadow()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the adapter and the trained heads; the arguments are those of `checkpoint.save`."""
+        self.peft_model.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add shadow adapter",
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload adapter and trained heads to the hub, creating the repository if needed; returns the commit's address."""
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: PreTrainedModel,
+        pretrained_shadow_path: str | Path,
+        *,
+        is_trainable: bool = False,
+        shadow_model: PreTrainedModel | None = None,
+        shadow_loss_weight: float | None = None,
+        inference_mode: InferenceMode = "base_shadow",
+        autocast_adapter_dtype: bool = True,
+    ) -> Any:
+        """Attach a stored adapter with its heads to a base; see `ShadowPeftModel.from_pretrained` for the arguments.
+
+        Args:
+            shadow_loss_weight: None takes what the checkpoint says, else 0.05.
+        """
+        stored = checkpoint.read(pretrained_shadow_path)
+        foreign = set(stored.head_names) - set(cls.head_names)
+        if foreign:
+            raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
+        peft_model = ShadowPeftModel.from_checkpoint(
+            model,
+            stored,
+            is_trainable=is_trainable,
+            shadow_model=shadow_model,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            make_head=cls._fresh_head,
+        )
+        weight = stored.shadow_loss_weight if shadow_loss_weight is None else shadow_loss_weight
+        task = cls(peft_model, shadow_loss_weight=weight, inference_mode=inference_mode)
+        return task if is_trainable else task.requires_grad_(False).eval()
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy of a head in float32, to be trained."""
+    with present(module):
+        return copy.deepcopy(module).to(torch.float32).requires_grad_(True)

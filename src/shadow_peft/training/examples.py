@@ -1,0 +1,121 @@
+"""Reads the JSON lines that people bring: prompt/completion or messages, every bad line named with its number.
+
+    {"prompt": "command: open the door\\njson:", "completion": " {\\"action\\": \\"open\\"}"}
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+Example: TypeAlias = dict[str, Any]
+Kind: TypeAlias = Literal["prompt/completion", "messages"]
+
+ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 20
+
+
+class BadDataError(ValueError):
+    """A data file that cannot be trained on; the message names every bad line as ``file:number: what is wrong``."""
+
+    def __init__(self, problems: list[str]) -> None:
+        shown = problems[:SHOWN]
+        rest = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n".join([f"{len(problems)} problem(s) in the data:", *shown, *rest]))
+        self.problems = problems
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """All examples of a JSON-lines file, checked before any of them is used.
+
+    Args:
+        path: a UTF-8 file with one JSON object per line, all of one kind; blank lines are skipped.
+
+    Returns:
+        The objects with their keys `prompt` and `completion`, or `messages`; other keys are dropped.
+
+    Raises:
+        BadDataError: naming every bad line, or a file without examples.
+        OSError: if the file cannot be read.
+    """
+    lines = Path(path).read_bytes().splitlines()
+    examples: list[Example] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            _take(line, examples, problems, f"{path}:{number}")
+    if not examples and not problems:
+        problems.append(f"{path}: no examples; give one JSON object per line")
+    if problems:
+        raise BadDataError(problems)
+    return examples
+
+
+def last_turn_as_completion(example: Example) -> Example:
+    """A messages example as conversational prompt and completion: the last assistant turn is what is learned."""
+    messages = example["messages"]
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def kind_of(example: Example) -> Kind:
+    """Which of the two kinds an example is."""
+    return "messages" if "messages" in example else "prompt/completion"
+
+
+def _take(line: bytes, examples: list[Example], problems: list[str], where: str) -> None:
+    """Appends the example of a line, or its problem."""
+    try:
+        example = _checked(_parsed(line))
+        if examples and kind_of(example) != kind_of(examples[0]):
+            raise ValueError(f"a {kind_of(example)} line in a file of {kind_of(examples[0])} lines; use one kind per file")
+        examples.append(example)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+
+
+def _parsed(line: bytes) -> Example:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was expected, got {type(value).__name__}")
+    return value
+
+
+def _checked(value: Example) -> Example:
+    """The keys of a well-formed example."""
+    if "messages" in value:
+        return {"messages": _checked_messages(value["messages"])}
+    for key in ("prompt", "completion"):
+        if key not in value:
+            raise ValueError(f"no {key!r}; a line has 'prompt' and 'completion', or 'messages'")
+        if not isinstance(value[key], str):
+            raise ValueError(f"{key!r} must be a string, got {type(value[key]).__name__}")
+    if not value["completion"].strip():
+        raise ValueError("'completion' is empty, so there is nothing to learn")
+    return {"prompt": value["prompt"], "completion": value["completion"]}
+
+
+def _checked_messages(messages: Any) -> list[dict[str, str]]:
+    """A conversation that ends with a turn of the assistant."""
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError("'messages' must be a list of at least two messages")
+    checked = [_checked_message(message, index) for index, message in enumerate(messages)]
+    if checked[-1]["role"] != "assistant":
+        raise ValueError(f"the last message must be the assistant's, got {checked[-1]['role']!r}")
+    return checked
+
+
+def _checked_message(message: Any, index: int) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"messages[{index}] must be an object, got {type(message).__name__}")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"messages[{index}] has the role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise ValueError(f"messages[{index}] must have a string 'content'")
+    return {"role": message["role"], "content": message["content"]}

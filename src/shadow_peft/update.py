@@ -1,0 +1,139 @@
+"""Update: a gate moves the shadow state towards a transform of the base's new hidden state.
+
+    n  = LayerNorm(h)                                    one LayerNorm for all layers   (variant "released"; "paper": n = h)
+    t  = drop(act(n @ A_t)) @ B_t      g = sigmoid(act(n @ A_g) @ B_g)
+    s' = s + g * (t - s)
+
+    h, s      [B, T, d]  hidden state of the base after a layer; shadow state
+    A_t, A_g  [d, k]     down maps: transform and gate read the same input, so both are one product
+    B_t, B_g  [k, d]     up maps
+    act                  SiLU without biases ("released") or GELU with biases ("paper"; it has no dropout here)
+
+The state after the last layer is read by nobody, so the last layer's maps are kept for the file alone: they are frozen
+and never computed. The maps of all other layers are stacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class UpdateMaps:
+    """The maps of one layer: `down` `[2k, d]` (gate first), `gate_up` and `transform_up` `[d, k]`, biases or None."""
+
+    down: Tensor
+    gate_up: Tensor
+    transform_up: Tensor
+    down_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    transform_up_bias: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> UpdateMaps:
+        """The same maps elsewhere."""
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return UpdateMaps(**{name: tensor.to(device, dtype) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight and bias `[d]` of the LayerNorm that all layers share."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def update(h: Tensor, s: Tensor, maps: UpdateMaps, norm: Norm | None, dropout: float = 0.0) -> Tensor:
+    """Move the shadow state on, after a layer.
+
+    Args:
+        h: hidden state of the base after the layer, `[B, T, d]`.
+        s: shadow state, `[B, T, d]`.
+        maps: the layer's maps.
+        norm: the shared LayerNorm ("released", SiLU) or None ("paper", GELU).
+        dropout: probability of dropping entries of the transform; 0 outside training.
+
+    Returns:
+        The next shadow state, `[B, T, d]`.
+    """
+    if norm is None:
+        z = F.gelu(F.linear(h, maps.down, maps.down_bias))
+    else:
+        z = F.silu(F.linear(F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, NORM_EPS), maps.down, maps.down_bias))
+    z_gate, z_transform = z.chunk(2, dim=-1)
+    if dropout:
+        z_transform = F.dropout(z_transform, dropout)
+    gate = torch.sigmoid(F.linear(z_gate, maps.gate_up, maps.gate_up_bias))
+    transform = F.linear(z_transform, maps.transform_up, maps.transform_up_bias)
+    return torch.lerp(s, transform, gate)
+
+
+class UpdateStack(nn.Module):
+    """The maps of M layers, stacked: `down` `[M, 2k, d]`, `gate_up` and `transform_up` `[M, d, k]`, biases on request."""
+
+    def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.down = _uniform((num_layers, 2 * gate_hidden_size, hidden_size), fan_in=hidden_size)
+        self.gate_up = _uniform((num_layers, hidden_size, gate_hidden_size), fan_in=gate_hidden_size)
+        self.transform_up = _uniform((num_layers, hidden_size, gate_hidden_size), fan_in=gate_hidden_size)
+        if bias:
+            self.down_bias = _uniform((num_layers, 2 * gate_hidden_size), fan_in=hidden_size)
+            self.gate_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
+            self.transform_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
+
+    def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
+        """The maps of every layer in the dtype of the computation, with one cast and one split for all layers."""
+        columns = {name: stack.to(dtype).unbind(0) for name, stack in self.named_parameters()}
+        return [UpdateMaps(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+class ShadowUpdateModel(nn.Module):
+    """The update maps of N layers and their shared LayerNorm.
+
+    Args:
+        num_layers: N, the number of updated layers as the file counts them; the last one's maps are frozen storage.
+        hidden_size: d, the width of the base.
+        gate_hidden_size: k.
+        paper: the variant "paper": biases, no LayerNorm.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, paper: bool = False) -> None:
+        super().__init__()
+        self.hidden_norm = None if paper else nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.live = UpdateStack(num_layers - 1, hidden_size, gate_hidden_size, bias=paper)
+        self.last = UpdateStack(1, hidden_size, gate_hidden_size, bias=paper)
+        self.train_only_what_is_read()
+
+    def train_only_what_is_read(self) -> None:
+        """Freeze what no loss depends on: the last layer's maps, and the norm when no other layer uses it."""
+        self.last.requires_grad_(False)
+        if self.live.down.shape[0] == 0:
+            self.requires_grad_(False)
+
+    def all_maps(self) -> list[UpdateMaps]:
+        """The maps of all N layers as views of the parameters, detached."""
+        dtype = self.last.down.dtype
+        with torch.no_grad():
+            return [*self.live.maps(dtype), *self.last.maps(dtype)]
+
+    def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
+        """The maps of every layer that is computed, N - 1 of them."""
+        return self.live.maps(dtype)
+
+    def norm(self, dtype: torch.dtype) -> Norm | None:
+        """The shared LayerNorm in the dtype of the computation; None in the variant "paper"."""
+        if self.hidden_norm is None:
+            return None
+        return Norm(self.hidden_norm.weight.to(dtype), self.hidden_norm.bias.to(dtype))
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    """A parameter drawn as `nn.Linear` draws weight and bias."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
