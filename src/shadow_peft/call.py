@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shadow_peft.backbone import Signature
@@ -70,6 +71,12 @@ class Call:
 
 
 def positions(attention_mask: Tensor, length: int) -> Tensor:
-    """Positions `[B, T]` of the last `length` tokens, counted from the first token that is no padding."""
-    counted = attention_mask.long().cumsum(-1) - 1
-    return counted.masked_fill(attention_mask == 0, 0)[:, -length:]
+    """Positions `[B, T]` of the last `length` tokens, counted from the first token that is no padding.
+
+    Tokens are counted without the padding between them, as `generate` does. Padding itself is numbered too, from the same
+    origin, so that a sequence padded on the right has the positions of a sequence that is not padded.
+    """
+    real = attention_mask.bool()
+    order = torch.arange(real.shape[1], device=real.device)
+    numbered = torch.where(real, real.long().cumsum(-1) - 1, order - real.long().argmax(-1, keepdim=True))
+    return numbered.clamp(min=0)[:, -length:]

@@ -87,7 +87,6 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         output_shadow_logits: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -104,17 +103,19 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             use_cache: return the states of both networks in `past_key_values`.
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 keeps all.
             num_items_in_batch: divisor of both losses, see `loss`.
-            shift_labels: labels that are shifted already, instead of `labels`.
             output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use them.
             return_dict: False returns a tuple.
-            **kwargs: whatever else the base's forward takes.
+            **kwargs: whatever else the base's forward takes; and `shift_labels` `[B, T]`, labels that are shifted already,
+                which sequence parallelism passes instead of `labels`.
 
         Returns:
             `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those of
             the one network that runs.
         """
         peft = self.peft_model
-        targets = shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        targets = kwargs.pop("shift_labels", None)  # declared, a trainer would take it for a column of the data
+        if targets is None and labels is not None:
+            targets = shifted(labels)
         kept = _kept(logits_to_keep)
         if targets is not None and kept is not _ALL:
             raise ValueError("A loss needs the logits of every token: pass labels without logits_to_keep.")

@@ -32,11 +32,16 @@ def token_count(targets: Tensor, num_items_in_batch: Tensor | int | None) -> Ten
     return targets.ne(IGNORE_INDEX).sum().clamp(min=1)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in a dtype whose sums over a vocabulary are accurate."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def next_token_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Mean cross entropy of next-token prediction.
 
     Args:
-        logits: `[B, T, V]`; computed in float32.
+        logits: `[B, T, V]`; computed in float32 or wider.
         targets: already shifted labels `[B, T]`, `-100` where there is none.
         num_items_in_batch: targets of the whole optimiser step; None counts those at hand.
 
@@ -45,7 +50,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor 
     """
     targets = targets.to(logits.device)
     total = F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        at_least_float32(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / token_count(targets, num_items_in_batch)
 
@@ -72,7 +77,7 @@ def classification_loss(
     """Mean loss of a classification or regression head.
 
     Args:
-        logits: `[B, C]`; computed in float32.
+        logits: `[B, C]`; computed in float32 or wider.
         labels: `[B]` class indices, `-100` where there is none; `[B]` or `[B, C]` floats for regression; `[B, C]` for multi label.
         problem_type: which loss: squared error, cross entropy, or binary cross entropy.
         num_items_in_batch: labels of the whole optimiser step; None counts those at hand.
@@ -80,11 +85,11 @@ def classification_loss(
     Returns:
         A scalar.
     """
-    logits, labels = logits.float(), labels.to(logits.device)
+    logits, labels = at_least_float32(logits), labels.to(logits.device)
     if problem_type == "regression":
-        total = F.mse_loss(logits.flatten(), labels.flatten().float(), reduction="sum")
+        total = F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype), reduction="sum")
     elif problem_type == "single_label_classification":
         total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     else:
-        total = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
+        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
     return total / token_count(labels, num_items_in_batch)

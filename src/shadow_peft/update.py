@@ -89,8 +89,11 @@ class UpdateStack(nn.Module):
 
     def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
         """The maps of every layer in the dtype of the computation, with one cast and one split for all layers."""
-        columns = {name: stack.to(dtype).unbind(0) for name, stack in self.named_parameters()}
-        return [UpdateMaps(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        return _rows({name: stack.to(dtype) for name, stack in self.named_parameters()})
+
+    def views(self) -> list[UpdateMaps]:
+        """The maps of every layer as detached views of the parameters."""
+        return _rows({name: stack.detach() for name, stack in self.named_parameters()})
 
 
 class ShadowUpdateModel(nn.Module):
@@ -117,10 +120,8 @@ class ShadowUpdateModel(nn.Module):
             self.requires_grad_(False)
 
     def all_maps(self) -> list[UpdateMaps]:
-        """The maps of all N layers as views of the parameters, detached."""
-        dtype = self.last.down.dtype
-        with torch.no_grad():
-            return [*self.live.maps(dtype), *self.last.maps(dtype)]
+        """The maps of all N layers as detached views of the parameters."""
+        return [*self.live.views(), *self.last.views()]
 
     def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
         """The maps of every layer that is computed, N - 1 of them."""
@@ -131,6 +132,11 @@ class ShadowUpdateModel(nn.Module):
         if self.hidden_norm is None:
             return None
         return Norm(self.hidden_norm.weight.to(dtype), self.hidden_norm.bias.to(dtype))
+
+
+def _rows(stacks: dict[str, Tensor]) -> list[UpdateMaps]:
+    columns = {name: stack.unbind(0) for name, stack in stacks.items()}
+    return [UpdateMaps(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

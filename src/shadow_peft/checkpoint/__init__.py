@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 Dialect = Literal["native", "peft"]
 
-TRAINER_INDEX_FILE = "model.safetensors.index.json"
-"""transformers' index of a sharded checkpoint; it lets a Trainer resume from our files as they are."""
+INDEX_FILE = "model.safetensors.index.json"
+"""transformers' index of a checkpoint in several files; it lets a Trainer resume from ours as they are."""
 
 
 @dataclass(frozen=True)
@@ -147,26 +147,23 @@ def save(
         if heads:
             write_tensors(heads, staging / native.HEADS_FILE)
         write_json({**model.shadow_config.to_dict(), "provenance": provenance(model)}, staging / native.CONFIG_FILE)
-        if state_dict is not None:
-            write_json(_trainer_index(adapter, heads), staging / TRAINER_INDEX_FILE)
+        files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
+        write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
 
 
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path) -> None:
     if native.head_views(model):
         raise ValueError("peft's dialect has no place for trained heads.")
     with all_or_none(save_directory) as staging:
-        write_tensors(peft.adapter_views(model), staging / peft.ADAPTER_FILE)
+        adapter = peft.adapter_views(model)
+        write_tensors(adapter, staging / peft.ADAPTER_FILE)
         base_name = model.base_model.name_or_path or None
         write_json({**peft.peft_config(model, base_name), "provenance": provenance(model)}, staging / peft.CONFIG_FILE)
+        write_json({"metadata": {}, "weight_map": dict.fromkeys(adapter, peft.ADAPTER_FILE)}, staging / INDEX_FILE)
 
 
 def _dialect_of(model: ShadowPeftModel) -> Dialect:
     return "peft" if model.shadow_config.variant == "paper" else "native"
-
-
-def _trainer_index(adapter: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> dict[str, Any]:
-    files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
-    return {"metadata": {}, "weight_map": files}
 
 
 def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:

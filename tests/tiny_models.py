@@ -1,0 +1,101 @@
+"""Tiny models and adapters for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
+from shadow_peft.model import ShadowPeftModel
+
+INTEROP = Path(__file__).parent / "fixtures" / "interop"
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def llama(seed: int = 0, **sizes: object) -> LlamaForCausalLM:
+    """A random Llama in eval mode."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).eval()
+
+
+def qwen3(seed: int = 0, **sizes: object) -> Qwen3ForCausalLM:
+    """A random Qwen3 in eval mode."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **sizes})).eval()
+
+
+def qwen3_classifier(seed: int = 0, **sizes: object) -> Qwen3ForSequenceClassification:
+    """A random Qwen3 classifier of three classes in eval mode."""
+    torch.manual_seed(seed)
+    return Qwen3ForSequenceClassification(Qwen3Config(**{**SIZES, "num_labels": 3, **sizes})).eval()
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """A random GPT-2, with absolute positions and a table called `wte`, in eval mode."""
+    torch.manual_seed(seed)
+    config = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=96, n_positions=128, pad_token_id=0, bos_token_id=1)
+    config.eos_token_id = None
+    return GPT2LMHeadModel(config).eval()
+
+
+def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
+    """The adapter with an up map that is not zero, so that injection shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        ups = model.shadow_injection_model.injection_ups
+        ups.copy_(torch.randn(ups.shape, generator=generator) * 0.3)
+        model.shadow_injection_model.injection_downs.mul_(10)
+    return model
+
+
+def adapted(base: PreTrainedModel, seed: int = 1, shadow_model: PreTrainedModel | None = None, **config: object) -> ShadowPeftModel:
+    """A base with a stirred adapter."""
+    torch.manual_seed(seed)
+    settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, **config}
+    return stirred(get_shadow_model(base, ShadowConfig(**settings), shadow_model=shadow_model))
+
+
+def causal_lm(base: PreTrainedModel, shadow_loss_weight: float = 0.05, **config: object) -> ShadowForCausalLM:
+    """A causal LM with a stirred adapter."""
+    return ShadowForCausalLM(adapted(base, **config), shadow_loss_weight=shadow_loss_weight)
+
+
+def classifier(base: PreTrainedModel, **config: object) -> ShadowForSequenceClassification:
+    """A classifier with a stirred adapter and heads that differ."""
+    model = ShadowForSequenceClassification(adapted(base, **config))
+    with torch.no_grad():
+        model.shadow_classifier_head.weight.mul_(-1.5)
+    return model
+
+
+def tokens(batch: int = 3, length: int = 10, seed: int = 3) -> torch.Tensor:
+    """Token ids `[B, T]` without padding."""
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+BASES: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2}
