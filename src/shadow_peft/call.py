@@ -41,8 +41,9 @@ class Call:
         position_ids: Tensor | None,
         cache: ShadowCache | StatePair | None,
         use_cache: bool,
+        first_position: int = 0,
     ) -> Call:
-        """A call with positions counted from the mask.
+        """A call with positions counted from the mask, `first_position` being that of the first token.
 
         Raises:
             ValueError: neither or both of tokens and embeddings.
@@ -51,7 +52,7 @@ class Call:
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions(attention_mask, tokens.shape[1])
+            position_ids = positions(attention_mask, tokens.shape[1]) + first_position
         return cls(input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
 
     @property

@@ -71,7 +71,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         return trainable_copy(peft_model.base_model.get_output_embeddings())
 
     def _rebuild_heads(self) -> None:
-        base, path, trained = self.peft_model.base_model, self.peft_model.stack.path, self.peft_model.task_heads
+        base, path, trained = self.peft_model.base_model, self.peft_model.stack.decoder_path, self.peft_model.task_heads
         own, shadow = (trained[name] if name in trained else None for name in self.head_names)
         self._own_head = None if own is None else TaskHead(base, path, own)
         self._shadow_head = TaskHead(base, path, shadow)
@@ -173,8 +173,12 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         if prepared is not None:
             model_kwargs["past_key_values"] = given if given is not None else self.peft_model.paired(prepared)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The base's own preparation, on the base's own cache."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         peft, states = self.peft_model, kwargs.pop("past_key_values", None)
         attention_mask = kwargs.get("attention_mask")
         if states is not None and peft.cache_name is not None:

@@ -24,10 +24,17 @@ class _HandedOn(BaseModelOutputWithPast):
 
 
 class _StandIn(nn.Module):
-    """Takes the decoder's place and hands on what it is given as embeddings."""
+    """Takes the decoder's place and hands on what it is given as embeddings; answers for the decoder in all else."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["decoder_itself"] = decoder  # beside the modules: it shall not be walked, moved or saved
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HandedOn:
         return _HandedOn(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["decoder_itself"], name)
 
 
 def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -72,16 +79,17 @@ class TaskHead:
 
     Args:
         base: a causal language model.
-        stack_path: where its decoder stands, see `layouts.Stack`.
+        decoder_path: where its decoder stands, see `layouts.Stack`.
         output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
     """
 
-    def __init__(self, base: PreTrainedModel, stack_path: str, output_embeddings: nn.Module | None = None) -> None:
-        view = with_module(base, stack_path, _StandIn())
+    def __init__(self, base: PreTrainedModel, decoder_path: str, output_embeddings: nn.Module | None = None) -> None:
+        view = with_module(base, decoder_path, _StandIn(base.get_submodule(decoder_path)))
         if output_embeddings is not None:
             view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
         self._view = view
+        self._output = base.get_output_embeddings() if output_embeddings is None else output_embeddings
 
     def __call__(self, h: Tensor) -> Tensor:
-        logits: Tensor = self._view(inputs_embeds=h, use_cache=False, return_dict=True).logits
+        logits: Tensor = self._view(inputs_embeds=h.to(self._output.weight.dtype), use_cache=False, return_dict=True).logits
         return logits

@@ -1,12 +1,14 @@
 """Where a base keeps its decoder layers, and what its config calls its sizes.
 
-A generic rule finds the layers of almost every architecture: the one list of modules whose length is the number of decoder
-layers that the config declares. `LAYERS` names the place where that rule does not hold. What cannot be ridden at all stands in
-`UNSUPPORTED` with its reason.
+A generic rule finds the layers of almost every architecture: the one list of modules, inside a model of the decoder's own type,
+whose length is the number of decoder layers that the config declares. `LAYERS` names the place where that rule does not hold.
+What cannot be ridden at all stands in `UNSUPPORTED` with its reason. The other tables declare, by `model_type`, what is unusual
+about a decoder; what they do not name is as in Llama.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +20,22 @@ MIN_LAYERS = 2
 LAYERS: dict[str, str] = {}
 """`model_type` -> path of the decoder layers inside the backbone, where the generic rule is not enough."""
 
-UNSUPPORTED: dict[str, str] = {}
+UNSUPPORTED: dict[str, str] = {
+    "cpmant": "it is not causal, and its forward takes no embeddings",
+    "hrm_text": "its two stacks of layers take turns several times on every token, so a layer has no one place in depth",
+    "prophetnet": "its decoder is not causal: its n-gram streams, which its layers carry beside the main stream, look ahead",
+    "reformer": "its layers are reversible: each takes and returns two streams, which its own backward pass restores",
+    "rwkv": "its time mixing is initialised by a division by the number of layers less one, so there is no twin of one layer",
+    "xlm": "it has no decoder layers: its attentions, feed-forward parts and norms stand in lists of their own",
+    "xlnet": "it is not causal",
+}
 """`model_type` -> why its decoder cannot be ridden."""
 
 INPUT_NAMES: dict[str, str] = {}
 """`model_type` -> keyword of the hidden state in a call of a decoder layer, where it is not `hidden_states`."""
+
+DEPTH_NAMES = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers")
+"""Names of the number of decoder layers. BART's family calls its encoder's depth `num_hidden_layers`, LongCat twice its own."""
 
 SIZE_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -30,9 +43,29 @@ SIZE_NAMES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("num_attention_heads", "decoder_attention_heads", "n_head", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
     "head_dim": ("head_dim", "attention_head_dim", "kv_channels"),
-    "num_hidden_layers": ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers"),
+    "num_hidden_layers": DEPTH_NAMES,
 }
 """Our name of a size -> the names that configs use for it, in order of preference."""
+
+COUNTS_FROM_PADDING = frozenset(
+    {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Types whose first token has the position `pad_token_id + 1`."""
+
+TOKEN_TABLES: dict[str, tuple[str, ...]] = {
+    "deepseek_v4": (),
+    "gemma3n_text": ("embed_tokens_per_layer",),
+    "gemma4_text": ("embed_tokens_per_layer",),
+    "gemma4_unified_text": ("embed_tokens_per_layer",),
+}
+"""Types whose backbone must be given token ids -> tables in it that hold, side by side, a part of each token for every layer."""
+
+LAYER_ROWS: dict[str, tuple[str, ...]] = {
+    "gemma3n_text": ("per_layer_model_projection",),
+    "gemma4_text": ("per_layer_model_projection",),
+    "gemma4_unified_text": ("per_layer_model_projection",),
+}
+"""Linear maps of a backbone whose rows hold, one below the other, a part for every layer."""
 
 
 class MlpNames(NamedTuple):
@@ -67,28 +100,29 @@ class Stream:
 
     Attributes:
         copies_dim: dimension that holds parallel copies of the stream in `h.dim() = 4`, or None for one copy.
-        folded: parallel copies that stand side by side in the last dimension, `[B, T, n d]`.
-        time_first: `[T, B, d]`.
+        folded: parallel copies stand side by side in the last dimension, `[B, T, n d]`.
     """
 
     copies_dim: int | None = None
-    folded: int = 1
-    time_first: bool = False
+    folded: bool = False
 
     def enter(self, state: Tensor) -> Tensor:
         """The shadow state `[B, T, d]` in the layout of the stream, one copy."""
-        if self.time_first:
-            state = state.transpose(0, 1)
-        if self.folded > 1:
+        if self.folded:
             return state.unsqueeze(-2)
         return state if self.copies_dim is None else state.unsqueeze(self.copies_dim)
 
-    def split(self, h: Tensor) -> Tensor:
-        """A hidden state with its copies in a dimension of their own, so that its last dimension is d."""
-        return h.unflatten(-1, (self.folded, -1)) if self.folded > 1 else h
+    def split(self, h: Tensor, width: int) -> Tensor:
+        """A hidden state with its copies in a dimension of their own, so that its last dimension is d = `width`."""
+        return h.unflatten(-1, (-1, width)) if self.folded else h
 
 
-STREAMS: dict[str, Stream] = {}
+STREAMS: dict[str, Stream] = {
+    "deepseek_v4": Stream(copies_dim=2),
+    "gemma3n_text": Stream(copies_dim=0),
+    "hy_v4": Stream(copies_dim=2),
+    "qwen4_exp_text": Stream(folded=True),
+}
 """`model_type` -> layout of its residual stream, where it is not `[B, T, d]`."""
 
 
@@ -99,6 +133,7 @@ class Stack:
     Attributes:
         backbone: the model without its task head that runs the layers.
         path: where the backbone stands in the base; empty when the base is the backbone.
+        decoder_path: where the innermost model stands that holds the layers; a task class calls it, or the backbone around it.
         layers_path: where the layers stand in the backbone.
         layers: the decoder layers, in order.
         config: the config of the decoder.
@@ -106,6 +141,7 @@ class Stack:
 
     backbone: PreTrainedModel
     path: str
+    decoder_path: str
     layers_path: str
     layers: tuple[nn.Module, ...]
     config: PreTrainedConfig
@@ -119,6 +155,11 @@ class Stack:
     def stream(self) -> Stream:
         """Layout of the residual stream between layers."""
         return STREAMS.get(self.config.model_type, Stream())
+
+    @property
+    def first_position(self) -> int:
+        """Position of a sequence's first token."""
+        return self.config.pad_token_id + 1 if self.config.model_type in COUNTS_FROM_PADDING else 0
 
     @property
     def hidden_size(self) -> int:
@@ -146,11 +187,11 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if reason is not None:
         raise ValueError(f"ShadowPEFT does not support {config.model_type!r} ({type(model).__name__}): {reason}")
     path, layers = _layers_of(model, config)
-    backbone_path = _backbone_path(model, path)
+    backbone_path, decoder_path = _model_paths(model, path)
     backbone = model.get_submodule(backbone_path)
     assert isinstance(backbone, PreTrainedModel)
     inner = path[len(backbone_path) + 1 :] if backbone_path else path
-    return Stack(backbone, backbone_path, inner, tuple(layers), config)
+    return Stack(backbone, backbone_path, decoder_path, inner, tuple(layers), config)
 
 
 def classifier_name(model: PreTrainedModel) -> str | None:
@@ -194,7 +235,8 @@ def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, n
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and _may_be_layers(path, module, count, declared)
     ]
-    outermost = [(p, m) for p, m in found if not any(p.startswith(f"{q}.") for q, _ in found)]
+    own = [(p, m) for p, m in found if _owners(model, p)[-1][1].config.model_type == config.model_type]
+    outermost = [(p, m) for p, m in own if not any(p.startswith(f"{q}.") for q, _ in own)]
     if len(outermost) != 1:
         where = ", ".join(path for path, _ in outermost) or "none"
         raise ValueError(
@@ -214,15 +256,28 @@ def _may_be_layers(path: str, module: nn.ModuleList, count: int, declared: str |
     return len(module) == count
 
 
-def _backbone_path(model: PreTrainedModel, layers_path: str) -> str:
-    """The largest model inside `model` that is no task model, or the innermost one when `model` has other modalities."""
-    owners = [path for path in _prefixes(layers_path) if isinstance(model.get_submodule(path), PreTrainedModel)]
+def _model_paths(model: PreTrainedModel, layers_path: str) -> tuple[str, str]:
+    """Where the backbone and the innermost model around the layers stand.
+
+    The backbone is the largest model inside `model` that is no task model and takes embeddings, or the innermost one when `model`
+    has other modalities.
+    """
+    owners = _owners(model, layers_path)
+    innermost = owners[-1][0]
     if model.config.get_text_config(decoder=True) is not model.config:
-        return owners[-1]
+        return innermost, innermost
     is_task_model = model.get_output_embeddings() is not None or model.base_model is not model
-    return owners[1] if is_task_model and len(owners) > 1 else owners[0]
+    inside = owners[1:] if is_task_model and len(owners) > 1 else owners
+    return next((path for path, owner in inside if _takes_embeddings(owner)), innermost), innermost
 
 
-def _prefixes(path: str) -> list[str]:
+def _takes_embeddings(model: PreTrainedModel) -> bool:
+    return "inputs_embeds" in inspect.signature(type(model).forward).parameters
+
+
+def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:
+    """The models around a module, outermost first, with their paths."""
     parts = path.split(".")[:-1]
-    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    prefixes = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    found = [(prefix, model.get_submodule(prefix)) for prefix in prefixes]
+    return [(prefix, owner) for prefix, owner in found if isinstance(owner, PreTrainedModel)]

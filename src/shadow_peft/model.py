@@ -29,6 +29,7 @@ from shadow_peft.backbone import (
     rebuilt_shadow,
     returned_cache,
 )
+from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.cache import ShadowCache, StatePair, bare, pair, paired
 from shadow_peft.call import Call
 from shadow_peft.checkpoint import native, peft
@@ -181,7 +182,8 @@ class ShadowPeftModel(nn.Module):
         if use_cache is None:
             use_cache = bool(getattr(self.stack.config, "use_cache", False)) and not self.training
         states = self.paired(past_key_values) if self.attachment.enabled else bare(past_key_values)
-        return Call.of(input_ids, inputs_embeds, attention_mask, position_ids, states, use_cache)
+        first = self.stack.first_position
+        return Call.of(input_ids, inputs_embeds, attention_mask, position_ids, states, use_cache, first)
 
     def paired(self, cache: Any) -> Any:
         """The states of both networks for a cache: itself if it holds both, else one with an empty sibling.
@@ -267,7 +269,9 @@ class ShadowPeftModel(nn.Module):
     def _shadow_tokens(self, call: Call) -> dict[str, Tensor]:
         """The tokens as the backbone reads them: its own embeddings of the ids, or the base's embeddings."""
         own = input_embeddings(self.shadow_model)
-        if own is None:
+        if isinstance(own, BorrowedTable) and call.input_ids is not None:
+            return {"input_ids": call.input_ids}
+        if own is None or isinstance(own, BorrowedTable):
             embeds = call.inputs_embeds
             if embeds is None:
                 embeds = self.base_model.get_input_embeddings()(call.input_ids)

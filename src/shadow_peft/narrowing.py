@@ -76,7 +76,7 @@ def _kept_heads(parts: dict[str, nn.Module], twin: dict[str, nn.Module], head_di
     written = parts[ATTENTION.value].weight.float().unflatten(0, (groups, head_dim)).flatten(1).norm(dim=1)
     group_ids = _largest(written * read.norm(dim=1), kept_groups)
     head_ids = torch.cat([g * per_group + _largest(read[g], kept_per_group) for g in group_ids.tolist()])
-    group_rows, head_rows = _spread(group_ids, head_dim), _spread(head_ids, head_dim)
+    group_rows, head_rows = spread(group_ids, head_dim), spread(head_ids, head_dim)
     return {
         ATTENTION.query: Kept(rows=head_rows),
         ATTENTION.key: Kept(rows=group_rows),
@@ -102,6 +102,6 @@ def _largest(weight: Tensor, count: int) -> Tensor:
     return weight.topk(min(count, weight.numel())).indices.sort().values
 
 
-def _spread(blocks: Tensor, size: int) -> Tensor:
+def spread(blocks: Tensor, size: int) -> Tensor:
     """Row indices of whole blocks of `size` rows."""
     return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()

@@ -64,7 +64,7 @@ class LayerPassage:
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
-        wide = self._stream.split(h)
+        wide = self._stream.split(h, self.state.shape[-1])
         state = self.state.to(h.device, h.dtype).expand_as(wide)
         down, up = self._maps[index]
         if h.dtype != self._dtype or h.device != self._device:
@@ -74,7 +74,7 @@ class LayerPassage:
 
     def after(self, index: int, h: Tensor) -> None:
         """Move the shadow state on with the output of ridden layer `index`."""
-        wide = self._stream.split(h)
+        wide = self._stream.split(h, self.state.shape[-1])
         state = self.state.to(h.device, h.dtype).expand_as(wide)
         maps, norm = self._updates[index], self._norm
         if h.dtype != self._dtype or h.device != self._device:

@@ -85,6 +85,10 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         """
         return registered_config(self.shadow_model_config)
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Caches are made for the layers of the backbone; everything else is asked of this config."""
+        return self.backbone_config().get_text_config(decoder=True) if decoder else self
+
 
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}:{cls.__name__}"

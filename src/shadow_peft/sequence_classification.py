@@ -116,7 +116,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
-        last = last_tokens(tokens, attention_mask, self.config.get_text_config().pad_token_id)
+        last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
         result = ShadowSequenceClassifierOutput()
         if not peft.attachment.enabled:
             outputs = peft.run_base(call, kwargs, headless=True)

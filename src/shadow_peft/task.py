@@ -121,6 +121,11 @@ class ShadowTaskModel(PreTrainedModel):
         heads = self.peft_model.task_heads
         return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """The base chose its experts' implementation already; transformers would look for experts in this file."""
+        return True
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass; takes what transformers takes."""
         self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

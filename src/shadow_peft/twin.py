@@ -1,13 +1,12 @@
 """The implicit shadow backbone: a short twin of the base, random or cut from the base's own pretrained layers.
 
-The twin has the base's backbone class and config with fewer layers. It keeps no embedding table: it is fed the base's input
-embeddings. Cut from the base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps
+The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is fed the
+base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps
 the MLP neurons and attention heads that weigh most, measured by the norms of their weights (see `narrowing`).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,22 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.config import ShadowConfig
 from shadow_peft.heads import input_embeddings, path_of
-from shadow_peft.layouts import Stack, read_size, write_size
-from shadow_peft.narrowing import Kept, kept_parts
+from shadow_peft.layouts import LAYER_ROWS, TOKEN_TABLES, Stack, read_size
+from shadow_peft.narrowing import Kept, kept_parts, spread
+from shadow_peft.shortening import chosen_layers, shortened_config
 
 logger = logging.getLogger(__name__)
-
-_SIZES = {
-    "hidden_size": "shadow_hidden_size",
-    "intermediate_size": "shadow_intermediate_size",
-    "num_attention_heads": "shadow_num_attention_heads",
-    "num_key_value_heads": "shadow_num_key_value_heads",
-    "head_dim": "shadow_head_dim",
-}
-"""A size of the backbone's config -> the field of ShadowConfig that overrides it."""
-
 
 class CannotCut(ValueError):
     """The twin's sizes do not let it start from the base's layers."""
@@ -54,34 +45,40 @@ def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[Pr
     """
     twin_config = shortened_config(stack, config)
     twin: PreTrainedModel = type(stack.backbone)(twin_config).to(torch.float32)
+    _drop_what_the_base_lacks(twin, stack)
+    lent = _borrow_tables(twin, stack, config)
     if cut and config.shadow_init != "random":
         _start_from_base(twin, stack, config)
-    return twin, drop_embeddings(twin)
+    return twin, lent or drop_embeddings(twin)
 
 
-def chosen_layers(count: int, config: ShadowConfig) -> list[int]:
-    """Base layers that the twin's layers follow: the first ones, or ones evenly spaced from the first to the last."""
-    n = config.num_shadow_layers
-    if n > count:
-        raise ValueError(f"num_shadow_layers is {n}, but the base has only {count} decoder layers.")
-    if config.shadow_init_layers == "first" or n == 1:
-        return list(range(n))
-    return [round(i * (count - 1) / (n - 1)) for i in range(n)]
+def _drop_what_the_base_lacks(twin: PreTrainedModel, stack: Stack) -> None:
+    """Take away optional parts beside the layers that this base was built without, such as BERT's pooler."""
+    for name in list(twin._modules):
+        if getattr(stack.backbone, name) is None:
+            twin._modules[name] = None
 
 
-def shortened_config(stack: Stack, config: ShadowConfig) -> PreTrainedConfig:
-    """The base's config with the twin's layers: sizes overridden, per-layer lists cut to the chosen layers."""
-    short = copy.deepcopy(stack.config)
-    chosen = chosen_layers(len(stack.layers), config)
-    for name, value in stack.config.to_dict().items():
-        if isinstance(value, (list, tuple)) and len(value) == len(stack.layers):
-            setattr(short, name, [value[i] for i in chosen])
-    write_size(short, "num_hidden_layers", len(chosen))
-    for size, field in _SIZES.items():
-        value = getattr(config, field)
-        if value is not None:
-            write_size(short, size, value)
-    return short
+def _borrow_tables(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> str | None:
+    """Put the base's tables into a twin that must be given token ids.
+
+    Returns:
+        The name that the weight of its embedding table had, or None if it needs no ids.
+    """
+    names = TOKEN_TABLES.get(stack.config.model_type)
+    if names is None:
+        return None
+    for name in names:
+        table = stack.backbone.get_submodule(name)
+        twin._modules[name] = BorrowedTable(table, _of_layers(stack, config, table.weight.shape[1]))
+    path = path_of(twin, twin.get_input_embeddings())
+    twin.set_input_embeddings(BorrowedTable(stack.backbone.get_input_embeddings()))
+    return f"{path}.weight"
+
+
+def _of_layers(stack: Stack, config: ShadowConfig, size: int) -> Tensor:
+    """Indices of the chosen layers' parts among `size` entries that hold a part for every layer of the base."""
+    return spread(torch.tensor(chosen_layers(stack, config)), size // len(stack.layers))
 
 
 def drop_embeddings(backbone: PreTrainedModel) -> str | None:
@@ -112,25 +109,33 @@ def _start_from_base(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) 
 @torch.no_grad()
 def _cut(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
     """Copy every parameter and saved buffer of the twin from the base; all are found before the first is written."""
-    _require_same_heads(twin.config, stack.config)
+    _require_same_heads(twin.config, stack.config, config)
     copies: list[tuple[Tensor, Tensor]] = []
     for index, layer in enumerate(twin.get_submodule(stack.layers_path).children()):
-        source = stack.layers[chosen_layers(len(stack.layers), config)[index]]
+        source = stack.layers[chosen_layers(stack, config)[index]]
         with present(source):
             copies += _pairs(layer, source, kept_parts(layer, source, getattr(stack.config, "head_dim", None)))
-    inside = f"{stack.layers_path}."
+    inside, rows = f"{stack.layers_path}.", _rows_of_layers(stack, config)
     for path, module in twin.named_modules():
         if not path.startswith(inside) and module is not twin.get_input_embeddings():
             source = _counterpart(stack.backbone, path)
             with present(source):
-                copies += _own_pairs(module, source, path, {})
+                copies += _own_pairs(module, source, path, rows)
     for target, value in copies:
         target.copy_(value)
 
 
-def _require_same_heads(twin: PreTrainedConfig, base: PreTrainedConfig) -> None:
+def _rows_of_layers(stack: Stack, config: ShadowConfig) -> dict[str, Kept]:
+    """What the twin keeps of maps beside the layers that hold a part for every layer."""
+    names = LAYER_ROWS.get(stack.config.model_type, ())
+    weights = {name: stack.backbone.get_submodule(name).weight for name in names}
+    return {name: Kept(rows=_of_layers(stack, config, weight.shape[0])) for name, weight in weights.items()}
+
+
+def _require_same_heads(twin: PreTrainedConfig, base: PreTrainedConfig, config: ShadowConfig) -> None:
     """Heads can be dropped whole, not reshaped: the width of a head must be declared and stay."""
-    if read_size(twin, "num_attention_heads") == read_size(base, "num_attention_heads"):
+    heads = config.shadow_num_attention_heads
+    if heads is None or heads == read_size(base, "num_attention_heads"):
         return
     if getattr(twin, "head_dim", None) is None or twin.head_dim != getattr(base, "head_dim", None):
         raise CannotCut("another number of heads changes the width of a head")
@@ -159,6 +164,8 @@ def _own_pairs(
         value = values.get(name)
         if value is not None and value.shape != target.shape and path in kept:
             value = kept[path].of(value)
+        if value is None and name.endswith("bias"):
+            value = torch.zeros_like(target)  # a bias that the base does without
         if value is None or value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
             raise CannotCut(f"no tensor of shape {tuple(target.shape)} in the base for {path}.{name}")
         pairs.append((target, value.detach().clone()))

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.heads import TaskHead, input_embeddings, path_of
 from shadow_peft.layouts import classifier_name
 from shadow_peft.projected import (
@@ -92,6 +93,7 @@ def _trained_heads(model: ShadowPeftModel, exported: PreTrainedModel) -> dict[st
 
 
 def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
+    source = source.owned() if isinstance(source, BorrowedTable) else source
     with present(source):
         values = own_tensors(source)
         for name, target in own_tensors(module).items():
@@ -107,6 +109,9 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
     base, backbone = model.base_model, copy.deepcopy(model.shadow_model)
     if base.get_output_embeddings() is None:
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, BorrowedTable):
+            backbone.set_submodule(path, module.owned())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
     head = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
@@ -158,7 +163,7 @@ def _head_scale(model: ShadowPeftModel) -> float:
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-    plain, full = (head(x).double(), TaskHead(model.base_model, model.stack.path)(x).double())
+    plain, full = (head(x).double(), TaskHead(model.base_model, model.stack.decoder_path)(x).double())
     if cap is not None:
         full = torch.atanh(full / cap) * cap
     scale = float((plain * full).sum() / plain.square().sum())

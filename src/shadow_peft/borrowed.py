@@ -1,0 +1,49 @@
+"""An embedding table of the base, lent to its twin.
+
+Some backbones must be given token ids: their layers look tokens up beside the embeddings. Their twin reads the base's own tables,
+which stand beside its modules, so that it neither trains nor saves nor moves them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BorrowedTable(nn.Module):
+    """`table(ids)`, or some columns of it.
+
+    Args:
+        table: the base's embedding table `[V, n]`.
+        columns: the columns `[m]` that are read; None reads all.
+    """
+
+    table: nn.Module
+
+    def __init__(self, table: nn.Module, columns: Tensor | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "table", table)  # beside the modules, so that no state dict shows it
+        self.register_buffer("columns", columns, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The entries that are read, `[V, m]`."""
+        return self._read(self.table.weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embeddings `[B, T, m]`; in training a leaf, since reentrant checkpoints drop gradients of inputs that need none."""
+        embeds = self._read(self.table(input_ids))
+        return embeds.detach().requires_grad_() if self.training and torch.is_grad_enabled() else embeds
+
+    def owned(self) -> nn.Module:
+        """A copy of the table with the columns that are read."""
+        own = copy.deepcopy(self.table)
+        own.weight = nn.Parameter(self.weight.detach().clone())
+        return own
+
+    def _read(self, entries: Tensor) -> Tensor:
+        columns: Any = self.columns
+        return entries if columns is None else entries[..., columns.to(entries.device)]

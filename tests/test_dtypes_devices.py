@@ -1,0 +1,90 @@
+"""Half-precision bases, autocast, and bases whose layers live elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from tests.tiny_models import BASES, adapted, causal_lm, classifier, llama, qwen3_classifier, stirred, tokens
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", BASES)
+def test_a_half_precision_base_trains_and_generates(name: str, dtype: torch.dtype) -> None:
+    ids, exact = tokens(), causal_lm(BASES[name]())
+    model = causal_lm(BASES[name]().to(dtype))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    tolerance = 0.08 * exact(ids).logits.abs().max()
+    assert (outputs.logits.float() - exact(ids).logits).abs().max() < tolerance
+    assert (outputs.shadow_logits.float() - exact(ids).shadow_logits).abs().max() < tolerance
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (3, 13)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_an_argument_keeps_the_adapter_in_the_bases_dtype(dtype: torch.dtype) -> None:
+    peft = get_shadow_model(llama().to(dtype), ShadowConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in peft.parameters()} == {dtype}
+    ShadowForCausalLM(peft)(tokens(), labels=tokens()).loss.backward()
+
+
+def test_half_precision_classifier_and_explicit_shadow() -> None:
+    model = classifier(qwen3_classifier().bfloat16())
+    model(tokens(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    explicit = ShadowForCausalLM(adapted(llama().bfloat16(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2).bfloat16()))
+    explicit(tokens(), labels=tokens()).loss.backward()
+    assert explicit.peft_model.shadow_hidden_projection.weight.grad.isfinite().all()
+
+
+def test_autocast_does_not_round_the_residual_stream() -> None:
+    model, ids = causal_lm(llama()), tokens()
+    exact = model(ids, labels=ids)
+    seen: list[torch.dtype] = []
+    model.peft_model.base_model.model.layers[2].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert seen == [torch.float32]
+    assert (outputs.logits.float() - exact.logits).abs().max() < 0.08 * exact.logits.abs().max()
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_a_base_spread_by_device_map(offload: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": offload}
+    device_map |= {f"model.layers.{i}": "cpu" if i < 2 else offload for i in range(4)}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "off").eval()
+    ids, before = tokens(), llama()(tokens()).logits
+    torch.manual_seed(1)
+    settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, "shadow_init": "base"}
+    model = ShadowForCausalLM(stirred(get_shadow_model(base, ShadowConfig(**settings, num_shadow_layers=3))))
+    expected = causal_lm(llama(), num_shadow_layers=3, shadow_init="base")
+    expected.load_state_dict(model.state_dict())
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.logits, expected(ids).logits)
+    torch.testing.assert_close(outputs.shadow_logits, expected(ids).shadow_logits)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected.generate(ids, max_new_tokens=4, do_sample=False))
+    torch.testing.assert_close(model.export_shadow()(ids).logits, outputs.shadow_logits)
+    torch.testing.assert_close(model.peft_model.unload()(ids).logits, before)
+
+
+def test_maps_on_another_device_are_brought_to_the_layer() -> None:
+    base = llama()
+    model = causal_lm(base)
+    moved: list[str] = []
+    expected = model(tokens()).logits
+    model.peft_model.shadow_injection_model.double()  # stands for "elsewhere": maps are moved to the layer's dtype and device
+    base.model.layers[1].register_forward_pre_hook(lambda m, args: moved.append(str(args[0].dtype)))
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert moved == ["torch.float32"]
