@@ -71,7 +71,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         return trainable_copy(peft_model.base_model.get_output_embeddings())
 
     def _rebuild_heads(self) -> None:
-        base, path, trained = self.peft_model.base_model, self.peft_model.stack.decoder_path, self.peft_model.task_heads
+        base, path, trained = self.peft_model.base_model, self.peft_model.stack.read_path, self.peft_model.task_heads
         own, shadow = (trained[name] if name in trained else None for name in self.head_names)
         self._own_head = None if own is None else TaskHead(base, path, own)
         self._shadow_head = TaskHead(base, path, shadow)

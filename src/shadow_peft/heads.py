@@ -79,12 +79,12 @@ class TaskHead:
 
     Args:
         base: a causal language model.
-        decoder_path: where its decoder stands, see `layouts.Stack`.
+        read_path: where the model stands whose output the head reads, see `layouts.Stack`.
         output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
     """
 
-    def __init__(self, base: PreTrainedModel, decoder_path: str, output_embeddings: nn.Module | None = None) -> None:
-        view = with_module(base, decoder_path, _StandIn(base.get_submodule(decoder_path)))
+    def __init__(self, base: PreTrainedModel, read_path: str, output_embeddings: nn.Module | None = None) -> None:
+        view = with_module(base, read_path, _StandIn(base.get_submodule(read_path)))
         if output_embeddings is not None:
             view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
         self._view = view

@@ -56,16 +56,24 @@ TOKEN_TABLES: dict[str, tuple[str, ...]] = {
     "deepseek_v4": (),
     "gemma3n_text": ("embed_tokens_per_layer",),
     "gemma4_text": ("embed_tokens_per_layer",),
-    "gemma4_unified_text": ("embed_tokens_per_layer",),
 }
-"""Types whose backbone must be given token ids -> tables in it that hold, side by side, a part of each token for every layer."""
+"""Types whose backbone must be given token ids -> tables in it, where it has them, that hold, side by side, a part of each token
+for every layer."""
 
 LAYER_ROWS: dict[str, tuple[str, ...]] = {
     "gemma3n_text": ("per_layer_model_projection",),
     "gemma4_text": ("per_layer_model_projection",),
-    "gemma4_unified_text": ("per_layer_model_projection",),
 }
-"""Linear maps of a backbone whose rows hold, one below the other, a part for every layer."""
+"""Linear maps of a backbone, where it has them, whose rows hold, one below the other, a part for every layer."""
+
+NOT_TEXT: dict[str, tuple[str, ...]] = {
+    "git": ("image_encoder", "visual_projection"),
+    "phi4_multimodal": ("embed_tokens_extend",),
+}
+"""Parts of a backbone that read something else than text; a twin is without them."""
+
+READ_BY_HEAD: dict[str, str] = {"opt": "model.decoder"}
+"""`model_type` -> the model inside its causal LM that the class calls, where it is not the outermost one that takes embeddings."""
 
 
 class MlpNames(NamedTuple):
@@ -89,6 +97,13 @@ MLP = MlpNames("gate_proj", "up_proj", "down_proj")
 ATTENTION = AttentionNames("q_proj", "k_proj", "v_proj", "o_proj")
 """The maps that a narrower twin can be cut from; layers that name them otherwise can be cut at full width only."""
 
+
+WITHOUT_GRADIENT = (
+    *("encoder_attn", "encoder_attn_layer_norm", "crossattention", "ln_cross_attn"),  # read an encoder, which a decoder has not
+    "indexer",  # answers with a choice of tokens
+    "pooler",  # reads the first token for a classifier
+)
+"""Names of parts of a backbone that no language modeling loss sends a gradient to."""
 
 CLASSIFIERS = ("score", "classifier")
 """Names of the linear head of a sequence classification model."""
@@ -133,7 +148,7 @@ class Stack:
     Attributes:
         backbone: the model without its task head that runs the layers.
         path: where the backbone stands in the base; empty when the base is the backbone.
-        decoder_path: where the innermost model stands that holds the layers; a task class calls it, or the backbone around it.
+        read_path: where the model stands whose output the base's task class hands to its head.
         layers_path: where the layers stand in the backbone.
         layers: the decoder layers, in order.
         config: the config of the decoder.
@@ -141,7 +156,7 @@ class Stack:
 
     backbone: PreTrainedModel
     path: str
-    decoder_path: str
+    read_path: str
     layers_path: str
     layers: tuple[nn.Module, ...]
     config: PreTrainedConfig
@@ -187,11 +202,12 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if reason is not None:
         raise ValueError(f"ShadowPEFT does not support {config.model_type!r} ({type(model).__name__}): {reason}")
     path, layers = _layers_of(model, config)
-    backbone_path, decoder_path = _model_paths(model, path)
+    backbone_path, outermost = _model_paths(model, path)
+    read_path = READ_BY_HEAD.get(config.model_type, outermost)
     backbone = model.get_submodule(backbone_path)
     assert isinstance(backbone, PreTrainedModel)
     inner = path[len(backbone_path) + 1 :] if backbone_path else path
-    return Stack(backbone, backbone_path, decoder_path, inner, tuple(layers), config)
+    return Stack(backbone, backbone_path, read_path, inner, tuple(layers), config)
 
 
 def classifier_name(model: PreTrainedModel) -> str | None:
@@ -257,18 +273,17 @@ def _may_be_layers(path: str, module: nn.ModuleList, count: int, declared: str |
 
 
 def _model_paths(model: PreTrainedModel, layers_path: str) -> tuple[str, str]:
-    """Where the backbone and the innermost model around the layers stand.
+    """Where the backbone stands, and the outermost model inside that is no task model and takes embeddings.
 
-    The backbone is the largest model inside `model` that is no task model and takes embeddings, or the innermost one when `model`
-    has other modalities.
+    They are the same, but for a model with other modalities: there the backbone is the innermost model around the layers.
     """
     owners = _owners(model, layers_path)
     innermost = owners[-1][0]
-    if model.config.get_text_config(decoder=True) is not model.config:
-        return innermost, innermost
     is_task_model = model.get_output_embeddings() is not None or model.base_model is not model
     inside = owners[1:] if is_task_model and len(owners) > 1 else owners
-    return next((path for path, owner in inside if _takes_embeddings(owner)), innermost), innermost
+    outermost = next((path for path, owner in inside if _takes_embeddings(owner)), innermost)
+    has_other_modalities = model.config.get_text_config(decoder=True) is not model.config
+    return (innermost if has_other_modalities else outermost), outermost
 
 
 def _takes_embeddings(model: PreTrainedModel) -> bool:

@@ -272,9 +272,8 @@ class ShadowPeftModel(nn.Module):
         if isinstance(own, BorrowedTable) and call.input_ids is not None:
             return {"input_ids": call.input_ids}
         if own is None or isinstance(own, BorrowedTable):
-            embeds = call.inputs_embeds
-            if embeds is None:
-                embeds = self.base_model.get_input_embeddings()(call.input_ids)
+            given = call.inputs_embeds
+            embeds = self.base_model.get_input_embeddings()(call.input_ids) if given is None else given.clone()
         elif call.inputs_embeds is not None:
             embeds = self._in_shadow_width(call.inputs_embeds)
         elif self._shadow_checkpointing and self.training:
@@ -283,7 +282,8 @@ class ShadowPeftModel(nn.Module):
             assert call.input_ids is not None
             return {"input_ids": call.input_ids}
         if self._shadow_checkpointing and self.training and not embeds.requires_grad:
-            embeds = embeds.detach().requires_grad_()  # reentrant checkpoints drop gradients of inputs that need none
+            # reentrant checkpoints drop gradients of inputs that need none; no leaf, since CTRL and GIT change it in place
+            embeds = embeds.detach().requires_grad_().clone()
         return {"inputs_embeds": embeds}
 
     def _in_shadow_width(self, embeds: Tensor) -> Tensor:
@@ -332,23 +332,40 @@ class ShadowPeftModel(nn.Module):
         """The base, still attached; calling it is calling the bare base."""
         return self.base_model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the layers of base and backbone in the backward pass; takes what transformers takes."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute the layers of base and backbone in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`.
+            **kwargs: `every_n_layers` and `offload`, as transformers takes them.
+        """
+        self.base_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:
                     module.gradient_checkpointing = False  # nothing below the first injection needs a gradient
         if self.shadow_model.supports_gradient_checkpointing:
-            self.shadow_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
             self._shadow_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations of base and backbone again."""
-        self.base_model.gradient_checkpointing_disable()
+        self.base_model.activation_checkpointing_disable()
         if self._shadow_checkpointing:
-            self.shadow_model.gradient_checkpointing_disable()
+            self.shadow_model.activation_checkpointing_disable()
         self._shadow_checkpointing = False
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The name that transformers gives `gradient_checkpointing_enable` from 5.23 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """The name that transformers gives `gradient_checkpointing_disable` from 5.23 on."""
+        self.gradient_checkpointing_disable()
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generation belongs to the task model.

@@ -60,6 +60,8 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         self.shadow_model_config = shadow_model_config or {}
         self.base_hidden_size = base_hidden_size
         self.vocab_size = vocab_size
+        if self.shadow_model_config:
+            self.backbone_config()  # an unknown architecture is an error here, not somewhere inside transformers
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     @classmethod
@@ -87,7 +89,9 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """Caches are made for the layers of the backbone; everything else is asked of this config."""
-        return self.backbone_config().get_text_config(decoder=True) if decoder else self
+        if not decoder or not self.shadow_model_config:
+            return self
+        return self.backbone_config().get_text_config(decoder=True)
 
 
 def _qualified(cls: type) -> str:

@@ -126,12 +126,14 @@ class ShadowTaskModel(PreTrainedModel):
         """The base chose its experts' implementation already; transformers would look for experts in this file."""
         return True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute layers in the backward pass; takes what transformers takes."""
-        self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute layers in the backward pass; transformers' `activation_checkpointing_enable` leads here too."""
+        self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
+        """Keep all activations again; transformers' `activation_checkpointing_disable` leads here too."""
         self.peft_model.gradient_checkpointing_disable()
 
     def __getattr__(self, name: str) -> Any:

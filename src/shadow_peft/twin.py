@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.config import ShadowConfig
 from shadow_peft.heads import input_embeddings, path_of
-from shadow_peft.layouts import LAYER_ROWS, TOKEN_TABLES, Stack, read_size
+from shadow_peft.layouts import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Stack, read_size
 from shadow_peft.narrowing import Kept, kept_parts, spread
 from shadow_peft.shortening import chosen_layers, shortened_config
 
@@ -45,18 +45,27 @@ def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[Pr
     """
     twin_config = shortened_config(stack, config)
     twin: PreTrainedModel = type(stack.backbone)(twin_config).to(torch.float32)
-    _drop_what_the_base_lacks(twin, stack)
+    _drop_needless_parts(twin, stack)
+    _freeze_what_never_learns(twin)
     lent = _borrow_tables(twin, stack, config)
     if cut and config.shadow_init != "random":
         _start_from_base(twin, stack, config)
     return twin, lent or drop_embeddings(twin)
 
 
-def _drop_what_the_base_lacks(twin: PreTrainedModel, stack: Stack) -> None:
-    """Take away optional parts beside the layers that this base was built without, such as BERT's pooler."""
+def _drop_needless_parts(twin: PreTrainedModel, stack: Stack) -> None:
+    """Take away what does not read text, and optional parts that this base was built without, such as BERT's pooler."""
+    not_text = NOT_TEXT.get(stack.config.model_type, ())
     for name in list(twin._modules):
-        if getattr(stack.backbone, name) is None:
+        if name in not_text or getattr(stack.backbone, name) is None:
             twin._modules[name] = None
+
+
+def _freeze_what_never_learns(twin: PreTrainedModel) -> None:
+    """What no gradient reaches stays in the file, and out of the trainable set."""
+    for path, module in twin.named_modules():
+        if path.rpartition(".")[2] in WITHOUT_GRADIENT:
+            module.requires_grad_(False)
 
 
 def _borrow_tables(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> str | None:
@@ -68,12 +77,16 @@ def _borrow_tables(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) ->
     names = TOKEN_TABLES.get(stack.config.model_type)
     if names is None:
         return None
-    for name in names:
+    for name in _present(names, stack):
         table = stack.backbone.get_submodule(name)
         twin._modules[name] = BorrowedTable(table, _of_layers(stack, config, table.weight.shape[1]))
     path = path_of(twin, twin.get_input_embeddings())
     twin.set_input_embeddings(BorrowedTable(stack.backbone.get_input_embeddings()))
     return f"{path}.weight"
+
+
+def _present(names: tuple[str, ...], stack: Stack) -> list[str]:
+    return [name for name in names if name in stack.backbone._modules]
 
 
 def _of_layers(stack: Stack, config: ShadowConfig, size: int) -> Tensor:
@@ -111,10 +124,11 @@ def _cut(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
     """Copy every parameter and saved buffer of the twin from the base; all are found before the first is written."""
     _require_same_heads(twin.config, stack.config, config)
     copies: list[tuple[Tensor, Tensor]] = []
+    head_dim = getattr(stack.config, "head_dim", None) if _drops_heads(config) else None
     for index, layer in enumerate(twin.get_submodule(stack.layers_path).children()):
         source = stack.layers[chosen_layers(stack, config)[index]]
         with present(source):
-            copies += _pairs(layer, source, kept_parts(layer, source, getattr(stack.config, "head_dim", None)))
+            copies += _pairs(layer, source, kept_parts(layer, source, head_dim))
     inside, rows = f"{stack.layers_path}.", _rows_of_layers(stack, config)
     for path, module in twin.named_modules():
         if not path.startswith(inside) and module is not twin.get_input_embeddings():
@@ -125,9 +139,13 @@ def _cut(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
         target.copy_(value)
 
 
+def _drops_heads(config: ShadowConfig) -> bool:
+    return config.shadow_num_attention_heads is not None or config.shadow_num_key_value_heads is not None
+
+
 def _rows_of_layers(stack: Stack, config: ShadowConfig) -> dict[str, Kept]:
     """What the twin keeps of maps beside the layers that hold a part for every layer."""
-    names = LAYER_ROWS.get(stack.config.model_type, ())
+    names = _present(LAYER_ROWS.get(stack.config.model_type, ()), stack)
     weights = {name: stack.backbone.get_submodule(name).weight for name in names}
     return {name: Kept(rows=_of_layers(stack, config, weight.shape[0])) for name, weight in weights.items()}
 

@@ -89,9 +89,9 @@ def _read_native(directory: Path) -> Checkpoint:
 
 def _read_peft(directory: Path) -> Checkpoint:
     data = read_json(directory / peft.CONFIG_FILE)
+    config = peft.config_from_peft(data)
     tensors = _required(directory, peft.ADAPTER_FILE)
     weight = float(data.get("auxiliary_loss_weight", 0.05))
-    config = peft.config_from_peft(data)
     return Checkpoint(config, "peft", tensors, {}, data.get("provenance", {}), directory, weight)
 
 

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 _PATTERNS = ["shadow_*", "adapter_*"]
 
@@ -26,8 +31,17 @@ def local_directory(path_or_repo: str | Path) -> Path:
     repo_id, _, revision = str(path_or_repo).partition("@")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_PATTERNS))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"The hub repository {repo_id!r} has no revision {revision!r}.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ValueError(f"{path_or_repo!r} is neither a local directory nor a readable hub repository.") from error
+        raise ValueError(
+            f"{str(path_or_repo)!r} is neither a directory nor a hub repository that can be read here. Check its name; for a "
+            "private one, log in with a token that may read it."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{str(path_or_repo)!r} is no directory, and the hub cannot be reached for a repository of that name: {error}"
+        ) from error
 
 
 def push(
@@ -40,18 +54,18 @@ def push(
     revision: str | None,
     create_pr: bool,
 ) -> str:
-    """Create the repository if needed and upload what `save` writes into a directory.
+    """Upload what `save` writes into a directory, to a repository that is created if needed.
 
     Returns:
         The address of the commit, or of the pull request.
     """
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        save(directory)
+        save(directory)  # first of all: what cannot be saved leaves nothing on the hub
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo, branch=revision, exist_ok=True)
         info = api.upload_folder(
             repo_id=repo, folder_path=directory, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-    return info.pr_url or info.commit_url if create_pr else info.commit_url
+    return info.pr_url or info.commit_url

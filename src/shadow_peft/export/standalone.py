@@ -66,19 +66,25 @@ def _stock(model: ShadowPeftModel, task_class: type[PreTrainedModel]) -> PreTrai
     if "shadow_lm_head" in model.task_heads:
         config.tie_word_embeddings = False
     exported = task_class(config)
-    outside = "" if model.stack.path == "" else f"{model.stack.path}."
     heads = _trained_heads(model, exported)
     for path, module in exported.named_modules():
         if path in heads:
             source = heads[path]
         elif module is exported.get_input_embeddings():
             source = model.base_model.get_input_embeddings()
-        elif path.startswith(outside):
-            source = model.shadow_model.get_submodule(path[len(outside) :])
         else:
-            source = model.base_model.get_submodule(path)
+            source = _source(model, path)
         _copy_tensors(module, source)
     return exported
+
+
+def _source(model: ShadowPeftModel, path: str) -> nn.Module:
+    """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
+    outside = "" if model.stack.path == "" else f"{model.stack.path}."
+    known = dict(model.shadow_model.named_modules())
+    if path.startswith(outside) and path[len(outside) :] in known:
+        return known[path[len(outside) :]]
+    return model.base_model.get_submodule(path)
 
 
 def _trained_heads(model: ShadowPeftModel, exported: PreTrainedModel) -> dict[str, nn.Module]:
@@ -163,7 +169,7 @@ def _head_scale(model: ShadowPeftModel) -> float:
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-    plain, full = (head(x).double(), TaskHead(model.base_model, model.stack.decoder_path)(x).double())
+    plain, full = (head(x).double(), TaskHead(model.base_model, model.stack.read_path)(x).double())
     if cap is not None:
         full = torch.atanh(full / cap) * cap
     scale = float((plain * full).sum() / plain.square().sum())
