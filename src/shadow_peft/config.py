@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 logger = logging.getLogger(__name__)
@@ -99,14 +100,14 @@ class ShadowConfig:
             logger.warning("Ignoring unknown keys of a stored shadow config: %s", ", ".join(unknown))
         return cls(**{key: value for key, value in data.items() if key in known})
 
-    def save_pretrained(self, save_directory: str) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `shadow_config.json` into a directory, which is created when it is missing."""
-        from shadow_peft.checkpoint.native import save_config
+        from shadow_peft.checkpoint import save_config
 
         save_config(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_path: str) -> ShadowConfig:
+    def from_pretrained(cls, pretrained_path: str | Path) -> ShadowConfig:
         """The config of a directory or hub repository that holds `shadow_config.json`."""
         from shadow_peft.checkpoint import load_config
 

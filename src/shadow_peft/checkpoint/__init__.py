@@ -111,6 +111,12 @@ def load_config(path_or_repo: str | Path) -> ShadowConfig:
     raise ValueError(f"{directory} holds neither {native.CONFIG_FILE} nor {peft.CONFIG_FILE}.")
 
 
+def save_config(config: ShadowConfig, save_directory: str | Path) -> None:
+    """Write a config alone, as `shadow_config.json`."""
+    with all_or_none(save_directory) as staging:
+        write_json(config.to_dict(), staging / native.CONFIG_FILE)
+
+
 def save(
     model: ShadowPeftModel,
     save_directory: str | Path,

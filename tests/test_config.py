@@ -1,0 +1,78 @@
+"""ShadowConfig: defaults, validation, JSON round trip; and the task models' own arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM
+from tests.tiny_models import INTEROP, adapted, causal_lm, llama
+
+PUBLISHED = {
+    "num_shadow_layers": 1,
+    "injection_hidden_size": 16,
+    "gate_hidden_size": 10,
+    "alpha": 0.1,
+    "dropout": 0.2,
+    "shadow_intermediate_size": None,
+    "shadow_num_attention_heads": None,
+    "shadow_num_key_value_heads": None,
+    "shadow_head_dim": None,
+    "modules_to_save": [],
+}
+
+
+def test_published_defaults() -> None:
+    assert PUBLISHED.items() <= ShadowConfig().to_dict().items()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = ShadowConfig(num_shadow_layers=3, alpha=1, modules_to_save=["lm_head"], shadow_init="random", variant="paper")
+    config.save_pretrained(tmp_path)
+    assert ShadowConfig.from_pretrained(tmp_path) == config
+    assert ShadowConfig.from_dict(config.to_dict()) == config
+
+
+def test_published_configs_of_both_dialects_are_read() -> None:
+    assert ShadowConfig.from_pretrained(INTEROP / "llama_implicit" / "adapter").injection_hidden_size == 8
+    paper = ShadowConfig.from_pretrained(INTEROP / "peft_llama_mirror" / "adapter")
+    assert (paper.variant, paper.gate_hidden_size, paper.alpha) == ("paper", 6, 0.7)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ShadowConfig().alpha = 1.0  # type: ignore[misc]
+
+
+WRONG = [
+    ({"num_shadow_layers": 0}, ValueError),
+    ({"injection_hidden_size": 0}, ValueError),
+    ({"gate_hidden_size": 1}, ValueError),
+    ({"dropout": 1.0}, ValueError),
+    ({"dropout": -0.1}, ValueError),
+    ({"alpha": "1"}, TypeError),
+    ({"alpha": True}, TypeError),
+    ({"num_shadow_layers": 1.5}, TypeError),
+    ({"shadow_head_dim": 0}, ValueError),
+    ({"modules_to_save": "lm_head"}, TypeError),
+    ({"shadow_init": "zeros"}, ValueError),
+    ({"shadow_init_layers": "last"}, ValueError),
+    ({"variant": "other"}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("values", "error"), WRONG)
+def test_wrong_values_are_named(values: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(values))):
+        ShadowConfig(**values)
+
+
+def test_wrong_arguments_of_task_models() -> None:
+    with pytest.raises(ValueError, match="inference_mode must be one of"):
+        causal_lm(llama()).set_inference_mode("base")
+    with pytest.raises(ValueError, match="must not be negative"):
+        ShadowForCausalLM(adapted(llama()), shadow_loss_weight=-1)
+    with pytest.raises(ValueError, match="modules_to_save names score"):
+        causal_lm(llama(), modules_to_save=["score"])
