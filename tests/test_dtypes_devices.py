@@ -37,6 +37,14 @@ def test_an_argument_keeps_the_adapter_in_the_bases_dtype(dtype: torch.dtype) ->
     ShadowForCausalLM(peft)(tokens(), labels=tokens()).loss.backward()
 
 
+def test_float32_masters_compute_in_the_bases_dtype() -> None:
+    model = causal_lm(llama().bfloat16())
+    backbone, seen = model.peft_model.shadow_model, []
+    backbone.layers[0].self_attn.q_proj.register_forward_hook(lambda m, args, out: seen.append((m.weight.dtype, out.dtype)))
+    model(tokens())
+    assert seen == [(torch.float32, torch.bfloat16)]
+
+
 def test_half_precision_classifier_and_explicit_shadow() -> None:
     model = classifier(qwen3_classifier().bfloat16())
     model(tokens(), labels=torch.tensor([0, 1, 2])).loss.backward()

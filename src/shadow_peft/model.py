@@ -342,10 +342,11 @@ class ShadowPeftModel(nn.Module):
             **kwargs: `every_n_layers` and `offload`, as transformers takes them.
         """
         self.base_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        self.base_model.disable_input_require_grads()
         for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:
-                    module.gradient_checkpointing = False  # nothing below the first injection needs a gradient
+                    module.gradient_checkpointing = False  # nothing below the first injection needs a gradient, embeddings included
         if self.shadow_model.supports_gradient_checkpointing:
             self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
             self._shadow_checkpointing = True
@@ -524,13 +525,16 @@ class ShadowPeftModel(nn.Module):
     def _settle_embeddings(self, shadow_model: PreTrainedModel | None) -> None:
         """Freeze the table of an explicit shadow unless it is to be trained; refuse one that cannot be fed.
 
+        An implicit shadow of another width has a random table of its own, which is trained.
+
         Raises:
             ValueError: a shadow without embeddings that does not read the base's width.
         """
         own, base = input_embeddings(self.shadow_model), self.base_model.get_input_embeddings()
         if own is not None:
+            made_here = shadow_model is None and self.shared_table_name is None
             asked = self.shadow_config.train_shadow_embeddings or asked_to_train(shadow_model)
-            own.requires_grad_(asked)
+            own.requires_grad_(asked or made_here)
         elif shadow_model is not None and base.weight.shape[1] != backbone_width(self.shadow_model):
             raise ValueError(
                 f"The shadow has no embeddings of its own and reads states {backbone_width(self.shadow_model)} wide, but the "

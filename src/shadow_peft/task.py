@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft import checkpoint
-from shadow_peft.checkpoint.hub import push
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.twin import present
 
@@ -166,26 +165,9 @@ class ShadowTaskModel(PreTrainedModel):
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.save`."""
         self.peft_model.save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Add shadow adapter",
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload adapter and trained heads to the hub, creating the repository if needed; returns the commit's address."""
-        return push(
-            self.save_pretrained,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload adapter and trained heads to the hub; the arguments are those of `ShadowPeftModel.push_to_hub`."""
+        return self.peft_model.push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
