@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
+from shadow_peft.checkpoint.store import read
 from tests.tiny_models import INTEROP, adapted, causal_lm, llama
 
 PUBLISHED = {
@@ -37,8 +38,10 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_published_configs_of_both_dialects_are_read() -> None:
     assert ShadowConfig.from_pretrained(INTEROP / "llama_implicit" / "adapter").injection_hidden_size == 8
-    paper = ShadowConfig.from_pretrained(INTEROP / "peft_llama_mirror" / "adapter")
+    paper = read(INTEROP / "peft_llama_mirror" / "adapter").config
     assert (paper.variant, paper.gate_hidden_size, paper.alpha) == ("paper", 6, 0.7)
+    with pytest.raises(ValueError, match=r"no shadow_config.json"):
+        ShadowConfig.from_pretrained(INTEROP / "peft_llama_mirror" / "adapter")
 
 
 def test_configs_are_frozen() -> None:

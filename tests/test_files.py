@@ -17,10 +17,9 @@ from shadow_peft import (
     ShadowForCausalLM,
     ShadowForSequenceClassification,
     ShadowPeftModel,
-    checkpoint,
     get_shadow_model,
 )
-from shadow_peft.checkpoint import files
+from shadow_peft.checkpoint import files, store
 from tests.tiny_models import INTEROP, adapted, causal_lm, classifier, gpt2, llama, qwen3, qwen3_classifier, tokens
 
 ADAPTER, CONFIG, HEADS = "shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"
@@ -97,7 +96,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(where: str, tmp_path: Pat
     with torch.no_grad():
         model.peft_model.shadow_injection_model.injection_ups.add_(1)
         model.peft_model.task_heads["lm_head"].weight.add_(1)
-    target, name = (files.os, "replace") if where == "os.replace" else (checkpoint, where.split()[-1])
+    target, name = (files.os, "replace") if where == "os.replace" else (store, where.split()[-1])
     original, calls = getattr(target, name), []
 
     def interrupted(*args: object) -> object:

@@ -141,6 +141,11 @@ class Signature:
         """The argument that carries a transformers cache, or None."""
         return next((name for name in CACHE_NAMES if name in self.names), None)
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the model remembers a state instead of tokens: its mask then covers the tokens at hand alone."""
+        return self.cache_name == "cache_params"
+
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that have a value and that the forward declares, or reads from its keyword arguments."""
         return {

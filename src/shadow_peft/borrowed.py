@@ -1,7 +1,7 @@
 """An embedding table of the base, lent to its twin.
 
-Some backbones must be given token ids: their layers look tokens up beside the embeddings. Their twin reads the base's own tables,
-which stand beside its modules, so that it neither trains nor saves nor moves them.
+Some backbones must be given token ids: their layers look tokens up beside the embeddings. Their twin reads the base's own
+tables, which stand beside its modules, so that it neither trains nor saves nor moves them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BorrowedTable(nn.Module):
         return self._read(self.table.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embeddings `[B, T, m]`; in training a leaf, since reentrant checkpoints drop gradients of inputs that need none."""
+        """Embeddings `[B, T, m]`; leaves in training, since reentrant checkpoints drop gradients of inputs that need none."""
         embeds = self._read(self.table(input_ids))
         return embeds.detach().requires_grad_() if self.training and torch.is_grad_enabled() else embeds
 

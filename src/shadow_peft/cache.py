@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
 
 
 class ShadowCache(Cache):
@@ -31,8 +31,11 @@ class ShadowCache(Cache):
         return [*(self.base.layers if self.base is not None else ()), *self.shadow.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens held."""
+        """Number of tokens held; where all layers are recurrent, and so count none, only an empty cache can tell."""
         held = self.shadow if self.base is None else self.base
+        recurrent = all(isinstance(layer, LinearAttentionLayer) for layer in held.layers)
+        if recurrent and not any(any(layer.has_previous_state.values()) for layer in held.layers):
+            return 0
         return held.get_seq_length(layer_idx)
 
     def __repr__(self) -> str:

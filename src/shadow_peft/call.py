@@ -65,7 +65,10 @@ class Call:
 
     def arguments(self, signature: Signature, cache: Any) -> dict[str, Any]:
         """Mask, positions and cache, those that a model's forward knows, under its names."""
-        arguments: dict[str, Any] = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        mask = self.attention_mask
+        if signature.is_recurrent and mask is not None and mask.dim() == 2:
+            mask = mask[:, -next(iter(self.tokens.values())).shape[1] :]
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": self.position_ids}
         if signature.cache_name is not None:
             arguments |= {signature.cache_name: cache, "use_cache": self.use_cache}
         return signature.accepted(arguments)

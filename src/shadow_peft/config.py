@@ -14,6 +14,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from shadow_peft.checkpoint.files import all_or_none, read_json, write_json
+from shadow_peft.checkpoint.hub import local_directory
+
+CONFIG_FILE = "shadow_config.json"
+
 logger = logging.getLogger(__name__)
 
 Variant = Literal["released", "paper"]
@@ -34,7 +39,8 @@ class ShadowConfig:
         gate_hidden_size: width k of the update's gate and transform, at least 2.
         alpha: factor of the injected correction.
         dropout: probability in [0, 1) inside injection and update, active in training only.
-        shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection.
+        shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection and an
+            embedding table of its own, both trained.
         shadow_intermediate_size: MLP width of an implicit backbone; None means the base's.
         shadow_num_attention_heads: attention heads of an implicit backbone; None means the base's.
         shadow_num_key_value_heads: key/value heads of an implicit backbone; None means the base's.
@@ -102,16 +108,17 @@ class ShadowConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `shadow_config.json` into a directory, which is created when it is missing."""
-        from shadow_peft.checkpoint import save_config
-
-        save_config(self, save_directory)
+        with all_or_none(save_directory) as staging:
+            write_json(self.to_dict(), staging / CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path) -> ShadowConfig:
-        """The config of a directory or hub repository that holds `shadow_config.json`."""
-        from shadow_peft.checkpoint import load_config
+        """The config in the `shadow_config.json` of a directory or hub repository.
 
-        return load_config(pretrained_path)
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        return cls.from_dict(read_json(local_directory(pretrained_path) / CONFIG_FILE))
 
 
 _LEAST: dict[str, int | tuple[None, int]] = {

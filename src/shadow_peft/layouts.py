@@ -1,9 +1,9 @@
 """Where a base keeps its decoder layers, and what its config calls its sizes.
 
-A generic rule finds the layers of almost every architecture: the one list of modules, inside a model of the decoder's own type,
-whose length is the number of decoder layers that the config declares. `LAYERS` names the place where that rule does not hold.
-What cannot be ridden at all stands in `UNSUPPORTED` with its reason. The other tables declare, by `model_type`, what is unusual
-about a decoder; what they do not name is as in Llama.
+A generic rule finds the layers of almost every architecture: the one list of modules, inside a model of the decoder's own
+type, whose length is the number of decoder layers that the config declares. `LAYERS` names the place where that rule does not
+hold. What cannot be ridden at all stands in `UNSUPPORTED` with its reason. The other tables declare, by `model_type`, what is
+unusual about a decoder; what they do not name is as in Llama.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNSUPPORTED: dict[str, str] = {
     "hrm_text": "its two stacks of layers take turns several times on every token, so a layer has no one place in depth",
     "prophetnet": "its decoder is not causal: its n-gram streams, which its layers carry beside the main stream, look ahead",
     "reformer": "its layers are reversible: each takes and returns two streams, which its own backward pass restores",
-    "rwkv": "its time mixing is initialised by a division by the number of layers less one, so there is no twin of one layer",
+    "rwkv": "its initialisation divides by the number of layers less one, so there is no twin of one layer",
     "xlm": "it has no decoder layers: its attentions, feed-forward parts and norms stand in lists of their own",
     "xlnet": "it is not causal",
 }
@@ -35,7 +35,7 @@ INPUT_NAMES: dict[str, str] = {}
 """`model_type` -> keyword of the hidden state in a call of a decoder layer, where it is not `hidden_states`."""
 
 DEPTH_NAMES = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers")
-"""Names of the number of decoder layers. BART's family calls its encoder's depth `num_hidden_layers`, LongCat twice its own."""
+"""Names of the number of decoder layers; `num_hidden_layers` is the encoder's depth in BART's family, twice the own in LongCat."""
 
 SIZE_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -57,8 +57,8 @@ TOKEN_TABLES: dict[str, tuple[str, ...]] = {
     "gemma3n_text": ("embed_tokens_per_layer",),
     "gemma4_text": ("embed_tokens_per_layer",),
 }
-"""Types whose backbone must be given token ids -> tables in it, where it has them, that hold, side by side, a part of each token
-for every layer."""
+"""Types whose backbone must be given token ids -> tables in it, where it has them, that hold, side by side, a part of each
+token for every layer."""
 
 LAYER_ROWS: dict[str, tuple[str, ...]] = {
     "gemma3n_text": ("per_layer_model_projection",),
@@ -73,7 +73,14 @@ NOT_TEXT: dict[str, tuple[str, ...]] = {
 """Parts of a backbone that read something else than text; a twin is without them."""
 
 READ_BY_HEAD: dict[str, str] = {"opt": "model.decoder"}
-"""`model_type` -> the model inside its causal LM that the class calls, where it is not the outermost one that takes embeddings."""
+"""`model_type` -> the model inside its causal LM that the class calls, where that is not the outermost one that takes
+embeddings."""
+
+
+FEWEST_EXPORTED: dict[str, tuple[int, str]] = {
+    "olmo_hybrid": (2, "its config wants a recurrent and an attention layer"),
+}
+"""Types whose config, when it is loaded, refuses a model of fewer layers, and why."""
 
 
 class MlpNames(NamedTuple):
@@ -99,7 +106,8 @@ ATTENTION = AttentionNames("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 WITHOUT_GRADIENT = (
-    *("encoder_attn", "encoder_attn_layer_norm", "crossattention", "ln_cross_attn"),  # read an encoder, which a decoder has not
+    # what reads an encoder, which a decoder has not
+    *("encoder_attn", "encoder_attn_layer_norm", "crossattention", "ln_cross_attn"),
     "indexer",  # answers with a choice of tokens
     "pooler",  # reads the first token for a classifier
 )

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from shadow_peft import checkpoint
+from shadow_peft.adapter_files import AdapterFiles
 from shadow_peft.attach import Attachment
 from shadow_peft.backbone import (
     CACHE_NAMES,
@@ -32,11 +31,8 @@ from shadow_peft.backbone import (
 from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.cache import ShadowCache, StatePair, bare, pair, paired
 from shadow_peft.call import Call
-from shadow_peft.checkpoint import native, peft
-from shadow_peft.checkpoint.files import fill
-from shadow_peft.checkpoint.hub import push
+from shadow_peft.checkpoint import store
 from shadow_peft.config import ShadowConfig
-from shadow_peft.export.standalone import standalone
 from shadow_peft.heads import input_embeddings
 from shadow_peft.injection import ShadowInjectionModel
 from shadow_peft.layouts import find_stack
@@ -60,7 +56,7 @@ def get_shadow_model(
     )
 
 
-class ShadowPeftModel(nn.Module):
+class ShadowPeftModel(AdapterFiles):
     """A frozen base model with a shadow adapter attached.
 
     The base keeps its class, module names, state dict and behaviour: a call of the base itself is the bare base, a call of
@@ -384,57 +380,7 @@ class ShadowPeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    # ---------------------------------------------------------------- parameters and files
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable parameters, and of all parameters."""
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
-        return sum(t for t, _ in counts), sum(n for _, n in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
-        return self._adapter_views()
-
-    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `adapter_state_dict` returned into this model.
-
-        Raises:
-            ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
-        """
-        shared = checkpoint.shared_table(self)
-        fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
-
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs."""
-        views = {**self._adapter_views(), **native.head_views(self)}
-        destination = {} if destination is None else destination
-        destination.update({prefix + name: view for name, view in views.items()})
-        return destination
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy what `state_dict` returned into this model; without `strict`, a part of it.
-
-        Returns:
-            torch's pair of missing and unexpected keys, the latter always empty.
-
-        Raises:
-            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
-        """
-        views = {**self._adapter_views(), **native.head_views(self)}
-        fill(views, state_dict, "The state dict", strict)
-        return _IncompatibleKeys([name for name in views if name not in state_dict], [])
-
-    def _adapter_views(self) -> dict[str, Tensor]:
-        return (peft if self.shadow_config.variant == "paper" else native).adapter_views(self)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.save`."""
-        checkpoint.save(self, save_directory, **kwargs)
+    # ---------------------------------------------------------------- loading
 
     @classmethod
     def from_pretrained(
@@ -458,7 +404,7 @@ class ShadowPeftModel(nn.Module):
         Raises:
             ValueError: no adapter there, a damaged file, or an adapter that does not fit the base; the base stays untouched.
         """
-        stored = checkpoint.read(pretrained_shadow_path)
+        stored = store.read(pretrained_shadow_path)
         return cls.from_checkpoint(
             model, stored, is_trainable=is_trainable, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype
         )
@@ -467,7 +413,7 @@ class ShadowPeftModel(nn.Module):
     def from_checkpoint(
         cls,
         model: PreTrainedModel,
-        stored: checkpoint.Checkpoint,
+        stored: store.Checkpoint,
         *,
         is_trainable: bool = False,
         shadow_model: PreTrainedModel | None = None,
@@ -487,38 +433,13 @@ class ShadowPeftModel(nn.Module):
         try:
             for name in stored.head_names if make_head is not None else ():
                 peft_model.task_heads[name] = make_head(peft_model, name)
-            checkpoint.load_into(peft_model, stored)
+            store.load_into(peft_model, stored)
         except ValueError:
             peft_model.unload()
             raise
         if not is_trainable:
             peft_model.requires_grad_(False).eval()
         return peft_model
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Add shadow adapter",
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit."""
-        return push(
-            self.save_pretrained,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-    def export_shadow(self) -> PreTrainedModel:
-        """The shadow alone as a self-contained model, see `export.standalone`."""
-        return standalone(self)
 
     # ---------------------------------------------------------------- building
 

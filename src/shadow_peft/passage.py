@@ -64,8 +64,7 @@ class LayerPassage:
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
-        wide = self._stream.split(h, self.state.shape[-1])
-        state = self.state.to(h.device, h.dtype).expand_as(wide)
+        wide, state = self._met(h)
         down, up = self._maps[index]
         if h.dtype != self._dtype or h.device != self._device:
             down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
@@ -74,13 +73,19 @@ class LayerPassage:
 
     def after(self, index: int, h: Tensor) -> None:
         """Move the shadow state on with the output of ridden layer `index`."""
-        wide = self._stream.split(h, self.state.shape[-1])
-        state = self.state.to(h.device, h.dtype).expand_as(wide)
+        wide, state = self._met(h)
         maps, norm = self._updates[index], self._norm
         if h.dtype != self._dtype or h.device != self._device:
             maps, norm = maps.to(h.device, h.dtype), _moved(norm, h)
         with _exactly(h):
             self.state = update(wide, state, maps, norm, self._dropout)
+
+    def _met(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway when it needs no others."""
+        wide = self._stream.split(h, self.state.shape[-1])
+        if wide.shape[-2] < self.state.shape[-2]:
+            self.state = self.state[..., -wide.shape[-2] :, :]
+        return wide, self.state.to(h.device, h.dtype).expand_as(wide)
 
     def at_head(self, h: Tensor) -> Tensor | None:
         """Keep the final hidden state when it is wanted; the base's own head then computes no token."""
@@ -98,5 +103,3 @@ def _exactly(h: Tensor) -> AbstractContextManager[object]:
 
 def _moved(norm: Norm | None, h: Tensor) -> Norm | None:
     return None if norm is None else Norm(norm.weight.to(h.device, h.dtype), norm.bias.to(h.device, h.dtype))
-
-

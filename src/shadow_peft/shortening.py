@@ -1,7 +1,7 @@
 """The config of a twin: the base's config with fewer layers.
 
-A config describes its layers one by one in lists, in lists of indices, in counts, in periods, or in overrides by index. Generic
-rule: a list as long as the base is deep holds one value per layer. The tables declare what is written otherwise.
+A config describes its layers one by one in lists, in lists of indices, in counts, in periods, or in overrides by index.
+Generic rule: a list as long as the base is deep holds one value per layer. The tables declare what is written otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _WITHOUT_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
 _OTHER_DEPTHS = ("encoder_layers", "num_blocks")
 """Settings that say the depth once more: a cache has as many entries as BART's encoder has layers."""
 
-_INDICES = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers")
+_INDICES = (
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers"),
+    "moe_layers",
+)
 """Settings that list the layers which are of one kind."""
 
 _COUNTS = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers")
@@ -44,12 +47,19 @@ _CYCLES = ("block_types",)
 _RESET: dict[str, Any] = {"num_kv_shared_layers": 0, "ple_layer_ids": []}
 """Settings that a twin does without: keys shared between layers, and n-gram tables inside layers."""
 
+_LAST_KINDS: dict[str, str] = {"gemma4_text": "full_attention", "gemma4_unified_text": "full_attention"}
+"""`model_type` -> the kind of the last layer, which the config makes so when it is loaded."""
+
+_SHARING_KINDS: dict[str, str] = {"zamba": "hybrid"}
+"""`model_type` -> the kind of layer whose weights are shared among all layers of the kind."""
+
 
 def chosen_layers(stack: Stack, config: ShadowConfig) -> list[int]:
     """Base layers that the twin's layers follow.
 
-    They are the first ones, or ones evenly spaced from the first to the last. Where none of them keeps keys but the base has
-    layers that do (recurrent and attention layers mixed), the last chosen one gives way to the first of those.
+    They are the first ones, or ones evenly spaced from the first to the last. The last chosen one gives way to the next base
+    layer of the right kind: where none keeps keys but the base has layers that do (recurrent and attention layers mixed),
+    and where the config wants its last layer to be of one kind.
 
     Raises:
         ValueError: more layers than the base has.
@@ -61,10 +71,16 @@ def chosen_layers(stack: Stack, config: ShadowConfig) -> list[int]:
         chosen = list(range(n))
     else:
         chosen = [round(i * (count - 1) / (n - 1)) for i in range(n)]
-    keeping = [i for i, kind in enumerate(_kinds(stack.config)) if kind not in _WITHOUT_KEYS]
-    if keeping and not set(keeping) & set(chosen):
-        chosen = sorted({*chosen[:-1], keeping[0]})
-    return chosen
+    right = _right_last_layers(stack.config)
+    if right and not set(right) & set(chosen[-1:] if stack.config.model_type in _LAST_KINDS else chosen):
+        chosen[-1] = next((i for i in right if i > chosen[-1]), right[-1])
+    return sorted(chosen)
+
+
+def _right_last_layers(config: PreTrainedConfig) -> list[int]:
+    """Base layers of the kind that one of the twin's layers, or its last one, must have."""
+    last = _LAST_KINDS.get(config.model_type)
+    return [i for i, kind in enumerate(_kinds(config)) if (kind == last if last else kind not in _WITHOUT_KEYS)]
 
 
 def shortened_config(stack: Stack, config: ShadowConfig) -> PreTrainedConfig:
@@ -73,6 +89,8 @@ def shortened_config(stack: Stack, config: ShadowConfig) -> PreTrainedConfig:
     short = copy.deepcopy(stack.config)
     for name, value in _shortened(stored, chosen, len(stack.layers)).items():
         setattr(short, name, value)
+    if _kinds(short).count(_SHARING_KINDS.get(short.model_type, "")) == 1:
+        short.tie_word_embeddings = False  # transformers refuses to tie a layer's weights to no other layer's
     for size, field in _SIZES.items():
         value = getattr(config, field)
         if value is not None:
@@ -114,7 +132,7 @@ def _by_index(overrides: dict[Any, Any], chosen: list[int]) -> dict[int, Any]:
 
 
 def _period(period: int, offset: int, chosen: list[int]) -> tuple[int, int]:
-    """A period and offset under which the twin's layers are of the kinds of the chosen ones; the base's where there is none."""
+    """A period and offset under which the twin's layers are of the kinds of the chosen ones; the base's if there is none."""
     wanted = [old % period == offset for old in chosen]
     candidates = [(p, o) for p in range(1, len(chosen) + 2) for o in range(p)]
     fitting = (c for c in candidates if [new % c[0] == c[1] for new in range(len(chosen))] == wanted)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shadow_peft import checkpoint
+from shadow_peft.checkpoint import store
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.twin import present
 
@@ -162,7 +162,7 @@ class ShadowTaskModel(PreTrainedModel):
         return self.peft_model.export_shadow()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.save`."""
+        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
         self.peft_model.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
@@ -186,7 +186,7 @@ class ShadowTaskModel(PreTrainedModel):
         Args:
             shadow_loss_weight: None takes what the checkpoint says, else 0.05.
         """
-        stored = checkpoint.read(pretrained_shadow_path)
+        stored = store.read(pretrained_shadow_path)
         foreign = set(stored.head_names) - set(cls.head_names)
         if foreign:
             raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")

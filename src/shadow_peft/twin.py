@@ -1,8 +1,9 @@
 """The implicit shadow backbone: a short twin of the base, random or cut from the base's own pretrained layers.
 
-The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is fed the
-base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps
-the MLP neurons and attention heads that weigh most, measured by the norms of their weights (see `narrowing`).
+The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is fed
+the base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the
+base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps the MLP neurons and attention
+heads that weigh most, measured by the norms of their weights (see `narrowing`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shadow_peft.shortening import chosen_layers, shortened_config
 
 logger = logging.getLogger(__name__)
 
+
 class CannotCut(ValueError):
     """The twin's sizes do not let it start from the base's layers."""
 
@@ -37,7 +39,8 @@ def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[Pr
         cut: False leaves the weights random whatever the config says, for a checkpoint that is about to be loaded.
 
     Returns:
-        The backbone, and the name that the weight of its embedding table had before it was dropped.
+        The backbone, and the name that the weight of its embedding table had before it was dropped; None if it keeps a table
+        of its own, because it is of another width.
 
     Raises:
         ValueError: more layers than the base has, a size the base's config does not know, or `shadow_init="base"`
@@ -50,6 +53,8 @@ def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[Pr
     lent = _borrow_tables(twin, stack, config)
     if cut and config.shadow_init != "random":
         _start_from_base(twin, stack, config)
+    if lent is None and config.shadow_hidden_size not in (None, stack.hidden_size):
+        return twin, None
     return twin, lent or drop_embeddings(twin)
 
 
@@ -72,10 +77,10 @@ def _borrow_tables(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) ->
     """Put the base's tables into a twin that must be given token ids.
 
     Returns:
-        The name that the weight of its embedding table had, or None if it needs no ids.
+        The name that the weight of its embedding table had; None if it needs no ids, or keeps tables of its own width.
     """
     names = TOKEN_TABLES.get(stack.config.model_type)
-    if names is None:
+    if names is None or config.shadow_hidden_size not in (None, stack.hidden_size):
         return None
     for name in _present(names, stack):
         table = stack.backbone.get_submodule(name)
@@ -173,9 +178,7 @@ def _counterpart(source: nn.Module, path: str) -> nn.Module:
         raise CannotCut(f"the base has no module {path!r} there") from None
 
 
-def _own_pairs(
-    module: nn.Module, source: nn.Module, path: str, kept: dict[str, Kept]
-) -> list[tuple[Tensor, Tensor]]:
+def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, Kept]) -> list[tuple[Tensor, Tensor]]:
     """(tensor of the twin, value from the base) for the parameters and saved buffers that stand in `module` itself."""
     values, pairs = own_tensors(source), []
     for name, target in own_tensors(module).items():

@@ -74,8 +74,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file holds no JSON object.
+        ValueError: there is no such file, or it holds no JSON object.
     """
+    if not path.is_file():
+        raise ValueError(f"There is no {path.name} in {path.parent}.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
-CONFIG_FILE = "shadow_config.json"
 ADAPTER_FILE = "shadow_adapter.safetensors"
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.heads import TaskHead, input_embeddings, path_of
-from shadow_peft.layouts import classifier_name
+from shadow_peft.layouts import FEWEST_EXPORTED, classifier_name, read_size
 from shadow_peft.projected import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
@@ -40,6 +40,7 @@ def standalone(model: ShadowPeftModel) -> PreTrainedModel:
     Raises:
         ValueError: the shadow has no form of its own that would compute what it computes when attached.
     """
+    _require_loadable(model.shadow_model.config)
     same_width = isinstance(model.shadow_hidden_projection, nn.Identity)
     if model.has_implicit_shadow and same_width and _is_text_model(model.base_model):
         exported = _stock(model, _task_class(model))
@@ -47,6 +48,17 @@ def standalone(model: ShadowPeftModel) -> PreTrainedModel:
         exported = _causal_lm(model, same_width)
     exported.generation_config = copy.deepcopy(getattr(model.base_model, "generation_config", None))
     return exported.to(model.shadow_model.device, model.shadow_model.dtype).eval()
+
+
+def _require_loadable(config: PreTrainedConfig) -> None:
+    if config.model_type not in FEWEST_EXPORTED:
+        return
+    (fewest, reason), layers = FEWEST_EXPORTED[config.model_type], read_size(config, "num_hidden_layers")
+    if layers < fewest:
+        raise ValueError(
+            f"A {config.model_type!r} shadow of {layers} layer could be saved but not loaded: {reason}. Train one with "
+            f"num_shadow_layers={fewest} to export it."
+        )
 
 
 def _is_text_model(base: PreTrainedModel) -> bool:

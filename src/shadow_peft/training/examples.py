@@ -2,6 +2,8 @@
 
     {"prompt": "command: open the door\\njson:", "completion": " {\\"action\\": \\"open\\"}"}
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}
+
+A conversation ends with a turn of the assistant; a file holds lines of one kind.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.loss import IGNORE_INDEX, next_token_loss, shifted
 
 
-class ShadowSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class ShadowSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` for a `ShadowForCausalLM`.
 
     Takes the arguments of `trl.SFTTrainer`. Besides the loss, the log carries `base_loss` and `shadow_loss` (nats per
@@ -37,7 +37,7 @@ class ShadowSFTTrainer(SFTTrainer):  # type: ignore[misc]
             raise TypeError(f"ShadowSFTTrainer trains a ShadowForCausalLM, got {type(model).__name__}; use trl.SFTTrainer.")
         _check_loss(args, kwargs)
         super().__init__(model, args, **kwargs)
-        vars(model).pop("forward", None)  # TRL's fused head, which this trainer never calls
+        model.__dict__.pop("forward", None)  # TRL's fused head, which this trainer never calls
 
     def compute_loss(
         self,

@@ -1,0 +1,106 @@
+"""The adapter of a model as tensors and files: counted, saved, uploaded, exported.
+
+`state_dict()` holds the adapter and the trained heads under their names in the files and nothing of the base, so a trainer's
+checkpoint is an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+
+from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint.files import fill
+from shadow_peft.checkpoint.hub import push
+from shadow_peft.export.standalone import standalone
+
+if TYPE_CHECKING:
+    from shadow_peft.model import ShadowPeftModel
+
+
+class AdapterFiles(nn.Module):
+    """What a `ShadowPeftModel` can do with its adapter's tensors."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters, and of all parameters."""
+        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
+        return sum(t for t, _ in counts), sum(n for _, n in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
+        return self._adapter_views()
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what `adapter_state_dict` returned into this model.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+        """
+        shared = store.shared_table(self._model)
+        fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs."""
+        views = {**self._adapter_views(), **native.head_views(self._model)}
+        destination = {} if destination is None else destination
+        destination.update({prefix + name: view for name, view in views.items()})
+        return destination
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Copy what `state_dict` returned into this model; without `strict`, a part of it.
+
+        Returns:
+            torch's pair of missing and unexpected keys, the latter always empty.
+
+        Raises:
+            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
+        """
+        views = {**self._adapter_views(), **native.head_views(self._model)}
+        fill(views, state_dict, "The state dict", strict)
+        return _IncompatibleKeys([name for name in views if name not in state_dict], [])
+
+    def _adapter_views(self) -> dict[str, Tensor]:
+        return (peft if self._model.shadow_config.variant == "paper" else native).adapter_views(self._model)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        store.save(self._model, save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add shadow adapter",
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit."""
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def export_shadow(self) -> PreTrainedModel:
+        """The shadow alone as a self-contained model, see `export.standalone`."""
+        return standalone(self._model)
+
+    @property
+    def _model(self) -> ShadowPeftModel:
+        return cast("ShadowPeftModel", self)

@@ -1,0 +1,209 @@
+"""An adapter saved and loaded, in either file dialect, from a directory or the hub."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from shadow_peft.checkpoint import native, peft
+from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
+from shadow_peft.checkpoint.hub import local_directory
+from shadow_peft.config import CONFIG_FILE, ShadowConfig
+
+if TYPE_CHECKING:
+    from shadow_peft.model import ShadowPeftModel
+
+Dialect = Literal["native", "peft"]
+
+INDEX_FILE = "model.safetensors.index.json"
+"""transformers' index of a checkpoint in several files; it lets a Trainer resume from ours as they are."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A stored adapter, read but not yet loaded into a model.
+
+    Attributes:
+        config: the adapter's hyperparameters.
+        dialect: which files it was read from.
+        tensors: name -> tensor of the adapter.
+        heads: name -> tensor of the trained heads.
+        provenance: what the file says about where it comes from; empty when it says nothing.
+        directory: where it was read.
+        shadow_loss_weight: weight of the shadow's loss in training, where the file says it.
+    """
+
+    config: ShadowConfig
+    dialect: Dialect
+    tensors: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    provenance: dict[str, Any]
+    directory: Path
+    shadow_loss_weight: float = 0.05
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of the trained heads that the checkpoint holds."""
+        return sorted({name.partition(".")[0] for name in self.heads})
+
+
+def read(path_or_repo: str | Path) -> Checkpoint:
+    """Read a checkpoint of either dialect.
+
+    Raises:
+        ValueError: no checkpoint is there, or a file of it is damaged.
+    """
+    directory = local_directory(path_or_repo)
+    if (directory / CONFIG_FILE).is_file():
+        return _read_native(directory)
+    if (directory / peft.CONFIG_FILE).is_file():
+        return _read_peft(directory)
+    raise ValueError(
+        f"{directory} holds no shadow adapter: neither {CONFIG_FILE} (shadow-peft) nor {peft.CONFIG_FILE} (peft)."
+    )
+
+
+def _read_native(directory: Path) -> Checkpoint:
+    stored = read_json(directory / CONFIG_FILE)
+    legacy = directory / native.LEGACY_ADAPTER_FILE
+    use_legacy = legacy.is_file() and not (directory / native.ADAPTER_FILE).is_file()
+    tensors = read_tensors(legacy) if use_legacy else _required(directory, native.ADAPTER_FILE)
+    heads_file = directory / native.HEADS_FILE
+    heads = read_tensors(heads_file) if heads_file.is_file() else {}
+    return Checkpoint(
+        ShadowConfig.from_dict(stored), "native", tensors, heads, stored.get("provenance", {}), directory
+    )
+
+
+def _read_peft(directory: Path) -> Checkpoint:
+    data = read_json(directory / peft.CONFIG_FILE)
+    config = peft.config_from_peft(data)
+    tensors = _required(directory, peft.ADAPTER_FILE)
+    weight = float(data.get("auxiliary_loss_weight", 0.05))
+    return Checkpoint(config, "peft", tensors, {}, data.get("provenance", {}), directory, weight)
+
+
+def _required(directory: Path, name: str) -> dict[str, Tensor]:
+    if not (directory / name).is_file():
+        raise ValueError(f"{directory} has a config but no {name}.")
+    return read_tensors(directory / name)
+
+
+def save(
+    model: ShadowPeftModel,
+    save_directory: str | Path,
+    *,
+    dialect: Dialect | None = None,
+    include_shared_embeddings: bool = False,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **_: Any,
+) -> None:
+    """Save an adapter; an interrupted save leaves what was there before.
+
+    Args:
+        model: the adapted model.
+        save_directory: created when it is missing.
+        dialect: which files; None takes peft's for the variant "paper" and ours for all others.
+        include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
+            implicit shadow whose class does not call its table `embed_tokens`.
+        is_main_process: False writes nothing, as in transformers.
+        state_dict: what `model.state_dict()` returned, when a trainer has gathered it.
+        **_: further arguments of transformers' `save_pretrained`, which have no meaning here.
+    """
+    if not is_main_process:
+        return
+    if (dialect or _dialect_of(model)) == "peft":
+        return _save_peft(model, save_directory)
+    adapter, heads = native.adapter_views(model), native.head_views(model)
+    if state_dict is not None:
+        adapter, heads = ({name: state_dict[name] for name in views} for views in (adapter, heads))
+    if include_shared_embeddings:
+        adapter |= shared_table(model)
+    with all_or_none(save_directory) as staging:
+        write_tensors(adapter, staging / native.ADAPTER_FILE)
+        if heads:
+            write_tensors(heads, staging / native.HEADS_FILE)
+        write_json({**model.shadow_config.to_dict(), "provenance": provenance(model)}, staging / CONFIG_FILE)
+        files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
+        write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
+
+
+def _save_peft(model: ShadowPeftModel, save_directory: str | Path) -> None:
+    if native.head_views(model):
+        raise ValueError("peft's dialect has no place for trained heads.")
+    with all_or_none(save_directory) as staging:
+        adapter = peft.adapter_views(model)
+        write_tensors(adapter, staging / peft.ADAPTER_FILE)
+        base_name = model.base_model.name_or_path or None
+        write_json({**peft.peft_config(model, base_name), "provenance": provenance(model)}, staging / peft.CONFIG_FILE)
+        write_json({"metadata": {}, "weight_map": dict.fromkeys(adapter, peft.ADAPTER_FILE)}, staging / INDEX_FILE)
+
+
+def _dialect_of(model: ShadowPeftModel) -> Dialect:
+    return "peft" if model.shadow_config.variant == "paper" else "native"
+
+
+def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensors into a model; all are checked before the first is copied.
+
+    Raises:
+        ValueError: it was made for a base of other sizes, or a tensor is missing, unknown or of another shape.
+    """
+    _require_same_base(model, checkpoint)
+    views = peft.adapter_views(model) if checkpoint.dialect == "peft" else native.adapter_views(model)
+    heads = native.head_views(model)
+    known = {name: t for name, t in checkpoint.tensors.items() if name not in shared_table(model)}
+    fill({**views, **heads}, {**known, **checkpoint.heads}, str(checkpoint.directory))
+
+
+def _require_same_base(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
+    stored, here = checkpoint.provenance.get("base_sizes", {}), base_sizes(model)
+    differing = [f"{name} {stored[name]} (here {here[name]})" for name in here if stored.get(name, here[name]) != here[name]]
+    if differing:
+        raise ValueError(f"{checkpoint.directory} was made for another base: {', '.join(differing)}.")
+
+
+def shared_table(model: ShadowPeftModel) -> dict[str, Tensor]:
+    """The base's embedding table under the name that an implicit shadow's own table would have."""
+    name = model.shared_table_name
+    if name is None:
+        return {}
+    return {f"shadow_model.{name}": model.base_model.get_input_embeddings().weight.detach()}
+
+
+def provenance(model: ShadowPeftModel) -> dict[str, Any]:
+    """Where an adapter comes from: versions, base, base sizes, seed."""
+    base = model.base_model
+    return {
+        "versions": {
+            **{name: version(name) for name in ("shadow-peft", "torch", "transformers", "safetensors")},
+            "python": platform.python_version(),
+        },
+        "base_model_name_or_path": base.name_or_path or None,
+        "base_model_type": base.config.model_type,
+        "base_model_class": type(base).__name__,
+        "base_sizes": base_sizes(model),
+        "seed": torch.initial_seed(),
+        "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
+    }
+
+
+def base_sizes(model: ShadowPeftModel) -> dict[str, int]:
+    """The sizes of a base that an adapter depends on."""
+    table = model.base_model.get_input_embeddings()
+    sizes = {"hidden_size": model.stack.hidden_size, "num_hidden_layers": len(model.stack.layers)}
+    return sizes if table is None else {**sizes, "vocab_size": int(table.weight.shape[0])}
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return plain

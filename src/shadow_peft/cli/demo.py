@@ -1,0 +1,63 @@
+"""`shadow-peft demo`: the embedded base learns robot commands, LoRA races beside it, offline, in some minutes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from shadow_peft.cli.parsing import make_parser, parse
+from shadow_peft.demo.measure import in_own_process
+from shadow_peft.demo.race import Contender, RaceSettings, race_base, race_lora, race_shadow
+from shadow_peft.demo.report import draw_curves, examples, save_results, table
+from shadow_peft.demo.robot_commands import commands
+
+DESCRIPTION = "Fine-tunes an embedded model on an embedded task, offline, and races PEFT LoRA of the same size."
+EXAMPLES = """examples:
+  shadow-peft demo                          the whole race, some minutes on two cores
+  shadow-peft demo --output /tmp/race       results go there
+  shadow-peft demo --smoke                  a few steps, to see that everything runs
+"""
+
+
+@dataclass
+class DemoOptions:
+    """Options of `shadow-peft demo`."""
+
+    output: Path = field(default=Path("shadow-demo"), metadata={"help": "Folder of adapter, shadow, picture, results."})
+    smoke: bool = field(default=False, metadata={"help": "A few steps and commands only; the figures mean nothing."})
+    seed: int = field(default=0, metadata={"help": "Seed of commands, weights and order."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parses the options, runs the race and prints the table."""
+    (options,) = parse(make_parser("demo", [DemoOptions], DESCRIPTION, EXAMPLES), arguments)
+    settings = replace(RaceSettings(), seed=options.seed)
+    if options.smoke:
+        settings = replace(settings, steps=3, batch=4, test_commands=4)
+    hold_race(settings, options.output)
+
+
+def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
+    """Runs every contender, prints the table and writes all files below `output`."""
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    contenders = _contenders(settings, output)
+    seconds = time.perf_counter() - started
+    save_results(output / "results.json", settings, contenders, seconds)
+    draw_curves(output / "curves.png", contenders)
+    print(f"\n{table(contenders)}\n")
+    print(examples(contenders, commands("test", settings.test_commands, settings.seed)))
+    print(f"\n{seconds:.0f} s in all; adapter, exported shadow, curves.png and results.json are in {output}/")
+    return contenders
+
+
+def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
+    """The lines of the table, in its order."""
+    bare = race_base(settings)
+    print(f"fine-tuning base + shadow: {settings.steps} steps of {settings.batch} commands")
+    shadows = in_own_process(race_shadow, settings, output)
+    training = shadows[0].training
+    assert training is not None
+    print(f"fine-tuning LoRA: the same commands, {training.trainable:,} trainable parameters as near as a rank comes")
+    return [*bare, *shadows, *in_own_process(race_lora, settings, training.trainable)]

@@ -1,0 +1,101 @@
+"""`shadow-peft generate`: a model goes on with a text, with its shadow adapter, as the shadow alone, or bare."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
+from shadow_peft.cli.parsing import UserError, make_parser, parse
+
+DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."
+EXAMPLES = """examples:
+  shadow-peft generate --model Qwen/Qwen3-0.6B --adapter out "command: open the door\\njson:"
+  shadow-peft generate "the shadow alone answers" --model Qwen/Qwen3-0.6B --adapter out --shadow_only
+  shadow-peft generate "the exported shadow is a model like any other" --model out/shadow
+  shadow-peft generate "Once upon a time" --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1
+"""
+
+
+@dataclass
+class GenerateOptions:
+    """Options of `shadow-peft generate`."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the model."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
+    shadow_only: bool = field(default=False, metadata={"help": "The shadow answers; the base's layers do not run."})
+    chat: bool = field(default=False, metadata={"help": "Wrap each text as a user's message in the chat template."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+
+@dataclass
+class SamplingOptions:
+    """Fields of transformers' `GenerationConfig`; what is not given stays as the model's own file has it."""
+
+    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to add."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the likeliest."})
+    temperature: float | None = field(default=None, metadata={"help": "Divides the logits before drawing."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw from this many of the likeliest tokens."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams of a beam search."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, discourages repetition."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parses the options, loads the model and prints one answer per text."""
+    parser = make_parser("generate", [GenerateOptions, SamplingOptions], DESCRIPTION, EXAMPLES)
+    parser.add_argument("text", nargs="+", help="Text to go on with; the two characters \\n stand for a line break.")
+    options, sampling, positional = parse(parser, arguments)
+    if options.shadow_only and options.adapter is None:
+        raise UserError("--shadow_only needs --adapter: a bare model has no shadow")
+    tokenizer = load_tokenizer(options.adapter, options.model)
+    model = _model(options)
+    set_seed(options.seed)
+    config = generation_config(model, tokenizer, sampling)
+    for text in positional.text:
+        print(continuation(model, tokenizer, _prompt(text, tokenizer, options.chat), config))
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingOptions
+) -> GenerationConfig:
+    """The model's own generation config, with what was asked for and a padding token."""
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config.update(**{name: value for name, value in vars(sampling).items() if value is not None})
+    return config
+
+
+@torch.no_grad()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig) -> str:
+    """What the model adds to a prompt, without special tokens."""
+    inputs: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    tokens = model.generate(**inputs, generation_config=config)
+    added: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return added
+
+
+def _model(options: GenerateOptions) -> PreTrainedModel:
+    base = load_model(options.model, dtype=options.dtype).eval()
+    if options.adapter is None:
+        return base
+    model: ShadowForCausalLM = load_adapted(base, options.adapter)
+    model.set_inference_mode("shadow_only" if options.shadow_only else "base_shadow")
+    return model
+
+
+def _prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
+    text = text.replace("\\n", "\n")
+    if not chat:
+        return text
+    if tokenizer.chat_template is None:
+        raise UserError("--chat needs a tokenizer with a chat template; this model has none")
+    messages = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

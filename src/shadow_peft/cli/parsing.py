@@ -1,0 +1,35 @@
+"""What every verb's parser shares: dataclasses are the options, the examples stand below the help."""
+
+from __future__ import annotations
+
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from typing import Any
+
+from trl import TrlParser
+
+
+class UserError(Exception):
+    """A mistake in what was asked for; the message says what was wrong and what to do."""
+
+
+class HelpFormat(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind every option, the examples as they are written."""
+
+
+def make_parser(verb: str, options: list[type], description: str, examples: str) -> TrlParser:
+    """A parser whose options are the fields of dataclasses; `--config file.yaml` sets them, too."""
+    return TrlParser(
+        options, prog=f"shadow-peft {verb}", description=description, epilog=examples, formatter_class=HelpFormat
+    )
+
+
+def parse(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
+    """One object per dataclass, then, if the parser has positional arguments, their namespace.
+
+    Raises:
+        UserError: a value that a dataclass refuses.
+    """
+    try:
+        return tuple(parser.parse_args_and_config(arguments))
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error

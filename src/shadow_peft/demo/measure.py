@@ -1,0 +1,25 @@
+"""Time and memory of a piece of work in a process of its own."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_own_process(work: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Runs a function in a fresh process, so that its peak memory is its own; what it raises is raised here."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args, **kwargs).result()
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,161 @@
+"""The race: base + shadow and PEFT LoRA, the same commands in the same order, the same steps, the same trainable size.
+
+Each contender is trained and scored in a process of its own, so that time and peak memory are its own.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.config import ShadowConfig
+from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
+from shadow_peft.demo.measure import peak_memory_mb
+from shadow_peft.demo.robot_commands import Command, commands
+from shadow_peft.demo.scoring import Scores, score
+from shadow_peft.model import get_shadow_model
+from shadow_peft.training.sft import ShadowSFTTrainer
+
+#: A curve: steps and losses in nats per token.
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """Everything that decides a race; learning rates, dropouts and sizes were chosen on the dev split (LOG.md).
+
+    Args:
+        base: folder of the base and its tokenizer.
+        steps: optimizer steps of each contender.
+        batch: commands per step.
+        test_commands: commands of the test split that are scored.
+        shadow: the shadow adapter.
+        shadow_loss_weight: weight of the shadow's own loss.
+        shadow_learning_rate, lora_learning_rate: peak learning rates.
+        seed: seed of commands, weights and order.
+    """
+
+    base: Path = BASE_PATH
+    steps: int = 300
+    batch: int = 24
+    test_commands: int = 300
+    shadow: ShadowConfig = field(default_factory=lambda: ShadowConfig(dropout=0.0, shadow_init="base"))
+    shadow_loss_weight: float = 0.05
+    shadow_learning_rate: float = 3e-3
+    lora_learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training one contender took: parameters, seconds, MB (10^6 bytes), and its curves by name."""
+
+    trainable: int
+    seconds: float
+    peak_memory_mb: float
+    curves: dict[str, Curve]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table; `training` is None for a path that nobody trained here."""
+
+    name: str
+    scores: Scores
+    training: Training | None = None
+
+
+def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
+    """Trains base + shadow, saves adapter and exported shadow below `output`, scores both."""
+    _be_quiet()
+    tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
+    set_seed(settings.seed)
+    adapted = get_shadow_model(base, settings.shadow)
+    model = ShadowForCausalLM(adapted, shadow_loss_weight=settings.shadow_loss_weight)
+    training = _train(ShadowSFTTrainer, model, tokenizer, settings, settings.shadow_learning_rate)
+    for folder, part in (("adapter", model), ("shadow", model.export_shadow())):
+        part.save_pretrained(output / folder)
+        tokenizer.save_pretrained(output / folder)
+    detached = AutoModelForCausalLM.from_pretrained(output / "shadow", local_files_only=True)
+    test = _test(settings)
+    return [
+        Contender("base + shadow", score(model, tokenizer, test, "base + shadow"), training),
+        Contender("detached shadow", score(detached, tokenizer, test, "detached shadow")),
+    ]
+
+
+def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
+    """Trains LoRA on every linear layer at about `budget` parameters and scores it."""
+    _be_quiet()
+    tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
+    set_seed(settings.seed)
+    rank = lora_rank(base, budget)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    training = _train(SFTTrainer, model, tokenizer, settings, settings.lora_learning_rate)
+    return [Contender(f"LoRA (rank {rank})", score(model, tokenizer, _test(settings), "LoRA"), training)]
+
+
+def race_base(settings: RaceSettings) -> list[Contender]:
+    """Scores the bare base."""
+    tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
+    return [Contender("bare base", score(base, tokenizer, _test(settings), "bare base"))]
+
+
+def lora_rank(base: PreTrainedModel, budget: int) -> int:
+    """The rank at which LoRA on every linear layer but the head comes closest to `budget` parameters."""
+    head = base.get_output_embeddings()
+    linears = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
+    return max(1, round(budget / sum(m.in_features + m.out_features for m in linears)))
+
+
+def _train(
+    trainer_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RaceSettings, rate: float
+) -> Training:
+    """Trains a contender; nothing but the learning rate and the class of the trainer differs between them."""
+    data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
+    trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Training(trainable, seconds, peak_memory_mb(), _curves(trainer.state.log_history))
+
+
+def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
+    return SFTConfig(
+        output_dir="unused", save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        activation_checkpointing=False, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
+        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
+        logging_steps=max(1, settings.steps // 40), max_length=None, seed=settings.seed, data_seed=settings.seed,
+    )  # fmt: skip
+
+
+def _curves(history: list[dict[str, float]]) -> dict[str, Curve]:
+    """The training loss of the path that answers, and of the shadow alone where there is one."""
+    rows = [row for row in history if "loss" in row]
+    curves = {"answer": [(int(row["step"]), float(row.get("base_loss", row["loss"]))) for row in rows]}
+    if any("shadow_loss" in row for row in rows):
+        curves["detached shadow"] = [(int(row["step"]), float(row["shadow_loss"])) for row in rows]
+    return curves
+
+
+def _test(settings: RaceSettings) -> list[Command]:
+    return commands("test", settings.test_commands, settings.seed)
+
+
+def _be_quiet() -> None:
+    """Leaves the bars as the only output; peft asks transformers by a name that transformers is about to drop."""
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

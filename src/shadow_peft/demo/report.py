@@ -1,0 +1,80 @@
+"""What a race leaves behind: a table, a picture of the curves, a JSON file, three commands with every answer."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shadow_peft.demo.race import Contender, RaceSettings
+from shadow_peft.demo.robot_commands import Command
+
+HEADINGS = ("path", "exact match", "fields", "loss", "trainable", "seconds", "peak MB")
+PACKAGES = ("torch", "transformers", "trl", "peft")
+
+
+def table(contenders: Sequence[Contender]) -> str:
+    """The race as lines of text; seconds and peak memory are those of training."""
+    rows = [HEADINGS, *(_row(contender) for contender in contenders)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    lines = ["  ".join(_padded(cell, widths[i], left=i == 0) for i, cell in enumerate(row)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def examples(contenders: Sequence[Contender], commands: Sequence[Command], count: int = 3) -> str:
+    """The first `count` commands with the right line and each path's answer."""
+    width = max(len(contender.name) for contender in contenders)
+    blocks = []
+    for index, command in enumerate(commands[:count]):
+        answers = [f"  {c.name:<{width}}  {_short(c.scores.answers[index])}" for c in contenders]
+        blocks.append("\n".join([command.sentence, f"  {'(right)':<{width}}  {command.completion.strip()}", *answers]))
+    return "\n\n".join(blocks)
+
+
+def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Contender], seconds: float) -> None:
+    """Everything measured, with the settings and versions that made it, as JSON."""
+    results = {
+        "seconds_in_all": round(seconds, 1),
+        "settings": {**asdict(settings), "base": settings.base.name},
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "contenders": [asdict(contender) for contender in contenders],
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_curves(path: Path, contenders: Sequence[Contender]) -> None:
+    """The training losses over the steps as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    for contender in contenders:
+        for name, curve in (contender.training.curves if contender.training else {}).items():
+            axes.plot(*zip(*curve, strict=True), label=contender.name if name == "answer" else name)
+    axes.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _row(contender: Contender) -> tuple[str, ...]:
+    scores, training = contender.scores, contender.training
+    measured = (f"{scores.exact_match:.1%}", f"{scores.fields:.1%}", f"{scores.loss:.3f}")
+    if training is None:
+        return (contender.name, *measured, "-", "-", "-")
+    cost = (f"{training.trainable:,}", f"{training.seconds:.0f}", f"{training.peak_memory_mb:.0f}")
+    return (contender.name, *measured, *cost)
+
+
+def _padded(cell: str, width: int, left: bool) -> str:
+    return cell.ljust(width) if left else cell.rjust(width)
+
+
+def _short(line: str, limit: int = 110) -> str:
+    """A line without breaks, cut where it grows too long."""
+    flat = line.replace("\n", " | ") or "(nothing)"
+    return flat if len(flat) <= limit else flat[:limit] + " ..."

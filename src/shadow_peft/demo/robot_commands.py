@@ -1,0 +1,143 @@
+"""The embedded task: a spoken-style robot command in, one line of JSON out.
+
+    command: hey robot, fetch the red cup from the kitchen, take your time
+    json: {"action": "bring", "object": "red cup", "place": "kitchen", "manner": "slowly"}
+
+``action`` and ``manner`` are labels behind many phrasings, ``object`` and ``place`` are copied from the sentence, and
+what is not said is ``null``. The three splits share no phrase, object, place, adjective or distractor, so dev and test
+measure what carries over to commands that training never saw. Slips of the keyboard fall on the words of the
+phrases, never on the words to be copied. Everything is decided by the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from random import Random
+
+from shadow_peft.demo.robot_phrases import (
+    ACTIONS,
+    ACTS_ON,
+    ADJECTIVES,
+    CLOSERS,
+    DISTRACTORS,
+    MANNERS,
+    OPENERS,
+    PLACES,
+    THINGS,
+    Split,
+    Table,
+)
+
+#: How often a sentence of a split carries a slip, a distractor, a manner, an opener, a closer.
+SLIP_RATE: dict[Split, float] = {"train": 0.15, "dev": 0.25, "test": 0.25}
+DISTRACTOR_RATE: dict[Split, float] = {"train": 0.3, "dev": 0.4, "test": 0.4}
+ARTICLES = ("the", "my", "the", "our", "that", "the")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command and its meaning; ``None`` where the sentence does not say."""
+
+    sentence: str
+    action: str
+    object: str | None
+    place: str | None
+    manner: str | None
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads."""
+        return f"command: {self.sentence}\njson:"
+
+    @property
+    def completion(self) -> str:
+        """What the model shall write: a blank and one line of JSON."""
+        keys = ("action", "object", "place", "manner")
+        return " " + json.dumps({key: getattr(self, key) for key in keys})
+
+    def row(self) -> dict[str, str]:
+        """The command as a line of training data."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+def commands(split: Split, count: int, seed: int = 0) -> list[Command]:
+    """``count`` distinct commands of a split.
+
+    Args:
+        split: ``"train"``, ``"dev"`` or ``"test"``.
+        count: number of commands.
+        seed: the same seed gives the same commands in the same order.
+
+    Raises:
+        ValueError: if ``count`` is negative or beyond 200,000.
+    """
+    if not 0 <= count <= 200_000:
+        raise ValueError(f"count must lie between 0 and 200000, got {count}")
+    rng = Random(f"{split}/{seed}")
+    found: dict[str, Command] = {}
+    while len(found) < count:
+        command = one_command(rng, split)
+        found.setdefault(command.sentence, command)
+    return list(found.values())
+
+
+def one_command(rng: Random, split: Split) -> Command:
+    """Draws one command: a phrase of an action, filled, dressed and, now and then, misspelled."""
+    action = rng.choice(list(ACTIONS))
+    phrase = slip(rng, rng.choice(ACTIONS[action][split]), SLIP_RATE[split])
+    thing, place = noun(rng, ACTS_ON[action], split), rng.choice(PLACES[split])
+    manner = rng.choice([None, *MANNERS])
+    sentence = dress(rng, split, fill(rng, phrase, thing, place), manner)
+    return Command(sentence, action, thing, place if "{p}" in phrase else None, manner)
+
+
+def noun(rng: Random, table: Table | None, split: Split) -> str | None:
+    """An object with, half of the time, an adjective."""
+    if table is None:
+        return None
+    name = rng.choice(table[split])
+    return f"{rng.choice(ADJECTIVES[split])} {name}" if rng.random() < 0.5 else name
+
+
+def fill(rng: Random, phrase: str, thing: str | None, place: str) -> str:
+    """Puts object and place, each with an article, into a phrase."""
+    return phrase.replace("{o}", f"{rng.choice(ARTICLES)} {thing}").replace("{p}", f"the {place}")
+
+
+def dress(rng: Random, split: Split, core: str, manner: str | None) -> str:
+    """Adds opener, manner, closer and distractor around the core of a sentence."""
+    parts = [core]
+    if manner:
+        parts.insert(rng.choice([0, 1, 1]), slip(rng, rng.choice(MANNERS[manner][split]), SLIP_RATE[split] / 2))
+    if rng.random() < 0.4:
+        parts.insert(0, rng.choice(OPENERS[split]))
+    if rng.random() < 0.25:
+        parts.append(rng.choice(CLOSERS[split]))
+    if rng.random() < DISTRACTOR_RATE[split]:
+        parts.insert(rng.choice([0, len(parts)]), distractor(rng, split))
+    return ", ".join(parts)
+
+
+def distractor(rng: Random, split: Split) -> str:
+    """A remark about another thing or place."""
+    thing = noun(rng, THINGS, split)
+    return fill(rng, rng.choice(DISTRACTORS[split]), thing, rng.choice(PLACES[split]))
+
+
+def slip(rng: Random, phrase: str, rate: float) -> str:
+    """With probability ``rate``, drops, doubles or swaps a letter of one word that is no slot."""
+    words = phrase.split(" ")
+    spots = [i for i, word in enumerate(words) if len(word) > 3 and "{" not in word]
+    if not spots or rng.random() >= rate:
+        return phrase
+    spot = rng.choice(spots)
+    words[spot] = misspelled(rng, words[spot])
+    return " ".join(words)
+
+
+def misspelled(rng: Random, word: str) -> str:
+    """The word with one slip behind its first letter; may by chance read the same."""
+    i = rng.randrange(1, len(word) - 1)
+    slips = (word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :])
+    return rng.choice(slips)

@@ -1,0 +1,189 @@
+"""Words and phrases of the robot commands: one table per kind, its three columns never share an entry.
+
+``{o}`` stands for an object with its article, ``{p}`` for a place with its article. Phrases are given by split, so
+the dev and test columns hold templates that training never saw.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+Split: TypeAlias = Literal["train", "dev", "test"]
+Column: TypeAlias = tuple[str, ...]
+Table: TypeAlias = dict[Split, Column]
+
+
+def words(text: str) -> Column:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+#: Things that a robot can carry.
+THINGS: Table = {
+    "train": words(
+        "cup plate book towel bottle blanket remote hammer pillow apple notebook jacket basket umbrella phone charger "
+        "spoon wallet box newspaper vase scarf candle bag toy screwdriver mug orange letter shoe hat camera sponge "
+        "bucket tray jug ball brush rope fork watch ring coat belt banana pencil folder sock shirt bell"),
+    "dev": words("bowl knife lemon glove pot guitar magazine ladder photo comb"),
+    "test": words(
+        "kettle thermos key napkin sandwich flute backpack helmet parcel stapler sweater puzzle wrench bandage soap "
+        "whistle marker purse needle envelope"),
+}  # fmt: skip
+
+#: Things that open and close.
+FIXTURES: Table = {
+    "train": ("door", "window", "fridge", "cupboard", "curtain", "gate", "drawer", "lid", "suitcase", "oven"),
+    "dev": ("closet", "tent"),
+    "test": ("cabinet", "mailbox", "shutter", "pantry", "toolbox"),
+}
+
+#: Things with a switch.
+DEVICES: Table = {
+    "train": ("lamp", "radio", "fan", "heater", "computer", "dishwasher", "screen", "alarm", "printer", "light"),
+    "dev": ("toaster", "speaker"),
+    "test": ("television", "blender", "monitor", "projector", "vacuum"),
+}
+
+PLACES: Table = {
+    "train": words(
+        "kitchen table garage bedroom shelf desk garden sofa hallway office counter balcony bathroom porch cellar "
+        "chair bench fireplace"),
+    "dev": ("attic", "library", "stairs", "sink"),
+    "test": ("workshop", "nursery", "terrace", "laundry", "windowsill", "lobby", "corridor"),
+}  # fmt: skip
+
+ADJECTIVES: Table = {
+    "train": ("red", "blue", "big", "small", "old", "white", "wooden", "clean", "black", "heavy", "long", "round"),
+    "dev": ("gray", "new", "soft"),
+    "test": ("green", "yellow", "tiny", "metal", "broken", "empty"),
+}
+
+#: What each action sounds like. The key is the label.
+ACTIONS: dict[str, Table] = {
+    "bring": {
+        "train": (
+            "bring me {o}", "bring {o} from {p}", "get me {o}", "i need {o}", "fetch {o} from {p}", "hand me {o}",
+            "can you get {o} from {p}", "i want {o} that is in {p}", "fetch me {o}",
+        ),
+        "dev": ("could i have {o}", "bring over {o} you see in {p}", "get {o} for me"),
+        "test": ("i would like to have {o}", "go and fetch {o} out of {p}", "can you bring {o} over here", "pass me {o}"),
+    },
+    "put": {
+        "train": (
+            "put {o} on {p}", "place {o} in {p}", "leave {o} on {p}", "set {o} down on {p}", "put {o} into {p}",
+            "move {o} to {p}", "carry {o} to {p}", "{o} belongs in {p}", "take {o} to {p}",
+        ),
+        "dev": ("drop {o} at {p}", "bring {o} over to {p} and leave it there", "{o} should be on {p}"),
+        "test": ("{o} goes into {p}", "please have {o} placed on {p}", "store {o} in {p}", "lay {o} on {p}"),
+    },
+    "clean": {
+        "train": (
+            "clean {o}", "wash {o} in {p}", "wipe {o}", "clean {o} in {p}", "{o} is dirty", "wipe {o} down",
+            "make {o} clean again", "{o} in {p} needs cleaning",
+        ),
+        "dev": ("scrub {o} in {p}", "get the dirt off {o}", "{o} must be washed"),
+        "test": ("{o} has to be cleaned", "give {o} a wash", "there is dirt on {o} in {p}", "polish {o}"),
+    },
+    "find": {
+        "train": (
+            "find {o}", "look for {o} in {p}", "where is {o}", "i lost {o} in {p}", "search for {o}",
+            "find {o} in {p}", "i can not find {o}", "have you seen {o}",
+        ),
+        "dev": ("help me look for {o}", "{o} is lost", "locate {o} in {p}"),
+        "test": ("do you know where {o} is", "search {p} for {o}", "{o} is missing", "where did i leave {o}"),
+    },
+    "open": {
+        "train": (
+            "open {o}", "open {o} in {p}", "can you open {o}", "{o} should be open", "open up {o} in {p}",
+            "pull {o} open", "unlock {o}",
+        ),
+        "dev": ("get {o} open", "i want {o} in {p} open"),
+        "test": ("{o} must be opened", "would you open {o} of {p}", "leave {o} open"),
+    },
+    "close": {
+        "train": (
+            "close {o}", "close {o} in {p}", "shut {o}", "{o} should be closed", "can you shut {o} in {p}",
+            "push {o} shut", "lock {o}",
+        ),
+        "dev": ("get {o} closed", "i want {o} in {p} shut"),
+        "test": ("{o} must be closed", "would you shut {o} of {p}", "leave {o} closed"),
+    },
+    "switch_on": {
+        "train": (
+            "switch on {o}", "turn on {o} in {p}", "turn {o} on", "start {o}", "{o} should be on", "power on {o}",
+            "switch {o} in {p} on",
+        ),
+        "dev": ("get {o} running", "i want {o} in {p} on"),
+        "test": ("{o} must be turned on", "would you start {o} of {p}", "leave {o} switched on"),
+    },
+    "switch_off": {
+        "train": (
+            "switch off {o}", "turn off {o} in {p}", "turn {o} off", "stop {o}", "{o} should be off", "power off {o}",
+            "switch {o} in {p} off",
+        ),
+        "dev": ("shut {o} down", "i want {o} in {p} off"),
+        "test": ("{o} must be turned off", "would you stop {o} of {p}", "leave {o} switched off"),
+    },
+    "go": {
+        "train": ("go to {p}", "drive to {p}", "move over to {p}", "come to {p}", "walk to {p}", "meet me in {p}"),
+        "dev": ("head to {p}", "i need you in {p}"),
+        "test": ("make your way to {p}", "you should go to {p}", "come and see me in {p}"),
+    },
+    "wait": {
+        "train": ("wait", "stop right there", "stay where you are", "do not move", "hold on", "wait for me"),
+        "dev": ("stay put", "wait a little"),
+        "test": ("just stay there", "stop moving", "you have to wait"),
+    },
+}  # fmt: skip
+
+#: How it shall be done. The key is the label; no phrase means null.
+MANNERS: dict[str, Table] = {
+    "slowly": {
+        "train": ("slowly", "very slowly", "without hurry", "take your time"),
+        "dev": ("at a slow pace",),
+        "test": ("nice and slowly", "there is no hurry"),
+    },
+    "quickly": {
+        "train": ("quickly", "right now", "as fast as you can", "hurry up"),
+        "dev": ("in a hurry",),
+        "test": ("really quickly", "as quickly as possible"),
+    },
+    "carefully": {
+        "train": ("carefully", "very gently", "with care", "be careful"),
+        "dev": ("without breaking anything",),
+        "test": ("please be very careful", "as gently as you can"),
+    },
+    "quietly": {
+        "train": ("quietly", "without any noise", "be quiet", "the baby is asleep"),
+        "dev": ("make no sound",),
+        "test": ("as quietly as you can", "do not make noise"),
+    },
+}
+
+OPENERS: Table = {
+    "train": ("please", "hey robot", "robot", "could you please", "ok", "now", "listen", "i think you should"),
+    "dev": ("hello", "would you please"),
+    "test": ("excuse me robot", "so", "if you can", "hi there"),
+}
+
+CLOSERS: Table = {
+    "train": ("please", "thanks", "thank you", "for me", "ok"),
+    "dev": ("if possible",),
+    "test": ("thanks a lot", "my friend"),
+}
+
+#: Sentences that mention other things and places and ask for nothing.
+DISTRACTORS: Table = {
+    "train": (
+        "i already have {o}", "the weather is nice", "not {o}", "my sister likes {o}", "i was in {p} before",
+        "we bought {o} yesterday", "{o} can stay in {p}", "it is late", "do not touch {o}",
+    ),
+    "dev": ("{o} is fine", "i am tired", "my brother is in {p}"),
+    "test": ("forget about {o}", "{o} is not important", "i was reading in {p}", "my guests will be here soon"),
+}  # fmt: skip
+
+#: Which things an action is about; none for actions without an object.
+ACTS_ON: dict[str, Table | None] = {
+    "bring": THINGS, "put": THINGS, "clean": THINGS, "find": THINGS, "open": FIXTURES, "close": FIXTURES,
+    "switch_on": DEVICES, "switch_off": DEVICES, "go": None, "wait": None,
+}  # fmt: skip
