@@ -59,6 +59,22 @@ def test_unload_gives_the_base_back(name: str) -> None:
         model(ids)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_leaves_no_trace_and_reaches_no_frozen_layer(reentrant: bool) -> None:
+    base, ids = llama(), tokens()
+    model = causal_lm(base).train()
+    reached = []
+    base.model.layers[0].mlp.register_full_backward_hook(lambda *_: reached.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(ids, labels=ids).loss.backward()
+    assert not reached
+    base.model.layers[0].mlp._backward_hooks.clear()
+    assert base.is_activation_checkpointing
+    model.peft_model.unload()
+    assert not base.is_activation_checkpointing
+    assert hooks_of(base) == 0
+
+
 def test_parameters_frozen_before_stay_frozen_after() -> None:
     base = llama()
     base.lm_head.requires_grad_(False)

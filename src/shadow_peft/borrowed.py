@@ -7,8 +7,6 @@ tables, which stand beside its modules, so that it neither trains nor saves nor 
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +19,10 @@ class BorrowedTable(nn.Module):
         columns: the columns `[m]` that are read; None reads all.
     """
 
-    table: nn.Module
+    table: nn.Embedding
+    columns: Tensor | None
 
-    def __init__(self, table: nn.Module, columns: Tensor | None = None) -> None:
+    def __init__(self, table: nn.Embedding, columns: Tensor | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "table", table)  # beside the modules, so that no state dict shows it
         self.register_buffer("columns", columns, persistent=False)
@@ -34,16 +33,15 @@ class BorrowedTable(nn.Module):
         return self._read(self.table.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embeddings `[B, T, m]`; leaves in training, since reentrant checkpoints drop gradients of inputs that need none."""
+        """Embeddings `[B, T, m]`; leaves in training: reentrant checkpoints drop gradients of inputs that need none."""
         embeds = self._read(self.table(input_ids))
         return embeds.detach().requires_grad_() if self.training and torch.is_grad_enabled() else embeds
 
-    def owned(self) -> nn.Module:
+    def owned(self) -> nn.Embedding:
         """A copy of the table with the columns that are read."""
         own = copy.deepcopy(self.table)
         own.weight = nn.Parameter(self.weight.detach().clone())
         return own
 
     def _read(self, entries: Tensor) -> Tensor:
-        columns: Any = self.columns
-        return entries if columns is None else entries[..., columns.to(entries.device)]
+        return entries if self.columns is None else entries[..., self.columns.to(entries.device)]

@@ -88,8 +88,9 @@ class TaskHead:
         if output_embeddings is not None:
             view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
         self._view = view
-        self._output = base.get_output_embeddings() if output_embeddings is None else output_embeddings
+        self._output: Any = base.get_output_embeddings() if output_embeddings is None else output_embeddings
 
     def __call__(self, h: Tensor) -> Tensor:
+        """The logits of `h`."""
         logits: Tensor = self._view(inputs_embeds=h.to(self._output.weight.dtype), use_cache=False, return_dict=True).logits
         return logits

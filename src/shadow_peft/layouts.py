@@ -1,9 +1,9 @@
 """Where a base keeps its decoder layers, and what its config calls its sizes.
 
 A generic rule finds the layers of almost every architecture: the one list of modules, inside a model of the decoder's own
-type, whose length is the number of decoder layers that the config declares. `LAYERS` names the place where that rule does not
-hold. What cannot be ridden at all stands in `UNSUPPORTED` with its reason. The other tables declare, by `model_type`, what is
-unusual about a decoder; what they do not name is as in Llama.
+type, whose length is the number of decoder layers that the config declares. `LAYERS` names the place where that rule does
+not hold. What cannot be ridden at all stands in `UNSUPPORTED` with its reason. The other tables declare, by `model_type`,
+what is unusual about a decoder; what they do not name is as in Llama.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ MIN_LAYERS = 2
 LAYERS: dict[str, str] = {}
 """`model_type` -> path of the decoder layers inside the backbone, where the generic rule is not enough."""
 
+_DRAFTER = "it is a drafter whose layers read the keys and values of another model"
+_CODEBOOKS = "it predicts several audio codebooks at every step, each with a head of its own"
+
 UNSUPPORTED: dict[str, str] = {
+    "blt": "it has no one stack: bytes, patches and bytes again run through three stacks with cross attention between them",
     "cpmant": "it is not causal, and its forward takes no embeddings",
+    "gemma4_assistant": _DRAFTER,
+    "gemma4_unified_assistant": _DRAFTER,
     "hrm_text": "its two stacks of layers take turns several times on every token, so a layer has no one place in depth",
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody_decoder": _CODEBOOKS,
     "prophetnet": "its decoder is not causal: its n-gram streams, which its layers carry beside the main stream, look ahead",
     "reformer": "its layers are reversible: each takes and returns two streams, which its own backward pass restores",
     "rwkv": "its initialisation divides by the number of layers less one, so there is no twin of one layer",
@@ -35,7 +43,7 @@ INPUT_NAMES: dict[str, str] = {}
 """`model_type` -> keyword of the hidden state in a call of a decoder layer, where it is not `hidden_states`."""
 
 DEPTH_NAMES = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers")
-"""Names of the number of decoder layers; `num_hidden_layers` is the encoder's depth in BART's family, twice the own in LongCat."""
+"""Names of the number of decoder layers. `num_hidden_layers` is the encoder's in BART's family, and twice the own in LongCat."""
 
 SIZE_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),

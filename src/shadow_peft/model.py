@@ -112,7 +112,7 @@ class ShadowPeftModel(AdapterFiles):
         self._base_signature, self._shadow_signature = Signature.of(base_model), Signature.of(backbone)
         self._stack_signature = Signature.of(stack.backbone)
         self._embedding_map: Tensor | None = None
-        self._shadow_checkpointing = False
+        self._checkpointing = False
         self._settle_embeddings(shadow_model)
         self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
         self._attachment: Attachment | None = Attachment(ridden, stack.input_name, base_model.get_output_embeddings())
@@ -272,12 +272,10 @@ class ShadowPeftModel(AdapterFiles):
             embeds = self.base_model.get_input_embeddings()(call.input_ids) if given is None else given.clone()
         elif call.inputs_embeds is not None:
             embeds = self._in_shadow_width(call.inputs_embeds)
-        elif self._shadow_checkpointing and self.training:
-            embeds = own(call.input_ids)
         else:
             assert call.input_ids is not None
             return {"input_ids": call.input_ids}
-        if self._shadow_checkpointing and self.training and not embeds.requires_grad:
+        if self._checkpointing and self.training and not embeds.requires_grad:
             # reentrant checkpoints drop gradients of inputs that need none; no leaf, since CTRL and GIT change it in place
             embeds = embeds.detach().requires_grad_().clone()
         return {"inputs_embeds": embeds}
@@ -320,6 +318,8 @@ class ShadowPeftModel(AdapterFiles):
         """Take the adapter off and give the base back as it was, trainable parameters included."""
         self.attachment.detach()
         self._attachment = None
+        if self._checkpointing:
+            self.gradient_checkpointing_disable()
         for name in self._unfrozen:
             self.base_model.get_parameter(name).requires_grad_(True)
         return self.base_model
@@ -343,16 +343,17 @@ class ShadowPeftModel(AdapterFiles):
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:
                     module.gradient_checkpointing = False  # nothing below the first injection needs a gradient, embeddings included
+        self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through those layers
         if self.shadow_model.supports_gradient_checkpointing:
             self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-            self._shadow_checkpointing = True
+        self._checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations of base and backbone again."""
-        self.base_model.activation_checkpointing_disable()
-        if self._shadow_checkpointing:
-            self.shadow_model.activation_checkpointing_disable()
-        self._shadow_checkpointing = False
+        for model in (self.base_model, self.shadow_model):
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
+        self._checkpointing = False
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

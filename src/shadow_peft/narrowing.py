@@ -46,18 +46,24 @@ def kept_parts(target: nn.Module, source: nn.Module, head_dim: int | None) -> di
     """
     kept: dict[str, Kept] = {}
     for path, module in source.named_modules():
-        twin = dict(target.named_modules()).get(path)
-        parts = dict(module.named_children())
-        if twin is None:
-            continue
-        if {MLP.up, MLP.down} <= parts.keys():
-            kept.update(_prefixed(path, _kept_neurons(parts, twin.get_submodule(MLP.up).weight.shape[0])))
-        if head_dim is not None and {*ATTENTION} <= parts.keys():
-            kept.update(_prefixed(path, _kept_heads(parts, dict(twin.named_children()), head_dim)))
+        parts, twin = _linear_maps(module), _linear_maps(dict(target.named_modules()).get(path))
+        if {MLP.up, MLP.down} <= parts.keys() & twin.keys() and _differ(parts, twin, MLP.up):
+            kept.update(_prefixed(path, _kept_neurons(parts, twin[MLP.up].out_features)))
+        if head_dim is not None and {*ATTENTION} <= parts.keys() & twin.keys():
+            kept.update(_prefixed(path, _kept_heads(parts, twin, head_dim)))
     return kept
 
 
-def _kept_neurons(parts: dict[str, nn.Module], count: int) -> dict[str, Kept]:
+def _linear_maps(module: nn.Module | None) -> dict[str, nn.Linear]:
+    children = () if module is None else module.named_children()
+    return {name: child for name, child in children if isinstance(child, nn.Linear)}
+
+
+def _differ(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], name: str) -> bool:
+    return parts[name].out_features != twin[name].out_features
+
+
+def _kept_neurons(parts: dict[str, nn.Linear], count: int) -> dict[str, Kept]:
     weight = _row_norms(parts[MLP.up]) * parts[MLP.down].weight.float().norm(dim=0)
     if MLP.gate in parts:
         weight = weight * _row_norms(parts[MLP.gate])
@@ -65,7 +71,7 @@ def _kept_neurons(parts: dict[str, nn.Module], count: int) -> dict[str, Kept]:
     return {name: Kept(columns=rows) if name == MLP.down else Kept(rows=rows) for name in parts if name in MLP}
 
 
-def _kept_heads(parts: dict[str, nn.Module], twin: dict[str, nn.Module], head_dim: int) -> dict[str, Kept]:
+def _kept_heads(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], head_dim: int) -> dict[str, Kept]:
     heads, groups = (_blocks(parts[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
     kept_heads, kept_groups = (_blocks(twin[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
     per_group, kept_per_group = heads // groups, kept_heads // kept_groups
@@ -89,12 +95,12 @@ def _prefixed(path: str, kept: dict[str, Kept]) -> dict[str, Kept]:
     return {f"{path}.{name}" if path else name: part for name, part in kept.items()}
 
 
-def _row_norms(linear: nn.Module) -> Tensor:
+def _row_norms(linear: nn.Linear) -> Tensor:
     return linear.weight.float().norm(dim=1)
 
 
-def _blocks(linear: nn.Module, head_dim: int) -> int:
-    return int(linear.weight.shape[0]) // head_dim
+def _blocks(linear: nn.Linear, head_dim: int) -> int:
+    return linear.out_features // head_dim
 
 
 def _largest(weight: Tensor, count: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The implicit shadow backbone: a short twin of the base, random or cut from the base's own pretrained layers.
 
-The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is fed
-the base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the
-base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps the MLP neurons and attention
-heads that weigh most, measured by the norms of their weights (see `narrowing`).
+The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is
+fed the base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the
+base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps the MLP neurons and
+attention heads that weigh most, measured by the norms of their weights (see `narrowing`).
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def drop_embeddings(backbone: PreTrainedModel) -> str | None:
     path = path_of(backbone, table)
     parent, _, name = path.rpartition(".")
     backbone.get_submodule(parent)._modules[name] = None
+    backbone.main_input_name = "inputs_embeds"
     return f"{path}.weight"
 
 
