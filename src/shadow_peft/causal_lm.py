@@ -127,7 +127,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         elif self.inference_mode == "shadow_only":
             state, shadow_cache = peft.initial_state(call, kwargs)
             logits = self._shadow_head(state[:, kept])
-            states = call.cache or shadow_states(shadow_cache)
+            states = shadow_states(shadow_cache if call.cache is None else call.cache.shadow)
             result = ShadowCausalLMOutputWithPast(logits=logits, shadow_logits=logits, past_key_values=states)
         else:
             state, shadow_cache = peft.initial_state(call, kwargs)
@@ -170,8 +170,11 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             model_kwargs[name] = unpaired(given, self.inference_mode == "base_shadow")
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         prepared = None if name is None else model_kwargs.pop(name, None)
-        if prepared is not None:
-            model_kwargs["past_key_values"] = given if given is not None else self.peft_model.paired(prepared)
+        if given is not None:
+            model_kwargs["past_key_values"] = given
+        elif prepared is not None:
+            states = self.peft_model.paired(prepared)
+            model_kwargs["past_key_values"] = states if self.inference_mode == "base_shadow" else shadow_states(states.shadow)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -229,7 +229,12 @@ class ShadowPeftModel(AdapterFiles):
 
         Returns:
             The outputs, with the states of both networks where the base returns its own, and the head's input if caught.
+
+        Raises:
+            ValueError: a cache with tokens that the base has not seen.
         """
+        if call.cache is not None and call.cache.base is None:
+            raise ValueError("These past_key_values hold tokens of the shadow alone, which the base has not seen.")
         passage = self._passage(state, catch_head_input)
         attachment = self.attachment
         attachment.passage = passage
@@ -237,7 +242,8 @@ class ShadowPeftModel(AdapterFiles):
             outputs = self.run_base(call, kwargs, headless)
         finally:
             attachment.passage = None
-        replace_cache(outputs, call.cache or pair(returned_cache(outputs), shadow_cache))
+        states = pair(returned_cache(outputs), shadow_cache) if call.cache is None else call.cache
+        replace_cache(outputs, states)
         return outputs, passage.head_input
 
     def _passage(self, state: Tensor, catch_head_input: bool) -> LayerPassage:

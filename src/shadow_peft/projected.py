@@ -173,7 +173,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             shadow_hidden_projection: a map from the small width S to the large width d.
             lm_head: the large model's output embedding `[V, d]`; it is copied and frozen.
             init_optimal_projection: set the projection to the least-squares solution of
-                min |lm_head @ P - reference_lm_head|, so that the projected model starts as the small model itself.
+                min `|lm_head @ P - reference_lm_head|`, so that the projected model starts as the small model itself.
             reference_lm_head: the small model's output embedding `[V, S]`; None takes it from `shadow_model`.
 
         Raises:

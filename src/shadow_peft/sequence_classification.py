@@ -126,7 +126,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             state, shadow_cache = peft.initial_state(call, kwargs)
             if self.inference_mode == "shadow_only":
                 result.logits = result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
-                result.past_key_values = call.cache or shadow_states(shadow_cache)
+                result.past_key_values = shadow_states(shadow_cache)
             else:
                 outputs, _ = peft.ride(state, shadow_cache, call, kwargs, headless=True)
                 result.logits = self._classify(self.classifier_head, outputs[0], last)
