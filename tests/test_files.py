@@ -190,8 +190,11 @@ def test_heads_of_another_task_are_refused(tmp_path: Path) -> None:
 
 
 class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple[object, ...]:
-        return (os.system, ("touch /tmp/should-never-exist",))
+        return (os.system, (f"touch {self.path}",))
 
 
 def test_legacy_files_load_without_running_code(tmp_path: Path) -> None:
@@ -200,10 +203,10 @@ def test_legacy_files_load_without_running_code(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / ADAPTER), tmp_path / "shadow_adapter.pt")
     (tmp_path / ADAPTER).unlink()
     torch.testing.assert_close(ShadowForCausalLM.from_pretrained(llama(), tmp_path)(ids).logits, model(ids).logits)
-    torch.save(Evil(), tmp_path / "shadow_adapter.pt")
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "shadow_adapter.pt")
     with pytest.raises(ValueError, match="more than tensors|damaged"):
         ShadowForCausalLM.from_pretrained(llama(), tmp_path)
-    assert not Path("/tmp/should-never-exist").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_class_is_imported_because_a_file_names_it(tmp_path: Path) -> None:

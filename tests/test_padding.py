@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM
-from tests.tiny_models import BASES, adapted, causal_lm, classifier, llama, qwen3, qwen3_classifier, tokens
+from tests.tiny_models import BASES, SIZES, adapted, causal_lm, classifier, llama, qwen3, qwen3_classifier, tokens
 
 SIDES = ("left", "right")
 
@@ -108,3 +109,24 @@ def test_both_or_neither_is_an_error() -> None:
         model()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+
+
+def test_the_text_decoder_of_a_vision_language_model() -> None:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=95)
+    base = LlavaForConditionalGeneration(config).eval()
+    model, ids = causal_lm(base), tokens(2, 8)
+    ids[:, 1:5] = 95  # the four patches of an image
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "attention_mask": torch.ones_like(ids)}
+    assert type(model.peft_model.shadow_model).__name__ == "LlamaModel"
+    assert not torch.allclose(model(**inputs).logits, base(**inputs).logits, atol=1e-3)
+    produced = [model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*produced)
+    merged = torch.randn(2, 8, 32)
+    assert model(inputs_embeds=merged).shadow_logits.shape == (2, 8, 96)
+    assert model.export_shadow()(ids).logits.shape == (2, 8, 96)
+    model(**inputs, labels=ids).loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

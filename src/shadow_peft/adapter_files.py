@@ -49,7 +49,9 @@ class AdapterFiles(nn.Module):
         shared = store.shared_table(self._model)
         fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs."""
         views = {**self._adapter_views(), **native.head_views(self._model)}
         destination = {} if destination is None else destination

@@ -26,7 +26,7 @@ class ShadowCache(Cache):
         self.shadow = shadow
 
     @property
-    def layers(self) -> list[Any]:  # type: ignore[override]
+    def layers(self) -> list[Any]:
         """The layers of both caches, the base's first."""
         return [*(self.base.layers if self.base is not None else ()), *self.shadow.layers]
 

@@ -134,6 +134,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=self._own_head is not None)
             result = _answer(outputs)
             if self._own_head is not None:
+                assert hidden is not None
                 result.logits = self._own_head(hidden)
             if self.wants_shadow_logits(output_shadow_logits):
                 result.shadow_logits = self._shadow_head(state[:, kept])
@@ -152,7 +153,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
 
     # ---------------------------------------------------------------- generation, through transformers' own
 
-    def can_generate(self) -> bool:  # type: ignore[override]
+    def can_generate(self) -> bool:
         """Always: a causal LM generates."""
         return True
 
@@ -176,7 +177,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             states = self.peft_model.paired(prepared)
             model_kwargs["past_key_values"] = states if self.inference_mode == "base_shadow" else shadow_states(states.shadow)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The base's own preparation, on the base's own cache."""

@@ -348,7 +348,7 @@ class ShadowPeftModel(AdapterFiles):
         for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:
-                    module.gradient_checkpointing = False  # nothing below the first injection needs a gradient, embeddings included
+                    vars(module)["gradient_checkpointing"] = False  # nothing below the first injection needs a gradient, embeddings included
         self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through those layers
         if self.shadow_model.supports_gradient_checkpointing:
             self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
@@ -438,8 +438,9 @@ class ShadowPeftModel(AdapterFiles):
             _cut=False,
         )
         try:
-            for name in stored.head_names if make_head is not None else ():
-                peft_model.task_heads[name] = make_head(peft_model, name)
+            if make_head is not None:
+                for name in stored.head_names:
+                    peft_model.task_heads[name] = make_head(peft_model, name)
             store.load_into(peft_model, stored)
         except ValueError:
             peft_model.unload()

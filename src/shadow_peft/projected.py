@@ -162,9 +162,9 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         *,
         shadow_model: PreTrainedModel,
         shadow_hidden_projection: nn.Linear,
-        lm_head: nn.Module,
+        lm_head: nn.Linear,
         init_optimal_projection: bool = True,
-        reference_lm_head: nn.Module | None = None,
+        reference_lm_head: nn.Linear | None = None,
     ) -> AutoModelForCausalLMWithHiddenProjection:
         """Put a small model under the head of a large one.
 
@@ -207,7 +207,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         """The output embedding."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the output embedding."""
         self.lm_head = new_embeddings
 

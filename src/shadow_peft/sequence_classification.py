@@ -140,7 +140,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
     def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
         """Logits `[B, C]` of states `[B, T, d]` at the tokens `last` `[B]`."""
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
-        logits: Tensor = head(pooled.to(head.weight.device, head.weight.dtype))
+        weight = head.get_parameter("weight")
+        logits: Tensor = head(pooled.to(weight.device, weight.dtype))
         return logits
 
     def _loss(self, result: ShadowSequenceClassifierOutput, labels: Tensor, count: Tensor | int | None) -> Tensor:

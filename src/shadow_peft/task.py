@@ -165,12 +165,12 @@ class ShadowTaskModel(PreTrainedModel):
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
         self.peft_model.save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload adapter and trained heads to the hub; the arguments are those of `ShadowPeftModel.push_to_hub`."""
         return self.peft_model.push_to_hub(repo_id, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: PreTrainedModel,
         pretrained_shadow_path: str | Path,

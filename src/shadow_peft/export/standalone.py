@@ -10,7 +10,7 @@ The exported model computes exactly the attached model's `shadow_logits` and sha
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
             backbone.set_submodule(path, module.owned())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
-    head = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
+    head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
     with present(head):
         weight, scale = head.weight.detach().clone(), _head_scale(model)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
@@ -142,7 +142,7 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
     config = AutoModelForCausalLMWithHiddenProjectionConfig.around(backbone, weight.shape[1], weight.shape[0])
     config.final_logit_softcapping = softcap_of(base)
     exported = AutoModelForCausalLMWithHiddenProjection(config, backbone)
-    projection = model.shadow_hidden_projection
+    projection: Any = model.shadow_hidden_projection
     exported.shadow_hidden_projection.weight.copy_(torch.eye(weight.shape[1]) if same_width else projection.weight)
     exported.lm_head.weight = nn.Parameter(weight * scale, requires_grad=False)
     exported.config.architectures = [type(exported).__name__]
