@@ -13,6 +13,7 @@ import argparse
 import inspect
 import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conformance.tiny import BOS, FIRST_WORD, VOCAB, applicable_types, tiny_model
 
@@ -112,6 +113,14 @@ def left_padded(ids: Tensor, length: int = SHORT, pad: int = BOS) -> tuple[Tenso
     return ids.masked_fill(mask == 0, pad), mask
 
 
+def right_padded(ids: Tensor, length: int = SHORT, pad: int = BOS) -> tuple[Tensor, Tensor]:
+    """The rows of ``left_padded`` with the padding on the right."""
+    mask = torch.ones_like(ids)
+    mask[1, length:] = 0
+    kept = torch.cat((ids[1, -length:], ids[1, :-length]))
+    return torch.stack((ids[0], kept)).masked_fill(mask == 0, pad), mask
+
+
 def positions(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
     """``position_ids`` from the mask as ``generate`` derives them, for a forward that takes them."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -179,6 +188,13 @@ def left_padding(model: PreTrainedModel) -> Fact:
     return full if not full.holds else short
 
 
+def right_padding(model: PreTrainedModel) -> Fact:
+    """The shorter row of a right-padded batch has the logits it has alone."""
+    ids, mask = right_padded(prompt())
+    batch = logits(model, ids, mask)
+    return difference(batch[1:, :SHORT], logits(model, ids[1:, :SHORT], mask[1:, :SHORT]), CLOSE)
+
+
 def left_padding_generate(model: PreTrainedModel) -> Fact:
     """Each row of a left-padded batch continues as it does alone, cached."""
     ids, mask = left_padded(prompt())
@@ -223,7 +239,7 @@ def checkpointing(model: PreTrainedModel, reentrant: bool) -> Fact:
     model.train()
     plain = gradients(model)
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     saved = gradients(model)
     if saved.keys() != plain.keys():
         return Fact(False, f"{len(saved)} parameters have gradients instead of {len(plain)}")
@@ -281,9 +297,7 @@ def _watch(layers: nn.ModuleList, calls: list[LayerCall]) -> list[Any]:
     def before(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = {str(i): value for i, value in enumerate(args)} | kwargs
-            source = next(
-                key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()
-            )
+            source = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
             opened.setdefault(index, []).append((args, kwargs, named[source].clone(), source))
 
         return hook
@@ -369,11 +383,25 @@ def stack_of(model: PreTrainedModel) -> Stack | None:
     )
 
 
-def _measured(measure: Callable[[PreTrainedModel], Fact], model: PreTrainedModel) -> Fact:
+def reloads(model: PreTrainedModel) -> Fact:
+    """Saving and loading by ``AutoModelForCausalLM`` leaves the logits as they are."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return difference(logits(loaded, prompt()), logits(model, prompt()), EXACT)
+
+
+def idle_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of decoder layers that a text forward does not call."""
+    stack = stack_of(model)
+    return [] if stack is None else stack.skipped
+
+
+def measured(measure: Callable[[PreTrainedModel], Fact], model: PreTrainedModel) -> Fact:
     """A fact, or the error that its measurement raised."""
     try:
         return measure(model)
-    except Exception as error:  # noqa: BLE001  any error of a foreign model is the finding
+    except Exception as error:  # any error of a foreign model is the finding
         return Fact(False, f"{type(error).__name__}: {error}")
 
 
@@ -384,19 +412,19 @@ def base_facts(model_type: str) -> BaseFacts:
     return BaseFacts(
         model_type=model_type,
         model_class=type(model).__name__,
-        causal=_measured(causal, model),
-        cached=_measured(cached, model),
-        left_padding=_measured(left_padding, model),
-        left_padding_generate=_measured(left_padding_generate, model),
-        inputs_embeds=_measured(inputs_embeds, model),
-        deterministic=_measured(deterministic, model),
+        causal=measured(causal, model),
+        cached=measured(cached, model),
+        left_padding=measured(left_padding, model),
+        left_padding_generate=measured(left_padding_generate, model),
+        inputs_embeds=measured(inputs_embeds, model),
+        deterministic=measured(deterministic, model),
         cache=cache_used(model),
-        plain_head=_measured(plain_head, model),
+        plain_head=measured(plain_head, model),
         config_layers=f"{type(config).__name__}.num_hidden_layers={config.num_hidden_layers}",
         hidden_size=config.hidden_size,
         stack=stack_of(model),
-        checkpointing=_measured(partial(checkpointing, reentrant=False), tiny_model(model_type)),
-        checkpointing_reentrant=_measured(partial(checkpointing, reentrant=True), tiny_model(model_type)),
+        checkpointing=measured(partial(checkpointing, reentrant=False), tiny_model(model_type)),
+        checkpointing_reentrant=measured(partial(checkpointing, reentrant=True), tiny_model(model_type)),
     )
 
 

@@ -1,0 +1,330 @@
+"""What an attached adapter must do on every base, through the public API alone.
+
+Each function of ``CHECKS`` takes a model type and raises when what it checks does not hold. A check asks first for what it
+needs of the bare base (``needs``): where the base itself does not do it, the check does not apply, and the measured
+fact is the reason. Tolerances are those of ``base_facts``: ``EXACT`` for one computation done twice, ``CLOSE`` where the
+order of float32 sums differs (padding, caching, recomputing).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
+from shadow_peft.layouts import FEWEST_EXPORTED
+from tests.conformance import base_facts as facts
+from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
+from tests.conformance.tiny import tiny_model
+
+VISIBLE = 1e-3
+"""The least change of logits that a random adapter must make."""
+
+MODES = ("base_shadow", "shadow_only")
+
+
+class NotApplicable(Exception):
+    """The bare base itself does not do what is checked."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check on one type: "pass", "n/a" or "FAIL", and why."""
+
+    verdict: str
+    detail: str = ""
+
+
+def outcome(check: Callable[[str], None], model_type: str) -> Outcome:
+    """Run one check on one type."""
+    try:
+        check(model_type)
+    except NotApplicable as reason:
+        return Outcome("n/a", str(reason))
+    except Exception as error:  # whatever goes wrong is the finding
+        return Outcome("FAIL", f"{type(error).__name__}: {error}")
+    return Outcome("pass")
+
+
+@lru_cache(maxsize=64)
+def base_fact(measure: Callable[[PreTrainedModel], Fact], model_type: str) -> Fact:
+    """A fact of the bare base, measured on a base of its own."""
+    return facts.measured(measure, tiny_model(model_type))
+
+
+def needs(measure: Callable[[PreTrainedModel], Fact], model_type: str, what: str) -> None:
+    """Go on only if the bare base does it."""
+    fact = base_fact(measure, model_type)
+    if not fact.holds:
+        raise NotApplicable(f"the base itself {what} ({fact.detail})")
+
+
+def require(fact: Fact, what: str) -> None:
+    """Raise when a fact does not hold."""
+    if not fact.holds:
+        raise AssertionError(f"{what}: {fact.detail}")
+
+
+# -------------------------------------------------------------------- the adapted models
+
+
+def settings(**changes: Any) -> ShadowConfig:
+    """The default adapter, smaller."""
+    return ShadowConfig(**{"injection_hidden_size": 8, "gate_hidden_size": 6, **changes})
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Give a fresh adapter weights that show: an up map of ones' size, an update that is not symmetric."""
+    generator = torch.Generator().manual_seed(3)
+    for part, size in ((model.shadow_injection_model.injection_ups, 1.0), (model.shadow_update_model.hidden_norm.bias, 0.3)):
+        part.copy_(torch.randn(part.shape, generator=generator) * size)
+
+
+def adapted(model_type: str, **changes: Any) -> ShadowForCausalLM:
+    """A causal language model on a tiny base, its adapter random, in eval mode."""
+    torch.manual_seed(7)
+    peft_model = get_shadow_model(tiny_model(model_type), settings(**changes))
+    stir(peft_model)
+    return ShadowForCausalLM(peft_model).eval()
+
+
+@torch.no_grad()
+def both(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The logits of adapted base and shadow."""
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask)
+    return {"logits": out.logits, "shadow_logits": out.shadow_logits}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    """Raise unless all tensors of two dictionaries agree."""
+    assert a.keys() == b.keys()
+    for name in a:
+        require(difference(a[name], b[name], tolerance) if tolerance else identical(a[name], b[name]), name)
+
+
+def identical(a: Tensor, b: Tensor) -> Fact:
+    """Whether two tensors are the same, bit by bit."""
+    return Fact(torch.equal(a, b), "not bit-identical")
+
+
+def cut(tensors: dict[str, Tensor], rows: slice, tokens: slice) -> dict[str, Tensor]:
+    """The same part of several ``[B, T, V]`` tensors."""
+    return {name: tensor[rows, tokens] for name, tensor in tensors.items()}
+
+
+@contextmanager
+def answering(model: Any, mode: str) -> Iterator[None]:
+    """Let a task model answer with one of its networks for a while."""
+    model.set_inference_mode(mode)
+    yield
+    model.set_inference_mode("base_shadow")
+
+
+# -------------------------------------------------------------------- the checks
+
+
+def attach(model_type: str) -> None:
+    """Attaching leaves the base's class, names, state dict and configuration alone and freezes it; a forward runs."""
+    for layers, chosen in ((1, "first"), (2, "first"), (2, "even")):
+        base, untouched = tiny_model(model_type), tiny_model(model_type)
+        config = settings(num_shadow_layers=layers, shadow_init_layers=chosen)
+        model = ShadowForCausalLM(get_shadow_model(base, config)).eval()
+        assert type(base) is type(untouched)
+        assert [n for n, _ in base.named_modules()] == [n for n, _ in untouched.named_modules()]
+        assert base.config.to_dict() == untouched.config.to_dict(), "the base's config has changed"
+        same(dict(base.state_dict()), dict(untouched.state_dict()), 0.0)
+        assert not any(p.requires_grad for p in base.parameters())
+        logits = both(model, prompt())
+        assert all(tensor.isfinite().all() for tensor in logits.values())
+        assert logits["logits"].shape == logits["shadow_logits"].shape
+
+
+def identity(model_type: str) -> None:
+    """A fresh adapter changes nothing, whether its backbone is random or cut from the base."""
+    expected = facts.logits(tiny_model(model_type), prompt())
+    for init in ("random", "base"):
+        model = ShadowForCausalLM(get_shadow_model(tiny_model(model_type), settings(shadow_init=init))).eval()
+        require(difference(both(model, prompt())["logits"], expected, EXACT), f"shadow_init {init!r}")
+
+
+def injection(model_type: str) -> None:
+    """A random up projection of any ridden layer changes the logits."""
+    model = adapted(model_type, shadow_init="random")  # cut from a base without a final norm, s is h at layer 1
+    ups = model.peft_model.shadow_injection_model.injection_ups
+    filled, plain = ups.detach().clone(), facts.logits(tiny_model(model_type), prompt())
+    idle = set(facts.idle_layers(tiny_model(model_type)))
+    for index in range(ups.shape[0]):
+        with torch.no_grad():
+            ups.zero_()[index] = filled[index]
+        gap = (both(model, prompt())["logits"] - plain).abs().max().item()
+        if index + 1 not in idle:
+            assert gap > VISIBLE, f"the injection of layer {index + 1} changes the logits by {gap:.1e} only"
+
+
+def gradients(model_type: str) -> None:
+    """Every trainable part receives a gradient, nothing of the base does."""
+    model = adapted(model_type).train()
+    torch.manual_seed(0)
+    model(input_ids=prompt(), attention_mask=torch.ones_like(prompt()), labels=prompt()).loss.backward()
+    assert not any(p.grad is not None for p in model.peft_model.base_model.parameters()), "the base has gradients"
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient: {', '.join(missing)}"
+    coupling = (model.peft_model.shadow_injection_model, model.peft_model.shadow_update_model)
+    zero = [n for part in coupling for n, p in part.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert not zero, f"gradient zero: {', '.join(zero)}"
+
+
+def causality(model_type: str) -> None:
+    """Later tokens change no earlier logits."""
+    needs(facts.causal, model_type, "is not causal")
+    model, ids, other = adapted(model_type), prompt(), prompt()
+    other[:, SHORT:] = prompt(seed=2)[:, SHORT:]
+    before = slice(None), slice(SHORT)
+    same(cut(both(model, ids), *before), cut(both(model, other), *before), EXACT)
+
+
+def cached(model_type: str) -> None:
+    """Greedy decoding with a cache has the tokens and step logits of decoding without."""
+    needs(facts.cached, model_type, "decodes otherwise with a cache")
+    model, ids = adapted(model_type), prompt()
+    for mode in MODES:
+        with answering(model, mode):
+            require(facts.same_generation(facts.greedy(model, ids), facts.greedy(model, ids, cached=False)), mode)
+
+
+def left_padding(model_type: str) -> None:
+    """Both rows of a left-padded batch have the logits that each has alone."""
+    needs(facts.left_padding, model_type, "gives left-padded rows other logits")
+    model = adapted(model_type)
+    ids, mask = left_padded(prompt())
+    batch, short = both(model, ids, mask), slice(-SHORT, None)
+    same(cut(batch, slice(0, 1), slice(None)), both(model, ids[:1]), CLOSE)
+    same(cut(batch, slice(1, 2), short), both(model, ids[1:, short]), CLOSE)
+
+
+def left_padding_generate(model_type: str) -> None:
+    """Both rows of a left-padded batch are continued as each is alone, with a cache."""
+    needs(facts.left_padding_generate, model_type, "continues left-padded rows otherwise")
+    model = adapted(model_type)
+    ids, mask = left_padded(prompt())
+    for mode in MODES:
+        with answering(model, mode):
+            batch = facts.greedy(model, ids, mask)
+            require(facts.same_generation(batch, facts.greedy(model, ids[:1]), slice(0, 1)), f"{mode}, full row")
+            require(facts.same_generation(batch, facts.greedy(model, ids[1:, -SHORT:]), slice(1, 2)), f"{mode}, padded row")
+
+
+def save_load(model_type: str) -> None:
+    """A saved adapter, loaded onto a fresh copy of the base, computes the same."""
+    model = adapted(model_type)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        torch.manual_seed(11)
+        loaded = ShadowForCausalLM.from_pretrained(tiny_model(model_type), directory)
+    same(model.state_dict(), loaded.state_dict(), 0.0)
+    same(both(model, prompt()), both(loaded, prompt()), EXACT)
+
+
+def bare_base(model_type: str) -> None:
+    """The base called by itself while attached is the bare base; so is the model inside ``disable_adapter``."""
+    model, expected = adapted(model_type), facts.logits(tiny_model(model_type), prompt())
+    both(model, prompt())
+    require(identical(facts.logits(model.peft_model.base_model, prompt()), expected), "base_model")
+    with model.peft_model.disable_adapter():
+        require(difference(facts.logits(model, prompt()), expected, EXACT), "disable_adapter")
+
+
+def unload(model_type: str) -> None:
+    """Unloading gives the base back: bit-identical logits and state dict, the same trainable parameters, no hook."""
+    untouched, model = tiny_model(model_type), adapted(model_type)
+    both(model, prompt())
+    base = model.peft_model.unload()
+    require(identical(facts.logits(base, prompt()), facts.logits(untouched, prompt())), "logits")
+    same(dict(base.state_dict()), dict(untouched.state_dict()), 0.0)
+    trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (base, untouched)]
+    assert trainable[0] == trainable[1]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+def checkpointing(model_type: str, reentrant: bool) -> None:
+    """Gradient checkpointing leaves the gradients as they are."""
+    needs(_base_checkpointing[reentrant], model_type, "cannot checkpoint like this")
+    model = adapted(model_type).train()
+    plain = _gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recomputed = _gradients(model)
+    assert plain.keys() == recomputed.keys(), f"gradients differ in {sorted(plain.keys() ^ recomputed.keys())}"
+    for name, gradient in plain.items():
+        require(difference(recomputed[name], gradient, CLOSE * max(1.0, gradient.abs().max().item())), name)
+
+
+_base_checkpointing = {reentrant: partial(facts.checkpointing, reentrant=reentrant) for reentrant in (True, False)}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a training step's loss by name, for one fixed draw of the dropouts."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    model(input_ids=prompt(), attention_mask=torch.ones_like(prompt()), labels=prompt()).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def classification(model_type: str) -> None:
+    """A sequence's class logits do not depend on the side of its padding, nor on its neighbours."""
+    needs(facts.left_padding, model_type, "gives left-padded rows other logits")
+    needs(facts.right_padding, model_type, "gives right-padded rows other logits")
+    torch.manual_seed(7)
+    peft_model = get_shadow_model(tiny_model(model_type), settings())
+    stir(peft_model)
+    model = ShadowForSequenceClassification(peft_model).eval()
+    left, right = (both(model, *padded(prompt())) for padded in (left_padded, right_padded))
+    same(left, right, CLOSE)
+    alone = both(model, prompt()[1:, -SHORT:])
+    same({name: logits[1:] for name, logits in left.items()}, alone, CLOSE)
+
+
+def export(model_type: str) -> None:
+    """The exported shadow computes the shadow logits by itself and shares no tensor with the base."""
+    model = adapted(model_type, num_shadow_layers=2)
+    exported = model.export_shadow()
+    require(difference(facts.logits(exported, prompt()), both(model, prompt())["shadow_logits"], EXACT), "logits")
+    held = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in held for p in exported.parameters()), "the exported model shares tensors"
+
+
+def reload(model_type: str) -> None:
+    """The exported shadow, saved and loaded as any model is, computes the same."""
+    needs(facts.reloads, model_type, "is not the same after saving and loading")
+    fewest, _ = FEWEST_EXPORTED.get(model_type, (1, ""))
+    for layers in {fewest, 2}:
+        exported = adapted(model_type, num_shadow_layers=layers).export_shadow()
+        require(facts.reloads(exported), f"{layers} layers")
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "attach": attach,
+    "identity": identity,
+    "injection": injection,
+    "gradients": gradients,
+    "causality": causality,
+    "cache": cached,
+    "left padding": left_padding,
+    "left padding, generate": left_padding_generate,
+    "save and load": save_load,
+    "bare base": bare_base,
+    "unload": unload,
+    "checkpointing": partial(checkpointing, reentrant=False),
+    "checkpointing, reentrant": partial(checkpointing, reentrant=True),
+    "classification": classification,
+    "export": export,
+    "export, reloaded": reload,
+}

@@ -1,0 +1,62 @@
+"""The conformance checks on a few types that differ as much as possible; ``make conformance`` runs all of them.
+
+A Llama, query norms, capped logits, positions outside the layers, nested decoders, alibi, expert mixtures, hybrids of
+attention with recurrence or convolution, recurrence alone, weights shared between layers, several streams, tables looked up
+by id, scaled embeddings, post-norm encoders used as decoders.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from shadow_peft import ShadowConfig, get_shadow_model
+from shadow_peft.layouts import UNSUPPORTED
+from tests.conformance.checks import CHECKS, NotApplicable
+from tests.conformance.sweep import document, failing, sweep
+from tests.conformance.tiny import applicable_types, tiny_model
+
+TYPES = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "opt",
+    "mpt",
+    "mixtral",
+    "jamba",
+    "qwen3_next",
+    "mamba",
+    "lfm2",
+    "zamba",
+    "gemma3n_text",
+    "xglm",
+    "bert",
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_conformance(model_type: str, check: str) -> None:
+    try:
+        CHECKS[check](model_type)
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("model_type", [name for name in UNSUPPORTED if name in applicable_types()])
+def test_an_unsupported_type_is_refused_by_name_with_the_reason(model_type: str) -> None:
+    with pytest.raises(ValueError, match=f"'{model_type}'.*{UNSUPPORTED[model_type][:40]}"):
+        get_shadow_model(tiny_model(model_type), ShadowConfig())
+
+
+def test_a_worker_that_dies_or_hangs_fails_its_type_alone() -> None:
+    rows = sweep(["no such type", "llama"], jobs=2, timeout=0.0)
+    assert all(failing(rows[name]) == list(CHECKS) for name in rows)
+
+
+def test_the_table_shows_every_verdict() -> None:
+    rows = sweep(["no such type"], jobs=1, timeout=60.0)
+    text = document(rows, {"blt": "no decoder"})
+    assert "| no such type | FAIL (1) |" in text
+    assert "| blt | no decoder |" in text
