@@ -1,0 +1,91 @@
+"""ShadowSFTTrainer: the model's own loss is what is trained and logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.demo.robot_commands import commands
+from shadow_peft.training.sft import ShadowSFTTrainer
+from tests.cli.conftest import tiny_tokenizer
+from tests.tiny_models import llama
+
+
+def make_model(weight: float = 0.5) -> ShadowForCausalLM:
+    torch.manual_seed(0)
+    adapted = get_shadow_model(llama(vocab_size=300, eos_token_id=1, bos_token_id=None), ShadowConfig(dropout=0.0))
+    return ShadowForCausalLM(adapted, shadow_loss_weight=weight)
+
+
+def make_trainer(folder: Path, model: ShadowForCausalLM, **options: Any) -> ShadowSFTTrainer:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False, "activation_checkpointing": False,
+        "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    data = Dataset.from_list([c.row() for c in commands("train", 8)])
+    args = SFTConfig(**{**defaults, **options})
+    return ShadowSFTTrainer(model, args, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer())
+
+
+def first_batch(trainer: ShadowSFTTrainer) -> dict[str, torch.Tensor]:
+    batch = next(iter(trainer.get_eval_dataloader()))
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def test_loss_is_the_models_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_model())
+    batch = first_batch(trainer)
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss
+        assert trainer.compute_loss(trainer.model, batch) == expected
+        assert trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7)) != expected
+
+
+def test_log_splits_the_loss(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_model(weight=0.5))
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx(row["base_loss"] + 0.5 * row["shadow_loss"], rel=1e-4)
+    assert 0 <= row["mean_token_accuracy"] <= 1
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_base_loss"] + 0.5 * metrics["eval_shadow_loss"], rel=1e-3)
+
+
+def test_shadow_weight_changes_what_is_trained(tmp_path: Path) -> None:
+    trained = []
+    for weight in (0.0, 1.0):
+        model = make_model(weight)
+        make_trainer(tmp_path, model, learning_rate=1e-2).train()
+        trained.append(model.state_dict())
+    backbone = [name for name in trained[0] if name.startswith("shadow_model.")]
+    assert any(not torch.equal(trained[0][name], trained[1][name]) for name in backbone)
+
+
+def test_only_completions_are_learned(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_model())
+    tokenizer = tiny_tokenizer()
+    row = trainer.train_dataset[0]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned) == commands("train", 1)[0].completion + "<eos>"
+
+
+def test_model_keeps_its_own_forward(tmp_path: Path) -> None:
+    model = make_model()
+    make_trainer(tmp_path, model)
+    assert "forward" not in vars(model)
+
+
+def test_refuses_other_models_and_other_losses(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="LlamaForCausalLM"):
+        make_trainer(tmp_path, llama(vocab_size=300))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss_type"):
+        make_trainer(tmp_path, make_model(), loss_type="dft")
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        make_trainer(tmp_path, make_model(), label_smoothing_factor=0.1)

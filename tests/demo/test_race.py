@@ -1,0 +1,123 @@
+"""The race: equal sizes, honest tables, and every file of a short demo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shadow_peft import ShadowForCausalLM, get_shadow_model
+from shadow_peft.cli import main
+from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
+from shadow_peft.demo.measure import in_own_process, peak_memory_mb
+from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank
+from shadow_peft.demo.report import draw_curves, examples, save_results, table
+from shadow_peft.demo.robot_commands import commands
+from shadow_peft.demo.scoring import Scores
+from tests.tiny_models import llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
+
+
+def trainable(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora_of(base: torch.nn.Module, budget: int) -> int:
+    """Trainable parameters of the LoRA that is raced against a budget."""
+    rank = lora_rank(base, budget)
+    return trainable(get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")))
+
+
+def test_lora_is_as_large_as_the_shadow() -> None:
+    budget = trainable(get_shadow_model(load_base(), RaceSettings().shadow))
+    assert lora_of(load_base(), budget) == pytest.approx(budget, rel=0.03)
+
+
+def test_lora_rank_comes_as_near_as_a_rank_can() -> None:
+    unit = lora_of(llama(), 1)
+    assert lora_rank(llama(), 7 * unit + unit // 3) == 7
+    assert lora_of(llama(), 7 * unit) == 7 * unit
+
+
+def test_embedded_base_is_small_bfloat16_and_knows_its_tokens() -> None:
+    weights = load_file(BASE_PATH / "model.safetensors")
+    assert sum(path.stat().st_size for path in BASE_PATH.iterdir()) < 8_000_000
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    tokenizer, base = load_tokenizer(), load_base()
+    text = 'Grüße, "Welt" 123\n'
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (base.config.pad_token_id, base.config.eos_token_id)
+    assert base.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def made_up_contenders() -> list[Contender]:
+    lines = ["{}", "two\nlines"]
+    training = Training(1234, 5.6, 789.0, {"answer": [(1, 2.0), (2, 1.0)], "detached shadow": [(1, 3.0), (2, 2.5)]})
+    return [
+        Contender("bare base", Scores(0.0, 0.25, 3.5, lines)),
+        Contender("base + shadow", Scores(0.5, 0.75, 0.5, lines), training),
+    ]
+
+
+def test_table_says_what_was_measured() -> None:
+    lines = table(made_up_contenders()).splitlines()
+    assert [cell.strip() for cell in lines[2].split("  ") if cell] == ["bare base", "0.0%", "25.0%", "3.500", "-", "-", "-"]
+    assert [cell.strip() for cell in lines[3].split("  ") if cell][1:] == ["50.0%", "75.0%", "0.500", "1,234", "6", "789"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_examples_show_every_answer_on_one_line() -> None:
+    shown = examples(made_up_contenders(), commands("test", 2), count=2)
+    assert shown.count("(right)") == 2
+    assert "two | lines" in shown
+
+
+def test_results_and_picture_are_written(tmp_path: Path) -> None:
+    save_results(tmp_path / "results.json", RaceSettings(), made_up_contenders(), 12.3)
+    draw_curves(tmp_path / "curves.png", made_up_contenders())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["contenders"][1]["training"]["trainable"] == 1234
+    assert results["settings"]["shadow"]["num_shadow_layers"] == RaceSettings().shadow.num_shadow_layers
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_work_in_its_own_process_has_its_own_peak() -> None:
+    assert 5 < in_own_process(peak_memory_mb) < peak_memory_mb() + 1000
+    with pytest.raises(ValueError, match="got -1"):
+        in_own_process(commands, "train", -1)
+
+
+def test_demo_runs_from_end_to_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["demo", "--smoke", "--output", str(tmp_path / "race")]) == 0
+    shown = capfd.readouterr().out
+    results = json.loads((tmp_path / "race" / "results.json").read_text())
+    names = [contender["name"] for contender in results["contenders"]]
+    assert names[:3] == ["bare base", "base + shadow", "detached shadow"]
+    assert names[3].startswith("LoRA")
+    assert all(name in shown for name in names)
+    check_files(tmp_path / "race", results)
+
+
+def check_files(folder: Path, results: dict[str, list[dict[str, dict[str, object]]]]) -> None:
+    """The saved adapter and the saved shadow give the answers that the results report."""
+    prompts = [command.prompt for command in commands("test", 4)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "shadow")
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    adapted = ShadowForCausalLM.from_pretrained(load_base(), folder / "adapter")
+    detached = AutoModelForCausalLM.from_pretrained(folder / "shadow")
+    for model, contender in ((adapted, results["contenders"][1]), (detached, results["contenders"][2])):
+        tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        written = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert [line.strip() for line in written] == contender["scores"]["answers"]
+    assert (folder / "curves.png").is_file()
+    assert replace(RaceSettings(), steps=3).steps == results["settings"]["steps"]  # type: ignore[call-overload]
