@@ -1,0 +1,58 @@
+# Every target works on a clean clone: it makes $(VENV) first, where only python3 with pip is needed.
+#
+#   make demo          fine-tune the embedded base on the embedded task, offline, and race LoRA beside it
+#   make test          formatting, types, dependency line and every test
+#   make lint          the first three of these alone
+#   make conformance   every architecture that transformers knows; writes docs/conformance.md
+#   make compat        files to and from the published packages, in an environment of its own
+#   make docs          the documentation, warnings are errors
+#   make clean         remove the environment and what was built
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+BIN = $(VENV)/bin
+# torch goes first and pinned, so that nothing that depends on it chooses another
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint conformance compat docs clean
+
+help:
+	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
+
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(VENV)/.with-%: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.with-demo
+	@$(BIN)/shadow-peft demo
+
+test: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(VENV)/.with-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+conformance: $(VENV)/.with-test
+	@$(BIN)/python -m tests.conformance.sweep --jobs $(JOBS)
+
+compat: $(VENV)/.with-test
+	@$(BIN)/python -m tests.compat.run
+
+docs: $(VENV)/.with-docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

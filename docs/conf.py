@@ -1,0 +1,25 @@
+"""The documentation: MyST Markdown in, HTML out; `make docs` treats every warning as an error."""
+
+from importlib.metadata import version as version_of
+
+project = "shadow-peft"
+author = "the shadow-peft developers"
+copyright = "2026, the shadow-peft developers"
+version = release = version_of("shadow-peft")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"shadow-peft {version}"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+default_role = "code"  # docstrings put names between single backquotes
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+suppress_warnings = ["config.cache"]

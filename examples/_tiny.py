@@ -1,0 +1,38 @@
+"""Random models small enough to run anywhere in a second; in your script, load real ones with `from_pretrained`."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+
+VOCABULARY = 128
+
+
+def _config(hidden_size: int, num_layers: int, **options: object) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+
+
+def causal_lm(hidden_size: int = 32, num_layers: int = 4, seed: int = 0) -> PreTrainedModel:
+    """In place of `AutoModelForCausalLM.from_pretrained(...)`."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(_config(hidden_size, num_layers))
+
+
+def classifier(num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
+    """In place of `AutoModelForSequenceClassification.from_pretrained(..., num_labels=3)`."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_config(32, 4, num_labels=num_labels))
+
+
+def token_ids(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
+    """In place of a tokenizer: ids `[B, T]`."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))

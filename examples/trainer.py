@@ -1,0 +1,30 @@
+"""Train with `transformers.Trainer`: default arguments, checkpoints, and resuming from one.
+
+python examples/trainer.py
+"""
+
+import tempfile
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from _tiny import causal_lm, token_ids
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+
+data = [{"input_ids": row, "labels": row} for row in token_ids(rows=16)]
+
+with tempfile.TemporaryDirectory() as directory:
+
+    def trainer(max_steps: int) -> Trainer:
+        torch.manual_seed(0)
+        model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()))
+        args = TrainingArguments(directory, max_steps=max_steps, save_steps=4, learning_rate=1e-2, report_to="none")
+        return Trainer(model, args, train_dataset=data, eval_dataset=data)
+
+    first = trainer(max_steps=4)
+    first.train()
+    print("after 4 steps:", first.evaluate()["eval_loss"])
+
+    resumed = trainer(max_steps=8)
+    resumed.train(resume_from_checkpoint=True)
+    print("after 8 steps:", resumed.evaluate()["eval_loss"])

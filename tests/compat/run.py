@@ -1,0 +1,113 @@
+"""This library beside the published packages: files both ways, and how each behaves.
+
+    python -m tests.compat.run                    makes an environment of the peers in a temporary folder (some minutes)
+    python -m tests.compat.run --peer PYTHON      uses the interpreter of an environment that is there already
+
+First each side loads what the other saved (`side.py`); the table shows the largest differences of logits, shadow logits and
+loss. Then all answer the same questions (`behaviour.py`), as the README shows them. Exits with 1 when a difference exceeds
+1e-5 or an answer of this library is no. The published packages are only used, through their public names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SIDE, BEHAVIOUR = (Path(__file__).with_name(name) for name in ("side.py", "behaviour.py"))
+TORCH = "torch==2.13.0"
+PEERS = ("shadow-peft==0.1.1", "transformers==5.23.0", "peft==0.21.2")
+TOLERANCE = 1e-5
+
+Results = dict[str, dict[str, float] | str]
+
+
+def make_environment(folder: Path) -> str:
+    """A fresh environment with the published packages; its interpreter. torch comes first: nobody else chooses it."""
+    print(f"making an environment with {TORCH}, {', '.join(PEERS)}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    for packages in ((TORCH,), (TORCH, *PEERS)):
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)
+    return python
+
+
+def side(python: str, verb: str, who: str, folder: Path) -> str:
+    """Run one side; what it printed last."""
+    command = [python, str(SIDE), verb, who, str(folder)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return run.stdout.strip().rpartition("\n")[2]
+
+
+def exchange(peer: str, root: Path) -> dict[str, Results]:
+    """Direction -> results."""
+    pythons = {"ours": sys.executable, "peer": peer}
+    results = {}
+    for saver, loader in (("ours", "peer"), ("peer", "ours")):
+        folder = root / f"saved-by-{saver}"
+        side(pythons[saver], "save", saver, folder)
+        results[f"{saver} -> {loader}"] = json.loads(side(pythons[loader], "load", loader, folder))
+    return results
+
+
+def behaviours(peer: str) -> dict[str, dict[str, bool | str]]:
+    """Implementation -> question -> answer."""
+    answers = {}
+    for name, python, library in (
+        ("here", sys.executable, "shadow_peft"),
+        ("shadow-peft 0.1.1", peer, "shadow_peft"),
+        ("peft 0.21.2", peer, "peft"),
+    ):
+        command = [python, str(BEHAVIOUR), library]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        answers[name] = json.loads(run.stdout.strip().rpartition("\n")[2])
+    return answers
+
+
+def behaviour_table(answers: dict[str, dict[str, bool | str]]) -> str:
+    """The answers as a table in Markdown, errors below it."""
+    lines = ["| | " + " | ".join(answers) + " |", "|---|" + "---|" * len(answers)]
+    for question in answers["here"]:
+        marks = [{True: "yes", False: "no"}.get(given[question], "error") for given in answers.values()]
+        lines.append(f"| {question} | {' | '.join(marks)} |")
+    errors = [f"{name}: {q}: {a}" for name, given in answers.items() for q, a in given.items() if isinstance(a, str)]
+    return "\n".join([*lines, "", *errors])
+
+
+def is_same(differences: dict[str, float] | str) -> bool:
+    """Whether a case loaded and every output agrees."""
+    return not isinstance(differences, str) and all(value <= TOLERANCE for value in differences.values())
+
+
+def row(case: str, differences: Any) -> str:
+    """One line of the table."""
+    if isinstance(differences, str):
+        return f"{case:<30} {differences}"
+    shown = "   ".join(f"{name} {value:.0e}" for name, value in differences.items())
+    return f"{case:<30} {shown}   {'same' if is_same(differences) else 'DIFFERENT'}"
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="interpreter of an environment with the published packages")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        peer = options.peer or make_environment(Path(folder, "venv"))
+        results, answers = exchange(peer, Path(folder)), behaviours(peer)
+    for direction, cases in results.items():
+        print(f"\n{direction}")
+        for case, differences in cases.items():
+            print("  " + row(case, differences))
+    outcomes = [is_same(d) for cases in results.values() for d in cases.values()]
+    print(f"\n{sum(outcomes)} of {len(outcomes)} exchanges are the same to {TOLERANCE:.0e}")
+    print(f"\n{behaviour_table(answers)}")
+    return 0 if all(outcomes) and all(answer is True for answer in answers["here"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
