@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, Gemma3TextConfig, Gemma3ForCausalLM, PreTrainedModel
+from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel, get_shadow_model, prepare_shadow_model
 from tests.tiny_models import BASES, SIZES, adapted, gpt2, llama, qwen3, stirred, tokens
@@ -120,7 +120,7 @@ def test_fewer_heads_keep_whole_groups_that_weigh_most() -> None:
 
 def test_what_cannot_be_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
     impossible = {"shadow_head_dim": 16}
-    with pytest.raises(ValueError, match="base has no tensor|no tensor of shape"):
+    with pytest.raises(ValueError, match=r"base has no tensor|no tensor of shape"):
         twin(llama(), shadow_init="base", **impossible)
     with caplog.at_level(logging.INFO, logger="shadow_peft"):
         assert twin(llama(), **impossible).layers[0].self_attn.q_proj.weight.shape == (64, 32)

@@ -35,7 +35,7 @@ class Counter:
         monkeypatch.setattr(TaskHead, "__call__", counted)
 
 
-@pytest.fixture()
+@pytest.fixture
 def shadow_heads(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return Counter(monkeypatch)
 
@@ -83,7 +83,23 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 class Operations(TorchDispatchMode):
     """Counts dispatched operations that are no views."""
 
-    VIEWS = ("view", "t.", "transpose", "slice", "split", "chunk", "expand", "unbind", "select", "_unsafe_view", "detach", "alias", "unsqueeze", "permute", "as_strided")
+    VIEWS = (
+        "view",
+        "t.",
+        "transpose",
+        "slice",
+        "split",
+        "chunk",
+        "expand",
+        "unbind",
+        "select",
+        "_unsafe_view",
+        "detach",
+        "alias",
+        "unsqueeze",
+        "permute",
+        "as_strided",
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,9 @@ def test_float32_masters_compute_in_the_bases_dtype() -> None:
 def test_half_precision_classifier_and_explicit_shadow() -> None:
     model = classifier(qwen3_classifier().bfloat16())
     model(tokens(), labels=torch.tensor([0, 1, 2])).loss.backward()
-    explicit = ShadowForCausalLM(adapted(llama().bfloat16(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2).bfloat16()))
+    explicit = ShadowForCausalLM(
+        adapted(llama().bfloat16(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2).bfloat16())
+    )
     explicit(tokens(), labels=tokens()).loss.backward()
     assert explicit.peft_model.shadow_hidden_projection.weight.grad.isfinite().all()
 
@@ -70,7 +72,9 @@ def test_a_base_spread_by_device_map(offload: str, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": offload}
     device_map |= {f"model.layers.{i}": "cpu" if i < 2 else offload for i in range(4)}
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "off").eval()
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "off"
+    ).eval()
     ids, before = tokens(), llama()(tokens()).logits
     torch.manual_seed(1)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, "shadow_init": "base"}
@@ -82,7 +86,9 @@ def test_a_base_spread_by_device_map(offload: str, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs.logits, expected(ids).logits)
     torch.testing.assert_close(outputs.shadow_logits, expected(ids).shadow_logits)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected.generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=4, do_sample=False), expected.generate(ids, max_new_tokens=4, do_sample=False)
+    )
     torch.testing.assert_close(model.export_shadow()(ids).logits, outputs.shadow_logits)
     torch.testing.assert_close(model.peft_model.unload()(ids).logits, before)
 
@@ -92,7 +98,7 @@ def test_maps_on_another_device_are_brought_to_the_layer() -> None:
     model = causal_lm(base)
     moved: list[str] = []
     expected = model(tokens()).logits
-    model.peft_model.shadow_injection_model.double()  # stands for "elsewhere": maps are moved to the layer's dtype and device
+    model.peft_model.shadow_injection_model.double()  # stands for "elsewhere": maps move to the layer's dtype and device
     base.model.layers[1].register_forward_pre_hook(lambda m, args: moved.append(str(args[0].dtype)))
     torch.testing.assert_close(model(tokens()).logits, expected)
     assert moved == ["torch.float32"]

@@ -71,7 +71,10 @@ def scaled() -> PreTrainedModel:
 
 @pytest.mark.parametrize("make_base", [llama, softcapped, scaled])
 def test_a_shadow_of_another_width_is_a_projected_model(make_base, tmp_path: Path) -> None:
-    model, ids = ShadowForCausalLM(adapted(make_base(), shadow_model=qwen3(3, hidden_size=16, num_hidden_layers=2))), tokens()
+    model, ids = (
+        ShadowForCausalLM(adapted(make_base(), shadow_model=qwen3(3, hidden_size=16, num_hidden_layers=2))),
+        tokens(),
+    )
     exported = model.export_shadow()
     assert isinstance(exported, AutoModelForCausalLMWithHiddenProjection)
     assert no_shared_tensor(exported, model)

@@ -50,6 +50,15 @@ def test_round_trip_of_a_classifier(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).shadow_logits, model(ids).shadow_logits, rtol=0, atol=0)
 
 
+def test_heads_that_a_checkpoint_lacks_are_fresh_and_frozen_with_the_rest(tmp_path: Path) -> None:
+    adapted(qwen3_classifier()).save_pretrained(tmp_path)
+    loaded = ShadowForSequenceClassification.from_pretrained(qwen3_classifier(), tmp_path)
+    assert torch.equal(loaded.classifier_head.weight, qwen3_classifier().score.weight)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = ShadowForSequenceClassification.from_pretrained(qwen3_classifier(), tmp_path, is_trainable=True)
+    assert trainable.classifier_head.weight.requires_grad
+
+
 def test_an_explicit_shadow_is_rebuilt_from_the_checkpoint(tmp_path: Path) -> None:
     model, ids = ShadowForCausalLM(adapted(llama(), shadow_model=qwen3(4, hidden_size=16, num_hidden_layers=2))), tokens()
     model.save_pretrained(tmp_path)
@@ -204,7 +213,7 @@ def test_legacy_files_load_without_running_code(tmp_path: Path) -> None:
     (tmp_path / ADAPTER).unlink()
     torch.testing.assert_close(ShadowForCausalLM.from_pretrained(llama(), tmp_path)(ids).logits, model(ids).logits)
     torch.save(Evil(tmp_path / "ran"), tmp_path / "shadow_adapter.pt")
-    with pytest.raises(ValueError, match="more than tensors|damaged"):
+    with pytest.raises(ValueError, match=r"more than tensors|damaged"):
         ShadowForCausalLM.from_pretrained(llama(), tmp_path)
     assert not (tmp_path / "ran").exists()
 

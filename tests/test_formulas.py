@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import causal_lm, llama, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
 from shadow_peft.injection import inject
 from shadow_peft.update import Norm, UpdateMaps, update
+from tests.tiny_models import causal_lm, llama, tokens
 
 D, R, K = 6, 3, 2
 
@@ -48,13 +48,23 @@ def test_gradients_of_injection(drop_difference: bool) -> None:
 
 @pytest.mark.parametrize("paper", [False, True])
 def test_gradients_of_update(paper: bool) -> None:
-    h, s, down, gate, transform = draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(2 * K, D), draw(D, K), draw(D, K, seed=9)
+    h, s, down, gate, transform = (
+        draw(2, 3, D, seed=1),
+        draw(2, 3, D, seed=2),
+        draw(2 * K, D),
+        draw(D, K),
+        draw(D, K, seed=9),
+    )
     if paper:
         biases = draw(2 * K), draw(D), draw(D, seed=5)
-        assert torch.autograd.gradcheck(lambda h, s, a, b, c, *d: update(h, s, UpdateMaps(a, b, c, *d), None), (h, s, down, gate, transform, *biases))
+        assert torch.autograd.gradcheck(
+            lambda h, s, a, b, c, *d: update(h, s, UpdateMaps(a, b, c, *d), None), (h, s, down, gate, transform, *biases)
+        )
     else:
         norm = draw(D, seed=7), draw(D, seed=8)
-        assert torch.autograd.gradcheck(lambda h, s, a, b, c, *n: update(h, s, UpdateMaps(a, b, c), Norm(*n)), (h, s, down, gate, transform, *norm))
+        assert torch.autograd.gradcheck(
+            lambda h, s, a, b, c, *n: update(h, s, UpdateMaps(a, b, c), Norm(*n)), (h, s, down, gate, transform, *norm)
+        )
 
 
 def test_dropout_keeps_the_mean_and_zeroes_the_correction_at_random() -> None:
@@ -86,7 +96,9 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     for i, layer in enumerate(base.model.layers[1:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
         h = layer(h + alpha * (h - s) @ down @ up, attention_mask=mask, position_embeddings=rotary)
-        n = F.layer_norm(h, h.shape[-1:], get("shadow_update_model.hidden_norm.weight"), get("shadow_update_model.hidden_norm.bias"), 1e-5)
+        n = F.layer_norm(
+            h, h.shape[-1:], get("shadow_update_model.hidden_norm.weight"), get("shadow_update_model.hidden_norm.bias"), 1e-5
+        )
         part = "shadow_update_model.update_"
         t = F.silu(n @ get(f"{part}transforms.{i}.0.weight").T) @ get(f"{part}transforms.{i}.3.weight").T
         g = torch.sigmoid(F.silu(n @ get(f"{part}gates.{i}.0.weight").T) @ get(f"{part}gates.{i}.2.weight").T)

@@ -41,7 +41,9 @@ def test_calling_the_base_is_the_bare_base(name: str) -> None:
     model = causal_lm(base)
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert torch.equal(base(ids).logits, before)
-    assert torch.equal(base.generate(ids, max_new_tokens=4, do_sample=False), BASES[name]().generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        base.generate(ids, max_new_tokens=4, do_sample=False), BASES[name]().generate(ids, max_new_tokens=4, do_sample=False)
+    )
 
 
 @bases
@@ -91,7 +93,9 @@ def test_disable_adapter_is_the_base() -> None:
         outputs = model(ids)
         assert torch.equal(outputs.logits, before)
         assert outputs.shadow_logits is None
-        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), llama().generate(ids, max_new_tokens=6, do_sample=False))
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=6, do_sample=False), llama().generate(ids, max_new_tokens=6, do_sample=False)
+        )
     assert torch.equal(model(ids).logits, adapted_logits)
 
 

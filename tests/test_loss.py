@@ -82,7 +82,9 @@ def test_classification_is_what_transformers_computes(kind: str) -> None:
     model = classifier(base)
     outputs = model(tokens(), labels=labels)
     assert model.config.problem_type == (None if kind != "regression of several" else "regression")
-    expected = [ForSequenceClassificationLoss(labels, logits, base.config) for logits in (outputs.logits, outputs.shadow_logits)]
+    expected = [
+        ForSequenceClassificationLoss(labels, logits, base.config) for logits in (outputs.logits, outputs.shadow_logits)
+    ]
     torch.testing.assert_close(outputs.loss, expected[0] + 0.05 * expected[1])
 
 
@@ -100,6 +102,6 @@ def test_classification_accumulates(kind: str) -> None:
 def test_unlabelled_rows_of_a_classifier_are_finite() -> None:
     model = classifier(qwen3_classifier())
     assert model(tokens(), labels=torch.full((3,), -100)).loss.item() == 0
+    model.config.problem_type = "nonsense"
     with pytest.raises(ValueError, match="problem_type"):
-        model.config.problem_type = "nonsense"
         model(tokens(), labels=torch.zeros(3, dtype=torch.long))

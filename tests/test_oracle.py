@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import INTEROP
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM, ShadowForSequenceClassification
+from tests.tiny_models import INTEROP
 
 FOLDERS = sorted(path.name for path in INTEROP.iterdir())
 WITH_GRADIENTS = [name for name in FOLDERS if name != "peft_llama_mirror"]
@@ -24,9 +24,7 @@ def load(folder: str) -> tuple[ShadowForCausalLM | ShadowForSequenceClassificati
     base = (AutoModelForSequenceClassification if classify else AutoModelForCausalLM).from_pretrained(path / "base")
     shadow = None
     if (path / "shadow_model").is_dir():
-        shadow = AutoModelForCausalLMWithHiddenProjection.from_pretrained(
-            path / "shadow_model", freeze_embed_tokens=False
-        )
+        shadow = AutoModelForCausalLMWithHiddenProjection.from_pretrained(path / "shadow_model", freeze_embed_tokens=False)
     task = ShadowForSequenceClassification if classify else ShadowForCausalLM
     model = task.from_pretrained(base, path / "adapter", is_trainable=True, shadow_model=shadow).eval()
     return model, load_file(path / "expected.safetensors")

@@ -114,7 +114,9 @@ def test_a_cache_the_shadow_has_not_seen_is_refused() -> None:
     assert isinstance(model(ids, past_key_values=empty).past_key_values, ShadowCache)
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}, {"do_sample": True, "num_return_sequences": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}, {"do_sample": True, "num_return_sequences": 3}]
+)
 def test_other_ways_of_decoding_agree_with_uncached_ones(settings: dict[str, object]) -> None:
     model, ids = causal_lm(llama()), tokens(2, 5)
     produced = []

@@ -30,7 +30,14 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def arguments(directory: Path, **settings: object) -> TrainingArguments:
-    defaults = {"max_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no"}
+    defaults = {
+        "max_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
     return TrainingArguments(directory, **{**defaults, **settings})
 
 
@@ -42,10 +49,14 @@ class Gradients(TrainerCallback):
         self.last = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step_gradients(directory: Path, batch: int, accumulation: int, model: ShadowForCausalLM | None = None, **settings: object) -> dict[str, torch.Tensor]:
+def step_gradients(
+    directory: Path, batch: int, accumulation: int, model: ShadowForCausalLM | None = None, **settings: object
+) -> dict[str, torch.Tensor]:
     gradients = Gradients()
     model = causal_lm(llama(), shadow_loss_weight=0.5) if model is None else model
-    args = arguments(directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_grad_norm=0, **settings)
+    args = arguments(
+        directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_grad_norm=0, **settings
+    )
     Trainer(model, args, train_dataset=rows(), data_collator=collate, callbacks=[gradients]).train()
     return gradients.last
 
@@ -72,7 +83,9 @@ def test_gradient_checkpointing_does_not_change_the_step(reentrant: bool, tmp_pa
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_of_an_explicit_shadow(reentrant: bool, tmp_path: Path) -> None:
     def fresh() -> ShadowForCausalLM:
-        return ShadowForCausalLM(adapted(llama(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2)), shadow_loss_weight=0.5)
+        return ShadowForCausalLM(
+            adapted(llama(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2)), shadow_loss_weight=0.5
+        )
 
     plain = step_gradients(tmp_path, 8, 1, fresh())
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -100,8 +113,14 @@ def run_for_resume(directory: Path, resume: bool, classify: bool = False, steps:
             row["input_ids"], row["attention_mask"] = row["input_ids"][:3], [1] * 3
         collator = None
     else:
-        model, data, collator = causal_lm(llama(), dropout=0.1, modules_to_save=["lm_head", "shadow_lm_head"]), rows(), collate
-    args = arguments(directory, max_steps=steps, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2)
+        model, data, collator = (
+            causal_lm(llama(), dropout=0.1, modules_to_save=["lm_head", "shadow_lm_head"]),
+            rows(),
+            collate,
+        )
+    args = arguments(
+        directory, max_steps=steps, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2
+    )
     trainer = Trainer(model, args, train_dataset=data, data_collator=collator)
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

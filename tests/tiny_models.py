@@ -73,7 +73,9 @@ def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
     return model
 
 
-def adapted(base: PreTrainedModel, seed: int = 1, shadow_model: PreTrainedModel | None = None, **config: object) -> ShadowPeftModel:
+def adapted(
+    base: PreTrainedModel, seed: int = 1, shadow_model: PreTrainedModel | None = None, **config: object
+) -> ShadowPeftModel:
     """A base with a stirred adapter."""
     torch.manual_seed(seed)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, **config}

@@ -3,13 +3,13 @@
 The path of one batch, a file for each step:
 
     tokens -> backbone (twin, narrowing) -> s                                  initial shadow state
-    tokens -> base layers, ridden by attach -> logits                          passage: injection before, update after a layer
-    logits, shadow_logits -> loss                                              causal_lm, sequence_classification
+    tokens -> base layers, ridden by attach -> logits                          passage: injection before a layer, update
+    after logits, shadow_logits -> loss                                              causal_lm, sequence_classification
 """
 
-from shadow_peft.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
 from shadow_peft.backbone import prepare_shadow_model
 from shadow_peft.cache import ShadowCache
+from shadow_peft.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel, get_shadow_model
 from shadow_peft.projected import (

@@ -2,8 +2,8 @@
 
     s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S to d, the identity when they agree
 
-An *implicit* backbone is a short twin of the base (see `twin`) and is fed the base's input embeddings. An *explicit* one is a
-model that the user brings: its task head is stripped, it keeps its own embeddings unless they were removed.
+An *implicit* backbone is a short twin of the base (see `twin`) and is fed the base's input embeddings. An *explicit* one is
+a model that the user brings: its task head is stripped, it keeps its own embeddings unless they were removed.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Signature:
         return {
             name: value
             for name, value in arguments.items()
-            if value is not None and (name in self.names or self.open and name in _PACKING)
+            if value is not None and (name in self.names or (self.open and name in _PACKING))
         }
 
 

@@ -7,6 +7,7 @@ tables, which stand beside its modules, so that it neither trains nor saves nor 
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 

@@ -7,10 +7,23 @@ cache, or by the backbone's where the base does not run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What drafting left for the pass that verifies it.
+
+    Attributes:
+        states: shadow states s `[B, k, d]` of the k tokens that the backbone has read and the base has not.
+    """
+
+    states: Tensor
 
 
 class ShadowCache(Cache):
@@ -19,11 +32,15 @@ class ShadowCache(Cache):
     Args:
         base: the base's cache; None when only the shadow runs.
         shadow: the backbone's cache.
+
+    Attributes:
+        drafted: the states of tokens that the backbone's cache holds ahead of the base's; None if there are none.
     """
 
     def __init__(self, base: Cache | None, shadow: Cache) -> None:
         self.base = base
         self.shadow = shadow
+        self.drafted: Drafted | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -107,3 +124,17 @@ def bare(states: Any) -> StatePair | None:
     if states is None:
         return None
     return StatePair(states.base if isinstance(states, (ShadowCache, StatePair)) else states, None)
+
+
+def unread(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
+    """How many of the last tokens a cache does not hold, where a whole sequence `[B, T]` is continued from it; else None.
+
+    Assisted generation reads all tokens it is given, whatever the cache holds. Mask and positions are as long as the sequence,
+    so they tell a whole one from new tokens alone.
+    """
+    states = model_kwargs.get("past_key_values")
+    lengths = [model_kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    if not isinstance(states, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
+        return None
+    held = states.get_seq_length()
+    return input_ids.shape[1] - held if held else None

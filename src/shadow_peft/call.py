@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class Call:
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask, tokens.shape[1]) + first_position
         return cls(input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
+
+    def without_first(self, count: int) -> Call:
+        """The same call without its first tokens, which the backbone has read already."""
+        if count == 0:
+            return self
+        cut = {name: getattr(self, name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+        return replace(self, **{name: None if value is None else value[:, count:] for name, value in cut.items()})
 
     @property
     def tokens(self) -> dict[str, Tensor]:

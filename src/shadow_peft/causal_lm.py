@@ -14,7 +14,13 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadow_peft.backbone import returned_cache
-from shadow_peft.cache import shadow_states, unpaired
+from shadow_peft.cache import shadow_states, unpaired, unread
+from shadow_peft.drafting import (
+    DraftedGenerateOutput,
+    DraftingGenerationConfig,
+    DraftStatistics,
+    ShadowCandidateGenerator,
+)
 from shadow_peft.heads import TaskHead
 from shadow_peft.loss import next_token_loss, shifted
 from shadow_peft.model import ShadowPeftModel
@@ -174,8 +180,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         if given is not None:
             model_kwargs["past_key_values"] = given
         elif prepared is not None:
-            states = self.peft_model.paired(prepared)
-            model_kwargs["past_key_values"] = states if self.inference_mode == "base_shadow" else shadow_states(states.shadow)
+            model_kwargs["past_key_values"] = self.peft_model.paired(prepared)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -185,12 +190,49 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             kwargs["inputs_embeds"] = inputs_embeds
         peft, states = self.peft_model, kwargs.pop("past_key_values", None)
         attention_mask = kwargs.get("attention_mask")
+        unread_tokens = kwargs.pop("unread_tokens", None)
+        if kwargs.get("is_first_iteration") and unread_tokens is not None:
+            kwargs["next_sequence_length"] = unread_tokens
         if states is not None and peft.cache_name is not None:
             kwargs[peft.cache_name] = unpaired(states, self.inference_mode == "base_shadow")
         inputs: dict[str, Any] = peft.base_model.prepare_inputs_for_generation(input_ids, **kwargs)
         if peft.cache_name is not None:
             inputs.pop(peft.cache_name, None)
         return {**inputs, "past_key_values": states, "attention_mask": attention_mask, "output_shadow_logits": False}
+
+    def shadow_logits(self, state: Tensor) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
+        return self._shadow_head(state)
+
+    def _prepare_generation_config(
+        self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config."""
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if use_shadow_draft is not None:
+            prepared.use_shadow_draft = use_shadow_draft
+        return DraftingGenerationConfig.of(prepared), model_kwargs
+
+    def _assisted_decoding(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' assisted generation; with the shadow as drafter, its statistics come back with the output."""
+        drafting = isinstance(generation_config, DraftingGenerationConfig)
+        kwargs["unread_tokens"] = unread(input_ids, kwargs)
+        if drafting:
+            if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
+                raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
+            generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
+        output = super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        if drafting and generation_config.return_dict_in_generate:
+            return DraftedGenerateOutput(**output, draft_statistics=generation_config.statistics)
+        return output
+
+    def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
+        """The shadow as drafter, where it is asked for; transformers' other drafters else."""
+        if not isinstance(generation_config, DraftingGenerationConfig):
+            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        return ShadowCandidateGenerator(self, generation_config, kwargs["logits_processor"], kwargs["model_kwargs"])
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the base's embeddings; heads that are trained copies cannot follow.

@@ -39,8 +39,8 @@ class ShadowConfig:
         gate_hidden_size: width k of the update's gate and transform, at least 2.
         alpha: factor of the injected correction.
         dropout: probability in [0, 1) inside injection and update, active in training only.
-        shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection and an
-            embedding table of its own, both trained.
+        shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection and
+            an embedding table of its own, both trained.
         shadow_intermediate_size: MLP width of an implicit backbone; None means the base's.
         shadow_num_attention_heads: attention heads of an implicit backbone; None means the base's.
         shadow_num_key_value_heads: key/value heads of an implicit backbone; None means the base's.

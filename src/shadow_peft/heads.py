@@ -8,6 +8,7 @@ decoder that hands on the state it is given. It shares every module with the bas
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class _StandIn(nn.Module):
 def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """`root` with another module at a dotted path: a view that shares every other module and parameter with `root`.
 
+    Hooks on `root` itself, or on a module on the way, belong to their calls and not to the view's.
+
     Raises:
         AttributeError: there is no module at the path.
     """
@@ -48,6 +51,7 @@ def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     name, _, rest = path.partition(".")
     view = copy.copy(root)
     view.__dict__.pop("forward", None)  # accelerate binds the original's forward to the instance
+    view.__dict__.update({hooks: OrderedDict() for hooks in view.__dict__ if hooks.endswith("_hooks")})
     view._modules = dict(root._modules)
     view._modules[name] = with_module(root.get_submodule(name), rest, module)
     return view

@@ -43,7 +43,7 @@ INPUT_NAMES: dict[str, str] = {}
 """`model_type` -> keyword of the hidden state in a call of a decoder layer, where it is not `hidden_states`."""
 
 DEPTH_NAMES = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers")
-"""Names of the number of decoder layers. `num_hidden_layers` is the encoder's in BART's family, and twice the own in LongCat."""
+"""Names of the number of decoder layers; `num_hidden_layers` is the encoder's in BART's family, twice the own in LongCat."""
 
 SIZE_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),

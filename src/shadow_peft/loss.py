@@ -78,7 +78,8 @@ def classification_loss(
 
     Args:
         logits: `[B, C]`; computed in float32 or wider.
-        labels: `[B]` class indices, `-100` where there is none; `[B]` or `[B, C]` floats for regression; `[B, C]` for multi label.
+        labels: `[B]` class indices, `-100` where there is none; `[B]` or `[B, C]` floats for regression; `[B, C]` multi
+            label.
         problem_type: which loss: squared error, cross entropy, or binary cross entropy.
         num_items_in_batch: labels of the whole optimiser step; None counts those at hand.
 

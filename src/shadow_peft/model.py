@@ -199,7 +199,22 @@ class ShadowPeftModel(AdapterFiles):
         return name in self._base_signature.names
 
     def initial_state(self, call: Call, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache."""
+        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting left in the cache are taken from it."""
+        drafted = call.cache.drafted if isinstance(call.cache, ShadowCache) else None
+        if drafted is None:
+            return self._run_backbone(call, kwargs)
+        call.cache.drafted = None
+        state, cache = self._run_backbone(call.without_first(drafted.states.shape[1]), kwargs)
+        return torch.cat([drafted.states, state], dim=1), cache
+
+    def shadow_step(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: ShadowCache
+    ) -> Tensor:
+        """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
+        call = self.call(input_ids, attention_mask, position_ids, cache, None, True, {})
+        return self._run_backbone(call, {})[0]
+
+    def _run_backbone(self, call: Call, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         cache = None if call.cache is None else call.cache.shadow
         signature = self._shadow_signature
         arguments = {**signature.accepted(kwargs), **call.arguments(signature, cache)}

@@ -2,9 +2,9 @@
 
     for each ridden layer l:   h = inject(h, s)   h = layer_l(h)   s = update(h, s)
 
-A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in bf16, a
-residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would round the
-residual stream.
+A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
+bf16, a residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would
+round the residual stream.
 
 Some architectures widen the residual stream between layers; `Stream` says how the shadow state meets it.
 """
@@ -81,7 +81,7 @@ class LayerPassage:
             self.state = update(wide, state, maps, norm, self._dropout)
 
     def _met(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway when it needs no others."""
+        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
         wide = self._stream.split(h, self.state.shape[-1])
         if wide.shape[-2] < self.state.shape[-2]:
             self.state = self.state[..., -wide.shape[-2] :, :]

@@ -37,8 +37,8 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 class ShadowForSequenceClassification(ShadowTaskModel):
     """A classifier that answers with the adapted base or with the shadow alone.
 
-    The heads `classifier_head` and `shadow_classifier_head` start as copies of the base's classification head, or random on a base
-    without one, and are trained, unless `modules_to_save` names a subset: then only that is. Both are saved.
+    The heads `classifier_head` and `shadow_classifier_head` start as copies of the base's classification head, or random on
+    a base without one, and are trained, unless `modules_to_save` names a subset: then only that is. Both are saved.
 
     Args:
         peft_model: an adapted sequence classification model, causal LM or bare decoder; its config says `num_labels`.
@@ -62,9 +62,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             head = nn.Linear(peft_model.stack.hidden_size, base.config.num_labels, bias=False)
             nn.init.normal_(head.weight, std=getattr(peft_model.stack.config, "initializer_range", 0.02))
         chosen = peft_model.shadow_config.modules_to_save
-        return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(
-            not chosen or name in chosen
-        )
+        return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
 
     @property
     def classifier_head(self) -> nn.Module:
@@ -99,11 +97,12 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             position_ids: `[B, T]`; None counts them from the mask.
             past_key_values: what an earlier call returned.
             inputs_embeds: `[B, T, d]` instead of `input_ids`.
-            labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi label; adds
-                `loss` of the kind that `config.problem_type` or else the labels decide.
+            labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi
+                label; adds `loss` of the kind that `config.problem_type` or else the labels decide.
             use_cache: return the states of both networks.
             num_items_in_batch: divisor of both losses, see `loss`.
-            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use them.
+            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
+                them.
             return_dict: False returns a tuple.
             **kwargs: whatever else the base's backbone takes.
 
@@ -111,9 +110,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             `ShadowSequenceClassifierOutput` with logits `[B, C]`.
         """
         peft = self.peft_model
-        call = peft.call(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, bool(use_cache), kwargs
-        )
+        call = peft.call(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, bool(use_cache), kwargs)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
         last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))

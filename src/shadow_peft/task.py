@@ -61,7 +61,8 @@ class ShadowTaskModel(PreTrainedModel):
         unknown = set(peft_model.shadow_config.modules_to_save) - set(self.head_names)
         if unknown:
             raise ValueError(
-                f"modules_to_save names {', '.join(sorted(unknown))}, but {type(self).__name__} has {' and '.join(self.head_names)}."
+                f"modules_to_save names {', '.join(sorted(unknown))}, but {type(self).__name__} has "
+                f"{' and '.join(self.head_names)}."
             )
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model

@@ -35,8 +35,8 @@ def local_directory(path_or_repo: str | Path) -> Path:
         raise ValueError(f"The hub repository {repo_id!r} has no revision {revision!r}.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
-            f"{str(path_or_repo)!r} is neither a directory nor a hub repository that can be read here. Check its name; for a "
-            "private one, log in with a token that may read it."
+            f"{str(path_or_repo)!r} is neither a directory nor a hub repository that can be read here. Check its name; for "
+            "a private one, log in with a token that may read it."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(

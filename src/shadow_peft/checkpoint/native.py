@@ -54,7 +54,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _update_views(model: ShadowPeftModel) -> dict[str, Tensor]:
-    """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: a dropout stands at 2)."""
+    """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: dropout stands at 2)."""
     updating, k = model.shadow_update_model, model.shadow_config.gate_hidden_size
     assert updating.hidden_norm is not None
     views = {f"hidden_norm.{name}": p.detach() for name, p in updating.hidden_norm.named_parameters()}

@@ -1,7 +1,7 @@
 """Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "paper".
 
-    adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
-    adapter_model.safetensors    per block the injection and update maps, then backbone and projection
+adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
+adapter_model.safetensors    per block the injection and update maps, then backbone and projection
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def block_paths(model: ShadowPeftModel) -> list[str]:
 def _block_views(model: ShadowPeftModel, i: int) -> dict[str, Tensor]:
     injection, k = model.shadow_injection_model, model.shadow_config.gate_hidden_size
     maps = model.shadow_update_model.all_maps()[i]
-    assert maps.down_bias is not None and maps.gate_up_bias is not None and maps.transform_up_bias is not None
+    assert maps.down_bias is not None
+    assert maps.gate_up_bias is not None
+    assert maps.transform_up_bias is not None
     gate, transform = f"shadow_update_gate.{_ADAPTER}", f"shadow_update_transform.{_ADAPTER}"
     return {
         f"shadow_down.{_ADAPTER}.weight": injection.injection_downs.detach()[i].T,

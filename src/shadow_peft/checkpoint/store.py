@@ -78,9 +78,7 @@ def _read_native(directory: Path) -> Checkpoint:
     tensors = read_tensors(legacy) if use_legacy else _required(directory, native.ADAPTER_FILE)
     heads_file = directory / native.HEADS_FILE
     heads = read_tensors(heads_file) if heads_file.is_file() else {}
-    return Checkpoint(
-        ShadowConfig.from_dict(stored), "native", tensors, heads, stored.get("provenance", {}), directory
-    )
+    return Checkpoint(ShadowConfig.from_dict(stored), "native", tensors, heads, stored.get("provenance", {}), directory)
 
 
 def _read_peft(directory: Path) -> Checkpoint:

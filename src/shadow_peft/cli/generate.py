@@ -15,7 +15,7 @@ from shadow_peft.cli.parsing import UserError, make_parser, parse
 
 DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."
 EXAMPLES = """examples:
-  shadow-peft generate --model Qwen/Qwen3-0.6B --adapter out "command: open the door\\njson:"
+  shadow-peft generate --model Qwen/Qwen3-0.6B --adapter out "Translate to German: good morning\\n"
   shadow-peft generate "the shadow alone answers" --model Qwen/Qwen3-0.6B --adapter out --shadow_only
   shadow-peft generate "the exported shadow is a model like any other" --model out/shadow
   shadow-peft generate "Once upon a time" --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1

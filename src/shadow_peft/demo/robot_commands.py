@@ -1,7 +1,7 @@
 """The embedded task: a spoken-style robot command in, one line of JSON out.
 
-    command: hey robot, fetch the red cup from the kitchen, take your time
-    json: {"action": "bring", "object": "red cup", "place": "kitchen", "manner": "slowly"}
+    text: hey robot, fetch the red cup from the kitchen, take your time keys: action, object, place, manner
+    {"action": "bring", "object": "red cup", "place": "kitchen", "manner": "slowly"}
 
 ``action`` and ``manner`` are labels behind many phrasings, ``object`` and ``place`` are copied from the sentence, and
 what is not said is ``null``. The three splits share no phrase, object, place, adjective or distractor, so dev and test
@@ -32,6 +32,7 @@ from shadow_peft.demo.robot_phrases import (
 #: How often a sentence of a split carries a slip, a distractor, a manner, an opener, a closer.
 SLIP_RATE: dict[Split, float] = {"train": 0.15, "dev": 0.25, "test": 0.25}
 DISTRACTOR_RATE: dict[Split, float] = {"train": 0.3, "dev": 0.4, "test": 0.4}
+KEYS = ("action", "object", "place", "manner")
 ARTICLES = ("the", "my", "the", "our", "that", "the")
 
 
@@ -48,13 +49,12 @@ class Command:
     @property
     def prompt(self) -> str:
         """What the model reads."""
-        return f"command: {self.sentence}\njson:"
+        return f"text: {self.sentence} keys: {', '.join(KEYS)}\n"
 
     @property
     def completion(self) -> str:
-        """What the model shall write: a blank and one line of JSON."""
-        keys = ("action", "object", "place", "manner")
-        return " " + json.dumps({key: getattr(self, key) for key in keys})
+        """What the model shall write: one line of JSON."""
+        return json.dumps({key: getattr(self, key) for key in KEYS})
 
     def row(self) -> dict[str, str]:
         """The command as a line of training data."""

@@ -81,44 +81,49 @@ ADJECTIVES: Table = {
     "test": ("green", "yellow", "tiny", "metal", "broken", "empty"),
 }
 
-#: What each action sounds like. The key is the label.
+#: What each action sounds like. The key is the label. Dev and test arrange words anew that training knows from elsewhere.
 ACTIONS: dict[str, Table] = {
     "bring": {
         "train": (
             "bring me {o}", "bring {o} from {p}", "get me {o}", "i need {o}", "fetch {o} from {p}", "hand me {o}",
-            "can you get {o} from {p}", "i want {o} that is in {p}", "fetch me {o}",
+            "can you get {o} from {p}", "i want to have {o} that is in {p}", "fetch me {o}", "give me {o}",
+            "i would like {o}", "go and get {o} in {p}", "pass {o} to me", "bring {o} to me", "may i have {o}",
         ),
-        "dev": ("could i have {o}", "bring over {o} you see in {p}", "get {o} for me"),
-        "test": ("i would like to have {o}", "go and fetch {o} out of {p}", "can you bring {o} over here", "pass me {o}"),
+        "dev": ("could i have {o}", "i would like to have {o} from {p}", "go and bring me {o}"),
+        "test": ("can i have {o}", "go and fetch {o} out of {p}", "can you bring {o} over here", "pass me {o}"),
     },
     "put": {
         "train": (
             "put {o} on {p}", "place {o} in {p}", "leave {o} on {p}", "set {o} down on {p}", "put {o} into {p}",
-            "move {o} to {p}", "carry {o} to {p}", "{o} belongs in {p}", "take {o} to {p}",
+            "move {o} to {p}", "carry {o} to {p}", "{o} belongs in {p}", "take {o} to {p}", "store {o} at {p}",
+            "i want {o} to be on {p}", "{o} should be placed on {p}", "{o} has to go to {p}", "lay {o} down at {p}",
         ),
-        "dev": ("drop {o} at {p}", "bring {o} over to {p} and leave it there", "{o} should be on {p}"),
-        "test": ("{o} goes into {p}", "please have {o} placed on {p}", "store {o} in {p}", "lay {o} on {p}"),
+        "dev": ("set {o} on {p}", "carry {o} over to {p}", "{o} should be moved to {p}"),
+        "test": ("{o} has to be on {p}", "i want {o} placed on {p}", "store {o} in {p}", "lay {o} on {p}"),
     },
     "clean": {
         "train": (
             "clean {o}", "wash {o} in {p}", "wipe {o}", "clean {o} in {p}", "{o} is dirty", "wipe {o} down",
-            "make {o} clean again", "{o} in {p} needs cleaning",
+            "make {o} clean again", "{o} in {p} needs cleaning", "polish {o} in {p}", "{o} must be washed",
+            "{o} needs a wash", "there is dirt on {o}", "i want {o} cleaned", "scrub {o}", "get the dirt off {o}",
         ),
-        "dev": ("scrub {o} in {p}", "get the dirt off {o}", "{o} must be washed"),
+        "dev": ("scrub {o} in {p}", "i want {o} washed", "{o} in {p} is so dirty"),
         "test": ("{o} has to be cleaned", "give {o} a wash", "there is dirt on {o} in {p}", "polish {o}"),
     },
     "find": {
         "train": (
-            "find {o}", "look for {o} in {p}", "where is {o}", "i lost {o} in {p}", "search for {o}",
-            "find {o} in {p}", "i can not find {o}", "have you seen {o}",
+            "find {o}", "look for {o} in {p}", "where is {o}", "i lost {o} in {p}", "search for {o}", "{o} is lost",
+            "find {o} in {p}", "i can not find {o}", "have you seen {o}", "{o} is missing from {p}", "where did you see {o}",
+            "tell me where {o} is", "do you know where to find {o}", "search {p} and find {o}",
         ),
-        "dev": ("help me look for {o}", "{o} is lost", "locate {o} in {p}"),
-        "test": ("do you know where {o} is", "search {p} for {o}", "{o} is missing", "where did i leave {o}"),
+        "dev": ("help me find {o}", "{o} is lost in {p}", "look where {o} is"),
+        "test": ("do you know where {o} is", "search {p} for {o}", "{o} is missing", "where did i lose {o}"),
     },
     "open": {
         "train": (
             "open {o}", "open {o} in {p}", "can you open {o}", "{o} should be open", "open up {o} in {p}",
-            "pull {o} open", "unlock {o}",
+            "pull {o} open", "unlock {o}", "{o} has to be opened", "get {o} of {p} open", "keep {o} open",
+            "{o} must be open",
         ),
         "dev": ("get {o} open", "i want {o} in {p} open"),
         "test": ("{o} must be opened", "would you open {o} of {p}", "leave {o} open"),
@@ -126,7 +131,8 @@ ACTIONS: dict[str, Table] = {
     "close": {
         "train": (
             "close {o}", "close {o} in {p}", "shut {o}", "{o} should be closed", "can you shut {o} in {p}",
-            "push {o} shut", "lock {o}",
+            "push {o} shut", "lock {o}", "{o} has to be shut", "get {o} of {p} closed", "keep {o} closed",
+            "{o} must be shut",
         ),
         "dev": ("get {o} closed", "i want {o} in {p} shut"),
         "test": ("{o} must be closed", "would you shut {o} of {p}", "leave {o} closed"),
@@ -134,27 +140,36 @@ ACTIONS: dict[str, Table] = {
     "switch_on": {
         "train": (
             "switch on {o}", "turn on {o} in {p}", "turn {o} on", "start {o}", "{o} should be on", "power on {o}",
-            "switch {o} in {p} on",
+            "switch {o} in {p} on", "{o} has to be switched on", "get {o} of {p} turned on", "keep {o} on",
+            "{o} must be started",
         ),
-        "dev": ("get {o} running", "i want {o} in {p} on"),
+        "dev": ("get {o} switched on", "i want {o} in {p} turned on"),
         "test": ("{o} must be turned on", "would you start {o} of {p}", "leave {o} switched on"),
     },
     "switch_off": {
         "train": (
             "switch off {o}", "turn off {o} in {p}", "turn {o} off", "stop {o}", "{o} should be off", "power off {o}",
-            "switch {o} in {p} off",
+            "switch {o} in {p} off", "{o} has to be switched off", "get {o} of {p} turned off", "keep {o} off",
+            "{o} must be stopped",
         ),
-        "dev": ("shut {o} down", "i want {o} in {p} off"),
+        "dev": ("get {o} switched off", "i want {o} in {p} turned off"),
         "test": ("{o} must be turned off", "would you stop {o} of {p}", "leave {o} switched off"),
     },
     "go": {
-        "train": ("go to {p}", "drive to {p}", "move over to {p}", "come to {p}", "walk to {p}", "meet me in {p}"),
-        "dev": ("head to {p}", "i need you in {p}"),
+        "train": (
+            "go to {p}", "drive to {p}", "move over to {p}", "come to {p}", "walk to {p}", "meet me in {p}",
+            "go and see {p}", "you should drive over to {p}", "come and meet me at {p}",
+            "find your way to {p}", "come with me to {p}",
+        ),
+        "dev": ("walk over to {p}", "you should come to {p}"),
         "test": ("make your way to {p}", "you should go to {p}", "come and see me in {p}"),
     },
     "wait": {
-        "train": ("wait", "stop right there", "stay where you are", "do not move", "hold on", "wait for me"),
-        "dev": ("stay put", "wait a little"),
+        "train": (
+            "wait", "stop right there", "stay where you are", "do not move", "hold on", "wait for me", "stay here",
+            "you have to stop", "just wait", "stop and wait", "you must not move", "stand still",
+        ),
+        "dev": ("stay right there", "wait a little"),
         "test": ("just stay there", "stop moving", "you have to wait"),
     },
 }  # fmt: skip
@@ -162,26 +177,32 @@ ACTIONS: dict[str, Table] = {
 #: How it shall be done. The key is the label; no phrase means null.
 MANNERS: dict[str, Table] = {
     "slowly": {
-        "train": ("slowly", "very slowly", "without hurry", "take your time"),
-        "dev": ("at a slow pace",),
+        "train": (
+            "slowly", "very slowly", "without hurry", "take your time", "there is time", "no need to hurry", "slow and easy",
+        ),
+        "dev": ("please do it slowly",),
         "test": ("nice and slowly", "there is no hurry"),
     },
     "quickly": {
-        "train": ("quickly", "right now", "as fast as you can", "hurry up"),
-        "dev": ("in a hurry",),
+        "train": (
+            "quickly", "right now", "as fast as you can", "hurry up", "very quickly", "be quick", "as soon as possible",
+        ),
+        "dev": ("please do it quickly",),
         "test": ("really quickly", "as quickly as possible"),
     },
     "carefully": {
-        "train": ("carefully", "very gently", "with care", "be careful"),
-        "dev": ("without breaking anything",),
+        "train": ("carefully", "very gently", "with care", "be careful", "very carefully", "be gentle", "take care"),
+        "dev": ("please do it carefully",),
         "test": ("please be very careful", "as gently as you can"),
     },
     "quietly": {
-        "train": ("quietly", "without any noise", "be quiet", "the baby is asleep"),
-        "dev": ("make no sound",),
+        "train": (
+            "quietly", "without any noise", "be quiet", "the baby is asleep", "very quietly", "make no noise", "in silence",
+        ),
+        "dev": ("please do it quietly",),
         "test": ("as quietly as you can", "do not make noise"),
     },
-}
+}  # fmt: skip
 
 OPENERS: Table = {
     "train": ("please", "hey robot", "robot", "could you please", "ok", "now", "listen", "i think you should"),

@@ -1,6 +1,6 @@
 """Reads the JSON lines that people bring: prompt/completion or messages, every bad line named with its number.
 
-    {"prompt": "command: open the door\\njson:", "completion": " {\\"action\\": \\"open\\"}"}
+    {"prompt": "Translate to German: good morning\\n", "completion": "Guten Morgen"}
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}
 
 A conversation ends with a turn of the assistant; a file holds lines of one kind.

@@ -1,0 +1,202 @@
+"""The shadow as drafter of its own base: lossless speculative decoding without a second model.
+
+The backbone runs on every token anyway, and `head(s)` guesses the next one. So the shadow drafts k tokens one by one, and one
+base pass verifies them all. The pass reuses the very states that drafting computed (`cache.Drafted`), so no token passes the
+backbone twice: beside plain decoding, drafting costs one head product per token and what is drafted in vain.
+
+    x_1 .. x_k drafted from q_i = softmax(head(s_i)); verified with p_i of the adapted base
+    greedy     keep the x_i that equal the base's choice up to the first that does not, then the base's choice
+    sampling   keep x_i with probability min(1, p_i(x_i) / q_i(x_i)); at the first rejection draw from max(0, p - q) / sum
+
+The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
+
+from shadow_peft.cache import Drafted, ShadowCache
+
+if TYPE_CHECKING:
+    from shadow_peft.causal_lm import ShadowForCausalLM
+
+SWITCH = "use_shadow_draft"
+"""The generation flag that turns drafting on."""
+
+
+@dataclass
+class DraftStatistics:
+    """What became of the drafts of one generation.
+
+    Attributes:
+        base_passes: forward passes of the base, the one over the prompt included.
+        drafted: tokens that the shadow drafted.
+        accepted: drafted tokens that the base accepted.
+        accepted_at: how often the token at each position of a draft was accepted.
+        drafted_at: how often a token was drafted at each position.
+    """
+
+    base_passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    drafted_at: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of drafted tokens that were accepted; 0 without any."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_base_pass(self) -> float:
+        """Tokens won by a base pass: the accepted ones and the base's own."""
+        return (self.accepted + self.base_passes) / self.base_passes if self.base_passes else 0.0
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """Count one base pass over a draft."""
+        self.base_passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        for counts, number in ((self.drafted_at, drafted), (self.accepted_at, accepted)):
+            counts.extend([0] * (drafted - len(counts)))
+            for position in range(number):
+                counts[position] += 1
+
+
+@dataclass
+class DraftedGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate(use_shadow_draft=True, return_dict_in_generate=True)` returns.
+
+    Attributes:
+        draft_statistics: what became of the drafts.
+    """
+
+    draft_statistics: DraftStatistics | None = None
+
+
+class DraftingGenerationConfig(GenerationConfig):
+    """A generation config in which `use_shadow_draft` counts as a way of assisted generation.
+
+    Attributes:
+        use_shadow_draft: True.
+        stopping_criteria: what ends the generation under way.
+        statistics: what becomes of its drafts.
+    """
+
+    use_shadow_draft: bool
+    stopping_criteria: StoppingCriteriaList
+    statistics: DraftStatistics
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> GenerationConfig:
+        """The same config, in this class if drafting is asked for."""
+        if getattr(config, SWITCH, None):
+            config.__class__ = cls
+        return config
+
+    def get_generation_mode(self, assistant_model: Any = None) -> GenerationMode:
+        """Assisted generation where greedy decoding or sampling is asked for.
+
+        Raises:
+            ValueError: another way of decoding is asked for.
+        """
+        mode = super().get_generation_mode(assistant_model or self.use_shadow_draft)
+        if mode != GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(f"use_shadow_draft works with greedy decoding and sampling, not with {mode.value}.")
+        return mode
+
+
+class ShadowCandidateGenerator(CandidateGenerator):
+    """Drafts with the shadow, for transformers' assisted generation.
+
+    Args:
+        model: the model whose base is going to verify.
+        config: `num_assistant_tokens`, its schedule, `assistant_confidence_threshold`, `do_sample`, and what the generation under
+            way has put there.
+        logits_processor: what is done to the base's logits before a token is chosen; done to the shadow's likewise.
+        model_kwargs: what travels with the generation: the cache and the attention mask.
+
+    Raises:
+        ValueError: the cache cannot give back rejected tokens.
+    """
+
+    def __init__(
+        self,
+        model: ShadowForCausalLM,
+        config: DraftingGenerationConfig,
+        logits_processor: LogitsProcessorList,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, ShadowCache) or not cache.is_croppable:
+            raise ValueError(f"use_shadow_draft needs a cache that can be cropped, this is {cache!r}.")
+        self._model = model
+        self._cache = cache
+        self._config = config
+        self._processor = logits_processor
+        self._kwargs = model_kwargs
+        self._length = int(config.num_assistant_tokens)
+        self._max_length = int(config.max_length)
+        self._prompt_is_read = False
+        self._drafted = 0
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The tokens so far `[1, T]` with up to `num_assistant_tokens` more, and the logits `[1, k, V]` these were chosen by.
+
+        The first pass of the base reads the prompt and has nothing to verify.
+        """
+        self._drafted, self._config.max_length = 0, self._max_length
+        room = self._max_length - input_ids.shape[1] - 1
+        steps = min(self._length, room) if self._prompt_is_read else 0
+        self._prompt_is_read = True
+        if steps <= 0:
+            return input_ids, None
+        sequence, states, logits = input_ids, [], []
+        for _ in range(steps):
+            state = self._state_of_last(sequence)
+            states.append(state)
+            logits.append(self._logits(sequence, state))
+            token, confidence = self._choose(logits[-1])
+            sequence = torch.cat([sequence, token], dim=-1)
+            if bool(self._config.stopping_criteria(sequence, None).all()):
+                self._config.max_length = sequence.shape[1]  # nothing may follow what ends the text, accepted or not
+                break
+            if confidence < (self._config.assistant_confidence_threshold or 0.0):
+                break
+        self._cache.drafted = Drafted(torch.cat(states, dim=1))
+        self._drafted = len(logits)
+        return sequence, torch.stack(logits, dim=1)
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Lengthen drafts that were accepted whole, shorten others, unless the schedule is constant."""
+        self._config.statistics.note(self._drafted, min(int(num_matches), self._drafted))
+        if self._config.num_assistant_tokens_schedule != "constant" and self._drafted:
+            self._length = self._length + 2 if num_matches >= self._drafted else max(1, self._length - 1)
+
+    def _state_of_last(self, sequence: Tensor) -> Tensor:
+        """s of the sequence's last token, `[1, 1, d]`; the backbone's cache holds all tokens before it."""
+        mask = self._kwargs.get("attention_mask")
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
+        positions = torch.tensor([[sequence.shape[1] - 1]], device=sequence.device) if mask is None else None
+        return self._model.peft_model.shadow_step(sequence[:, -1:], mask, positions, self._cache)
+
+    def _logits(self, sequence: Tensor, state: Tensor) -> Tensor:
+        """The shadow's processed logits of the next token, `[1, V]`."""
+        logits = self._model.shadow_logits(state)[:, -1].to(torch.float32)
+        return self._processor(sequence, logits)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, float]:
+        """A drafted token `[1, 1]`, and how sure the shadow is of it."""
+        probabilities = logits.softmax(dim=-1)
+        if self._config.do_sample:
+            token = torch.multinomial(probabilities, num_samples=1)
+        else:
+            token = logits.argmax(dim=-1, keepdim=True)
+        return token, float(probabilities.gather(1, token))

@@ -1,0 +1,179 @@
+"""The shadow drafts for its own base: the same tokens, the same distribution, no token read twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from tests.test_generation import CROPPABLE, FAMILIES
+from tests.tiny_models import causal_lm, llama, stirred, tokens
+
+LONG = {"max_new_tokens": 24, "do_sample": False}
+DRAFT = {"use_shadow_draft": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
+
+
+def agreeing(agreement: str) -> ShadowForCausalLM:
+    """A shadow that is the base itself and so always agrees, one that never does, or one that does sometimes."""
+    torch.manual_seed(1)
+    config = ShadowConfig(num_shadow_layers=4, shadow_init="base", modules_to_save=["shadow_lm_head"])
+    peft = get_shadow_model(llama(), config)
+    model = ShadowForCausalLM(peft).eval()
+    head = peft.task_heads["shadow_lm_head"].weight.data
+    if agreement == "never":
+        head.neg_()
+    elif agreement == "sometimes":
+        head.add_(0.7 * head.std() * torch.randn_like(head))
+    return model
+
+
+@pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])
+def test_fake_drafters_change_nothing(agreement: str) -> None:
+    model, ids = agreeing(agreement), tokens(1, 7)
+    expected = model.generate(ids, **LONG)
+    output = model.generate(ids, return_dict_in_generate=True, **LONG, **DRAFT)
+    assert torch.equal(output.sequences, expected)
+    statistics = output.draft_statistics
+    assert statistics.accepted + statistics.base_passes >= 24
+    if agreement == "always":
+        assert statistics.acceptance_rate == 1
+        assert statistics.tokens_per_base_pass >= 4
+        assert statistics.drafted_at == statistics.accepted_at
+    elif agreement == "never":
+        assert statistics.accepted == 0
+        assert statistics.base_passes == 24
+    else:
+        assert 0 < statistics.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("name", CROPPABLE)
+def test_the_real_shadow_of_every_family(name: str) -> None:
+    model, ids = causal_lm(FAMILIES[name](), num_shadow_layers=2), tokens(1, 7)
+    expected = model.generate(ids, **LONG)
+    assert torch.equal(model.generate(ids, **LONG, **DRAFT), expected)
+    assert torch.equal(model.generate(ids, **LONG, use_shadow_draft=True), expected)
+
+
+def count_tokens(module: nn.Module, counts: list[int]) -> None:
+    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        counts.append(kwargs["inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"].shape[1])
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
+
+
+@pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])
+def test_no_token_passes_the_backbone_twice(agreement: str) -> None:
+    model = agreeing(agreement)
+    backbone: list[int] = []
+    base: list[int] = []
+    count_tokens(model.peft_model.shadow_model, backbone)
+    count_tokens(model.peft_model.base_model, base)
+    model.generate(tokens(1, 7), **LONG, **DRAFT)
+    assert sum(backbone) == sum(base)
+
+
+def test_drafted_states_are_those_of_the_full_forward() -> None:
+    model, ids = agreeing("sometimes"), tokens(1, 7)
+    output = model.generate(ids, return_dict_in_generate=True, output_logits=True, **LONG, **DRAFT)
+    full = model(output.sequences).logits[:, 6:-1]
+    torch.testing.assert_close(torch.stack(output.logits, 1), full, rtol=0, atol=2e-5)
+    assert output.past_key_values.drafted is None
+    lengths = {output.past_key_values.base.get_seq_length(), output.past_key_values.shadow.get_seq_length()}
+    assert lengths == {output.sequences.shape[1] - 1}
+
+
+class EndsWith(StoppingCriteria):
+    """Stops behind two given tokens in a row, seen only while they are the last two."""
+
+    def __init__(self, pair: list[int]) -> None:
+        self.pair = torch.tensor(pair)
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        return (input_ids[:, -2:] == self.pair).all(-1)
+
+
+@pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])
+def test_every_end_of_a_text_holds(agreement: str) -> None:
+    model, ids = agreeing(agreement), tokens(1, 7)
+    whole = model.generate(ids, **LONG)[0, 7:].tolist()
+    for cut in range(2, 12):
+        ends = {
+            "eos": {"eos_token_id": whole[cut], "pad_token_id": 0},
+            "length": {"max_new_tokens": cut},
+            "criteria": {"stopping_criteria": StoppingCriteriaList([EndsWith(whole[cut - 1 : cut + 1])])},
+        }
+        for name, end in ends.items():
+            settings = {**LONG, **end}
+            expected = model.generate(ids, **settings)
+            assert torch.equal(model.generate(ids, **settings, **DRAFT), expected), (name, cut)
+
+
+def test_logits_processors_hold() -> None:
+    model, ids = agreeing("sometimes"), tokens(1, 7)
+    settings = {**LONG, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 9}
+    assert torch.equal(model.generate(ids, **settings, **DRAFT), model.generate(ids, **settings))
+
+
+def test_a_left_padded_prompt_and_a_continued_one() -> None:
+    model, ids = agreeing("sometimes"), tokens(1, 7)
+    ids[:, :3] = 0
+    mask = ids.ne(0).long()
+    settings = {**LONG, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **settings, **DRAFT), model.generate(ids, **settings))
+    first = model.generate(tokens(1, 6), return_dict_in_generate=True, **LONG, **DRAFT)
+    longer = torch.cat([first.sequences, tokens(1, 4, seed=9)], 1)
+    mask = torch.ones_like(longer)
+    second = model.generate(longer, attention_mask=mask, past_key_values=first.past_key_values, **LONG, **DRAFT)
+    assert torch.equal(second, model.generate(longer, attention_mask=mask, **LONG))
+
+
+@pytest.mark.parametrize("agreement", ["sometimes", "never"])
+def test_sampling_keeps_the_bases_distribution(agreement: str) -> None:
+    """The third sampled token's distribution over a small vocabulary, drafted against exact; chi square of 600 draws."""
+    torch.manual_seed(1)
+    base = llama(vocab_size=6)
+    config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
+    model = ShadowForCausalLM(stirred(get_shadow_model(base, config))).eval()
+    with torch.no_grad():
+        factor = 1.5 if agreement == "sometimes" else -2.0
+        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(factor)
+        base.lm_head.weight.mul_(8)
+    prompt, draws = torch.tensor([[3, 4, 5]]), 600
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
+    counts = torch.zeros(6)
+    for _ in range(draws):
+        counts[model.generate(prompt, **settings, **DRAFT)[0, 4]] += 1
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].softmax(-1)
+        pairs = torch.cat([prompt.expand(6, -1), torch.arange(6)[:, None]], 1)
+        expected = (first[:, None] * model(pairs).logits[:, -1].softmax(-1)).sum(0) * draws
+    chi_square = ((counts - expected).square() / expected).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_the_switch_can_be_stored() -> None:
+    model, ids = agreeing("always"), tokens(1, 7)
+    expected = model.generate(ids, **LONG)
+    stored = GenerationConfig.from_dict({**GenerationConfig(**LONG).to_dict(), **DRAFT})
+    output = model.generate(ids, generation_config=stored, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert output.draft_statistics.drafted > 0
+    model.generation_config.use_shadow_draft = True
+    assert model.generate(ids, return_dict_in_generate=True, **LONG).draft_statistics.drafted > 0
+    plain = model.generate(ids, return_dict_in_generate=True, use_shadow_draft=False, **LONG)
+    assert "draft_statistics" not in plain
+
+
+def test_what_cannot_be_drafted_is_said() -> None:
+    model, ids = agreeing("always"), tokens(1, 7)
+    with pytest.raises(ValueError, match="not with beam_search"):
+        model.generate(ids, num_beams=2, **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(tokens(2, 7), **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="switched off"), model.disable_adapter():
+        model.generate(ids, **LONG, **DRAFT)
+    model.set_inference_mode("shadow_only")
+    with pytest.raises(ValueError, match="switched off"):
+        model.generate(ids, **LONG, **DRAFT)
