@@ -8,11 +8,17 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.drafting import AcceptanceEstimate, drafting_cost
 from tests.test_generation import CROPPABLE, FAMILIES
 from tests.tiny_models import causal_lm, llama, stirred, tokens
 
 LONG = {"max_new_tokens": 24, "do_sample": False}
-DRAFT = {"use_shadow_draft": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
+DRAFT = {
+    "use_shadow_draft": True,
+    "num_assistant_tokens": 4,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.0,
+}
 
 
 def agreeing(agreement: str) -> ShadowForCausalLM:
@@ -54,6 +60,49 @@ def test_the_real_shadow_of_every_family(name: str) -> None:
     expected = model.generate(ids, **LONG)
     assert torch.equal(model.generate(ids, **LONG, **DRAFT), expected)
     assert torch.equal(model.generate(ids, **LONG, use_shadow_draft=True), expected)
+
+
+def sure(agreement: str) -> ShadowForCausalLM:
+    """A shadow of one layer's cost that is always sure, and right or wrong by the base's own logits."""
+    model = agreeing(agreement)
+    with torch.no_grad():
+        model.peft_model.base_model.lm_head.weight.mul_(60)
+        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(60)
+    return model
+
+
+def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model: 0.2)
+    ids, settings = tokens(1, 7), {"max_new_tokens": 60, "do_sample": False}
+    adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
+    right, wrong = sure("always"), sure("never")
+    output = right.generate(ids, **settings, **adaptive)
+    assert torch.equal(output.sequences, right.generate(ids, **settings))
+    assert output.draft_statistics.tokens_per_base_pass > 8
+    output = wrong.generate(ids, **settings, **adaptive)
+    assert torch.equal(output.sequences, wrong.generate(ids, **settings))
+    wasted = output.draft_statistics.drafted * 0.2
+    assert 0 < wasted <= 0.1 * 60  # given up, tried again now and then, never at more than a tenth of the base passes
+
+
+def test_an_estimate_follows_what_is_judged() -> None:
+    estimate = AcceptanceEstimate()
+    assert estimate.chance(0.7) == 0.7
+    for _ in range(50):
+        estimate.judge([0.5, 0.5, 0.5], 3)
+    assert estimate.chance(0.5) == pytest.approx(1.0, abs=0.01)
+    for _ in range(50):
+        estimate.judge([0.9, 0.9], 0)
+    low = estimate.chance(0.9)
+    assert low < 0.05
+    for _ in range(10):
+        estimate.judge([], 0)
+    assert low < estimate.chance(0.9) < 0.3
+
+
+def test_the_cost_of_a_draft_is_counted_in_weights() -> None:
+    assert drafting_cost(agreeing("always")) == pytest.approx(1.0)
+    assert 0.25 < drafting_cost(causal_lm(llama())) < 0.45
 
 
 def count_tokens(module: nn.Module, counts: list[int]) -> None:
@@ -161,7 +210,7 @@ def test_the_switch_can_be_stored() -> None:
     assert torch.equal(output.sequences, expected)
     assert output.draft_statistics.drafted > 0
     model.generation_config.use_shadow_draft = True
-    assert model.generate(ids, return_dict_in_generate=True, **LONG).draft_statistics.drafted > 0
+    assert model.generate(ids, return_dict_in_generate=True, **LONG).draft_statistics.base_passes == 24
     plain = model.generate(ids, return_dict_in_generate=True, use_shadow_draft=False, **LONG)
     assert "draft_statistics" not in plain
 

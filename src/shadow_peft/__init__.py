@@ -2,9 +2,9 @@
 
 The path of one batch, a file for each step:
 
-    tokens -> backbone (twin, narrowing) -> s                                  initial shadow state
-    tokens -> base layers, ridden by attach -> logits                          passage: injection before a layer, update
-    after logits, shadow_logits -> loss                                              causal_lm, sequence_classification
+    tokens -> backbone (twin, narrowing) -> s               initial shadow state
+    tokens -> base layers, ridden by attach -> logits       passage: injection before a layer, update after it
+    logits, shadow_logits -> loss                           causal_lm, sequence_classification
 """
 
 from shadow_peft.backbone import prepare_shadow_model

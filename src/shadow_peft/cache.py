@@ -129,11 +129,12 @@ def bare(states: Any) -> StatePair | None:
 def unread(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
     """How many of the last tokens a cache does not hold, where a whole sequence `[B, T]` is continued from it; else None.
 
-    Assisted generation reads all tokens it is given, whatever the cache holds. Mask and positions are as long as the sequence,
-    so they tell a whole one from new tokens alone.
+    Assisted generation reads all tokens it is given, whatever the cache holds. Mask and positions are as long as the
+    sequence, so they tell a whole one from new tokens alone.
     """
     states = model_kwargs.get("past_key_values")
-    lengths = [model_kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+    lengths = [tensor.shape[-1] for tensor in given if tensor is not None]
     if not isinstance(states, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
         return None
     held = states.get_seq_length()

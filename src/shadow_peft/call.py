@@ -55,12 +55,18 @@ class Call:
             position_ids = positions(attention_mask, tokens.shape[1]) + first_position
         return cls(input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
 
+    @property
+    def length(self) -> int:
+        """Number of tokens T."""
+        return next(iter(self.tokens.values())).shape[1]
+
     def without_first(self, count: int) -> Call:
         """The same call without its first tokens, which the backbone has read already."""
         if count == 0:
             return self
-        cut = {name: getattr(self, name) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        return replace(self, **{name: None if value is None else value[:, count:] for name, value in cut.items()})
+        given = {name: getattr(self, name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+        cut: dict[str, Any] = {name: value[:, count:] for name, value in given.items() if value is not None}
+        return replace(self, **cut)
 
     @property
     def tokens(self) -> dict[str, Tensor]:

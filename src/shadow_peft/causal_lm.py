@@ -1,5 +1,7 @@
 """ShadowForCausalLM: a language model of an adapted base and its shadow.
 
+What is trained:
+
     loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels)
 """
 
@@ -41,8 +43,8 @@ class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
 class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
     """A causal language model that answers with the adapted base or with the shadow alone.
 
-    The heads `lm_head` and `shadow_lm_head` are the base's own, without a copy, unless `modules_to_save` names them: then each
-    named one is a trained copy in float32.
+    The heads `lm_head` and `shadow_lm_head` are the base's own, without a copy, unless `modules_to_save` names them: then
+    each named one is a trained copy in float32.
 
     Args:
         peft_model: an adapted causal LM.
@@ -109,14 +111,15 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             use_cache: return the states of both networks in `past_key_values`.
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 keeps all.
             num_items_in_batch: divisor of both losses, see `loss`.
-            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use them.
+            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
+                them.
             return_dict: False returns a tuple.
             **kwargs: whatever else the base's forward takes; and `shift_labels` `[B, T]`, labels that are shifted already,
                 which sequence parallelism passes instead of `labels`.
 
         Returns:
-            `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those of
-            the one network that runs.
+            `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those
+            of the one network that runs.
         """
         peft = self.peft_model
         targets = kwargs.pop("shift_labels", None)  # declared, a trainer would take it for a column of the data
@@ -207,10 +210,16 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config."""
+        """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config.
+
+        Where nobody says how the length of drafts changes, it is "heuristic": it adapts.
+        """
+        schedule = "num_assistant_tokens_schedule"
+        said = [kwargs.get(schedule), *(getattr(c, schedule, None) for c in (generation_config, self.generation_config))]
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
+        prepared.num_assistant_tokens_schedule = next(filter(None, said), "heuristic")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
     def _assisted_decoding(

@@ -1,14 +1,17 @@
 """The shadow as drafter of its own base: lossless speculative decoding without a second model.
 
-The backbone runs on every token anyway, and `head(s)` guesses the next one. So the shadow drafts k tokens one by one, and one
-base pass verifies them all. The pass reuses the very states that drafting computed (`cache.Drafted`), so no token passes the
-backbone twice: beside plain decoding, drafting costs one head product per token and what is drafted in vain.
+The backbone runs on every token anyway, and `head(s)` guesses the next one. So the shadow drafts k tokens one by one, and
+one base pass verifies them all. The pass reuses the very states that drafting computed (`cache.Drafted`), so no token passes
+the backbone twice: beside plain decoding, drafting costs one head product per token and what is drafted in vain.
 
     x_1 .. x_k drafted from q_i = softmax(head(s_i)); verified with p_i of the adapted base
     greedy     keep the x_i that equal the base's choice up to the first that does not, then the base's choice
     sampling   keep x_i with probability min(1, p_i(x_i) / q_i(x_i)); at the first rejection draw from max(0, p - q) / sum
 
-The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). Another token is drafted while
+the chance that the base will accept all of the draft exceeds the share of a base pass that drafting it costs; so a shadow that is
+not believed costs a head product per token and no more. With `num_assistant_tokens_schedule="constant"`, drafts end only at
+`num_assistant_tokens` or below `assistant_confidence_threshold`.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
 
 from shadow_peft.cache import Drafted, ShadowCache
+from shadow_peft.heads import input_embeddings
 
 if TYPE_CHECKING:
     from shadow_peft.causal_lm import ShadowForCausalLM
@@ -112,13 +116,38 @@ class DraftingGenerationConfig(GenerationConfig):
         return mode
 
 
+@dataclass
+class AcceptanceEstimate:
+    """How far the shadow's confidence can be trusted, from what the base made of recent drafts.
+
+    Attributes:
+        confident: decaying sum of the confidences of the tokens that were judged.
+        accepted: decaying number of them that were accepted; both start as if one token had been judged right.
+    """
+
+    confident: float = 1.0
+    accepted: float = 1.0
+
+    def chance(self, confidence: float) -> float:
+        """The chance in [0, 1] that the base accepts a token of which the shadow is so sure."""
+        return min(1.0, confidence * self.accepted / self.confident)
+
+    def judge(self, confidences: list[float], accepted: int) -> None:
+        """Take notice of a pass: tokens behind the first rejected one were not judged. Without a draft, trust comes back."""
+        if not confidences:
+            self.accepted += (self.confident - self.accepted) / 100
+            return
+        self.confident = 0.9 * self.confident + sum(confidences[: accepted + 1])
+        self.accepted = 0.9 * self.accepted + accepted
+
+
 class ShadowCandidateGenerator(CandidateGenerator):
     """Drafts with the shadow, for transformers' assisted generation.
 
     Args:
         model: the model whose base is going to verify.
-        config: `num_assistant_tokens`, its schedule, `assistant_confidence_threshold`, `do_sample`, and what the generation under
-            way has put there.
+        config: `num_assistant_tokens`, its schedule, `assistant_confidence_threshold`, `do_sample`, and what the generation
+            under way has put there.
         logits_processor: what is done to the base's logits before a token is chosen; done to the shadow's likewise.
         model_kwargs: what travels with the generation: the cache and the attention mask.
 
@@ -143,41 +172,45 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._kwargs = model_kwargs
         self._length = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
+        self._adapts = config.num_assistant_tokens_schedule != "constant"
+        self._estimate = AcceptanceEstimate()
+        self._cost = drafting_cost(model) if self._adapts else 0.0
         self._prompt_is_read = False
-        self._drafted = 0
+        self._confidences: list[float] = []
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The tokens so far `[1, T]` with up to `num_assistant_tokens` more, and the logits `[1, k, V]` these were chosen by.
+        """The tokens so far `[1, T]` with up to `num_assistant_tokens` more, and the logits `[1, k, V]` they were chosen by.
 
         The first pass of the base reads the prompt and has nothing to verify.
         """
-        self._drafted, self._config.max_length = 0, self._max_length
+        self._confidences, self._config.max_length = [], self._max_length
         room = self._max_length - input_ids.shape[1] - 1
         steps = min(self._length, room) if self._prompt_is_read else 0
         self._prompt_is_read = True
-        if steps <= 0:
-            return input_ids, None
-        sequence, states, logits = input_ids, [], []
+        sequence, states, logits, chance = input_ids, [], [], 1.0
         for _ in range(steps):
-            state = self._state_of_last(sequence)
-            states.append(state)
-            logits.append(self._logits(sequence, state))
-            token, confidence = self._choose(logits[-1])
-            sequence = torch.cat([sequence, token], dim=-1)
+            states.append(self._state_of_last(sequence))
+            processed = self._logits(sequence, states[-1])
+            confidence = float(processed.softmax(dim=-1).amax())
+            chance *= self._estimate.chance(confidence)
+            if self._adapts and chance < self._cost:  # decided before a token is drawn, or sampling would be biased
+                break
+            logits.append(processed)
+            self._confidences.append(confidence)
+            sequence = torch.cat([sequence, self._choose(processed)], dim=-1)
             if bool(self._config.stopping_criteria(sequence, None).all()):
                 self._config.max_length = sequence.shape[1]  # nothing may follow what ends the text, accepted or not
                 break
             if confidence < (self._config.assistant_confidence_threshold or 0.0):
                 break
-        self._cache.drafted = Drafted(torch.cat(states, dim=1))
-        self._drafted = len(logits)
-        return sequence, torch.stack(logits, dim=1)
+        self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
+        return sequence, torch.stack(logits, dim=1) if logits else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """Lengthen drafts that were accepted whole, shorten others, unless the schedule is constant."""
-        self._config.statistics.note(self._drafted, min(int(num_matches), self._drafted))
-        if self._config.num_assistant_tokens_schedule != "constant" and self._drafted:
-            self._length = self._length + 2 if num_matches >= self._drafted else max(1, self._length - 1)
+        """Take notice of what the base accepted."""
+        accepted = min(int(num_matches), len(self._confidences))
+        self._config.statistics.note(len(self._confidences), accepted)
+        self._estimate.judge(self._confidences, accepted)
 
     def _state_of_last(self, sequence: Tensor) -> Tensor:
         """s of the sequence's last token, `[1, 1, d]`; the backbone's cache holds all tokens before it."""
@@ -192,11 +225,21 @@ class ShadowCandidateGenerator(CandidateGenerator):
         logits = self._model.shadow_logits(state)[:, -1].to(torch.float32)
         return self._processor(sequence, logits)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, float]:
-        """A drafted token `[1, 1]`, and how sure the shadow is of it."""
-        probabilities = logits.softmax(dim=-1)
+    def _choose(self, logits: Tensor) -> Tensor:
+        """A drafted token `[1, 1]`."""
         if self._config.do_sample:
-            token = torch.multinomial(probabilities, num_samples=1)
-        else:
-            token = logits.argmax(dim=-1, keepdim=True)
-        return token, float(probabilities.gather(1, token))
+            return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+        return logits.argmax(dim=-1, keepdim=True)
+
+
+def drafting_cost(model: ShadowForCausalLM) -> float:
+    """Cost of drafting a token as a share of a base pass, by the weights that either reads."""
+    peft = model.peft_model
+    head = _weights(model.peft_model.base_model.get_output_embeddings())
+    draft, base = (_weights(m) - _weights(input_embeddings(m)) for m in (peft.shadow_model, peft.stack.backbone))
+    return (draft + head) / (base + head)
+
+
+def _weights(module: nn.Module | None) -> int:
+    """Number of parameters of a module, if there is one."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -1,5 +1,7 @@
 """ShadowPeftModel: a frozen base, its shadow backbone, and the two small parts that couple them.
 
+What happens to a batch:
+
     embeddings -> backbone -> s;   base layers, injected and updated on the way -> base outputs
 """
 
@@ -51,9 +53,7 @@ def get_shadow_model(
     autocast_adapter_dtype: bool = True,
 ) -> ShadowPeftModel:
     """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
-    return ShadowPeftModel(
-        model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype
-    )
+    return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 class ShadowPeftModel(AdapterFiles):
@@ -139,8 +139,8 @@ class ShadowPeftModel(AdapterFiles):
 
         Args:
             input_ids: token ids `[B, T]`.
-            attention_mask: `[B, P + T]`, 1 for tokens and 0 for padding, P tokens being cached. Positions are counted from it
-                when none are given, so that both sides of padding give the same result.
+            attention_mask: `[B, P + T]`, 1 for tokens and 0 for padding, P tokens being cached. Positions are counted from
+                it when none are given, so that both sides of padding give the same result.
             position_ids: positions `[B, T]`.
             past_key_values: what an earlier call returned, or an empty transformers cache.
             inputs_embeds: embeddings `[B, T, d]` instead of token ids.
@@ -199,12 +199,15 @@ class ShadowPeftModel(AdapterFiles):
         return name in self._base_signature.names
 
     def initial_state(self, call: Call, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting left in the cache are taken from it."""
-        drafted = call.cache.drafted if isinstance(call.cache, ShadowCache) else None
-        if drafted is None:
+        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting left there are taken from it."""
+        states = call.cache if isinstance(call.cache, ShadowCache) else None
+        if states is None or states.drafted is None:
             return self._run_backbone(call, kwargs)
-        call.cache.drafted = None
-        state, cache = self._run_backbone(call.without_first(drafted.states.shape[1]), kwargs)
+        drafted, states.drafted = states.drafted, None
+        rest = call.without_first(drafted.states.shape[1])
+        if rest.length == 0:
+            return drafted.states, states.shadow
+        state, cache = self._run_backbone(rest, kwargs)
         return torch.cat([drafted.states, state], dim=1), cache
 
     def shadow_step(
@@ -359,12 +362,11 @@ class ShadowPeftModel(AdapterFiles):
             **kwargs: `every_n_layers` and `offload`, as transformers takes them.
         """
         self.base_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-        self.base_model.disable_input_require_grads()
+        self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through untouched layers
         for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
             for module in layer.modules():
-                if "gradient_checkpointing" in module.__dict__:
-                    vars(module)["gradient_checkpointing"] = False  # nothing below the first injection needs a gradient, embeddings included
-        self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through those layers
+                if "gradient_checkpointing" in module.__dict__:  # nothing below the first injection needs a gradient
+                    vars(module)["gradient_checkpointing"] = False
         if self.shadow_model.supports_gradient_checkpointing:
             self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         self._checkpointing = True
@@ -428,7 +430,11 @@ class ShadowPeftModel(AdapterFiles):
         """
         stored = store.read(pretrained_shadow_path)
         return cls.from_checkpoint(
-            model, stored, is_trainable=is_trainable, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype
+            model,
+            stored,
+            is_trainable=is_trainable,
+            shadow_model=shadow_model,
+            autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
     @classmethod
@@ -481,8 +487,8 @@ class ShadowPeftModel(AdapterFiles):
             own.requires_grad_(asked or made_here)
         elif shadow_model is not None and base.weight.shape[1] != backbone_width(self.shadow_model):
             raise ValueError(
-                f"The shadow has no embeddings of its own and reads states {backbone_width(self.shadow_model)} wide, but the "
-                f"base's embeddings are {base.weight.shape[1]} wide. Keep the shadow's embedding table."
+                f"The shadow has no embeddings of its own and reads states {backbone_width(self.shadow_model)} wide, but "
+                f"the base's embeddings are {base.weight.shape[1]} wide. Keep the shadow's embedding table."
             )
 
     def _place(self, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
 """Which MLP neurons and attention heads a narrower twin keeps of a base layer: those that weigh most.
 
     neuron j          weight  |up[j]| * |down[:, j]|  (times |gate[j]| where there is a gate)
-    key/value group   weight  |v[group]| * |o[:, heads of group]|;  in each kept group, the query heads of largest |o[:,
-    head]|
+    key/value group   weight  |v[group]| * |o[:, heads of group]|; in each kept group, the query heads of largest
+                      |o[:, head]|
 
 Norms are Euclidean. The kept ones stay in the order of the base.
 """

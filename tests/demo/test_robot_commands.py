@@ -53,7 +53,7 @@ def test_completion_is_one_line_of_json_that_states_the_command(split: phrases.S
         assert list(meaning) == ["action", "object", "place", "manner"]
         assert meaning == {name: getattr(command, name) for name in meaning}
         assert "\n" not in command.completion
-        assert command.completion.startswith(" {")
+        assert command.completion.startswith("{")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -89,8 +89,8 @@ def test_every_action_and_manner_occurs() -> None:
 def test_row_is_prompt_and_completion() -> None:
     command = Command("open the door", "open", "door", None, None)
     assert command.row() == {
-        "prompt": "command: open the door\njson:",
-        "completion": ' {"action": "open", "object": "door", "place": null, "manner": null}',
+        "prompt": "text: open the door keys: action, object, place, manner\n",
+        "completion": '{"action": "open", "object": "door", "place": null, "manner": null}',
     }
 
 

@@ -39,6 +39,7 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv("HF_TOKEN", raising=False)
         huggingface_hub.utils.disable_progress_bars()
         yield hub
+        huggingface_hub.close_session()  # no connection outlives its hub
 
 
 def logits(model: ShadowPeftModel | ShadowForCausalLM) -> torch.Tensor:

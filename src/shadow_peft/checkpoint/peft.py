@@ -1,7 +1,9 @@
 """Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "paper".
 
-adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
-adapter_model.safetensors    per block the injection and update maps, then backbone and projection
+It has two files:
+
+    adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
+    adapter_model.safetensors    per block the injection and update maps, then backbone and projection
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 Curve = list[tuple[int, float]]
 
 #: The shadow that is raced, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(injection_hidden_size=32, gate_hidden_size=32, alpha=1.0, dropout=0.0, shadow_init="base")
+SHADOW = ShadowConfig(
+    num_shadow_layers=2, injection_hidden_size=32, gate_hidden_size=32, alpha=1.0, dropout=0.0, shadow_init="base"
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class RaceSettings:
     """
 
     base: Path = BASE_PATH
-    steps: int = 200
-    batch: int = 16
+    steps: int = 400
+    batch: int = 8
     test_commands: int = 300
     shadow: ShadowConfig = SHADOW
-    shadow_loss_weight: float = 0.05
+    shadow_loss_weight: float = 0.5
     shadow_learning_rate: float = 1e-2
     lora_learning_rate: float = 5e-3
     seed: int = 0
@@ -141,7 +143,7 @@ def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
         output_dir="unused", save_strategy="no", report_to="none", use_cpu=True, bf16=False,
         activation_checkpointing=False, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
-        logging_steps=max(1, settings.steps // 40), max_length=None, seed=settings.seed, data_seed=settings.seed,
+        logging_steps=max(1, settings.steps // 25), max_length=None, seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
 
 
