@@ -8,10 +8,10 @@ the backbone twice: beside plain decoding, drafting costs one head product per t
     greedy     keep the x_i that equal the base's choice up to the first that does not, then the base's choice
     sampling   keep x_i with probability min(1, p_i(x_i) / q_i(x_i)); at the first rejection draw from max(0, p - q) / sum
 
-The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). Another token is drafted while
-the chance that the base will accept all of the draft exceeds the share of a base pass that drafting it costs; so a shadow that is
-not believed costs a head product per token and no more. With `num_assistant_tokens_schedule="constant"`, drafts end only at
-`num_assistant_tokens` or below `assistant_confidence_threshold`.
+The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). Another token is drafted
+while the chance that the base will accept all of the draft exceeds the share of a base pass that drafting it costs; so a
+shadow that is not believed costs a head product per token and no more. With `num_assistant_tokens_schedule="constant"`,
+drafts end only at `num_assistant_tokens` or below `assistant_confidence_threshold`.
 """
 
 from __future__ import annotations

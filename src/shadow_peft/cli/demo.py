@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from shadow_peft.cli.parsing import make_parser, parse
-from shadow_peft.demo.measure import in_own_process
-from shadow_peft.demo.race import Contender, RaceSettings, race_base, race_lora, race_shadow
+from shadow_peft.demo.measure import side_by_side
+from shadow_peft.demo.race import Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 
@@ -54,10 +55,9 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
 
 def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
     """The lines of the table, in its order."""
-    bare = race_base(settings)
-    print(f"fine-tuning base + shadow: {settings.steps} steps of {settings.batch} commands")
-    shadows = in_own_process(race_shadow, settings, output)
-    training = shadows[0].training
-    assert training is not None
-    print(f"fine-tuning LoRA: the same commands, {training.trainable:,} trainable parameters as near as a rank comes")
-    return [*bare, *shadows, *in_own_process(race_lora, settings, training.trainable)]
+    budget = shadow_size(settings)
+    print(f"base + shadow and LoRA side by side: {settings.steps} steps of {settings.batch} commands, {budget:,} parameters")
+    shadow, lora, bare = side_by_side(
+        partial(race_shadow, settings, output), partial(race_lora, settings, budget), partial(race_base, settings)
+    )
+    return [*bare, *shadow, *lora]

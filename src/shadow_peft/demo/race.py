@@ -1,16 +1,19 @@
 """The race: base + shadow and PEFT LoRA, the same commands in the same order, the same steps, the same trainable size.
 
-Each contender is trained and scored in a process of its own, so that time and peak memory are its own.
+The contenders run at the same time, each in a process of its own on half of the cores, so that peak memory is their own
+and whatever else the machine does slows both.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -83,7 +86,7 @@ class Contender:
 
 def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
     """Trains base + shadow, saves adapter and exported shadow below `output`, scores both."""
-    _be_quiet()
+    _settle()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     adapted = get_shadow_model(base, settings.shadow)
@@ -102,7 +105,7 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
 
 def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
     """Trains LoRA on every linear layer at about `budget` parameters and scores it."""
-    _be_quiet()
+    _settle()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     rank = lora_rank(base, budget)
@@ -114,8 +117,14 @@ def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
 
 def race_base(settings: RaceSettings) -> list[Contender]:
     """Scores the bare base."""
+    _settle()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     return [Contender("bare base", score(base, tokenizer, _test(settings), "bare base"))]
+
+
+def shadow_size(settings: RaceSettings) -> int:
+    """Trainable parameters of the shadow, which are LoRA's budget."""
+    return _trainable(get_shadow_model(load_base(settings.base), settings.shadow))
 
 
 def lora_rank(base: PreTrainedModel, budget: int) -> int:
@@ -134,8 +143,11 @@ def _train(
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Training(trainable, seconds, peak_memory_mb(), _curves(trainer.state.log_history))
+    return Training(_trainable(model), seconds, peak_memory_mb(), _curves(trainer.state.log_history))
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
@@ -160,7 +172,8 @@ def _test(settings: RaceSettings) -> list[Command]:
     return commands("test", settings.test_commands, settings.seed)
 
 
-def _be_quiet() -> None:
-    """Leaves the bars as the only output; peft asks transformers by a name that transformers is about to drop."""
+def _settle() -> None:
+    """Half of the cores, and no output but the bars; peft asks transformers by a name that transformers is about to drop."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
