@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shadow_peft import ShadowForCausalLM, get_shadow_model
 from shadow_peft.cli import main
 from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
-from shadow_peft.demo.measure import in_own_process, peak_memory_mb
-from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank
+from shadow_peft.demo.measure import in_own_process, peak_memory_mb, side_by_side
+from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import Scores
@@ -36,7 +37,8 @@ def lora_of(base: torch.nn.Module, budget: int) -> int:
 
 
 def test_lora_is_as_large_as_the_shadow() -> None:
-    budget = trainable(get_shadow_model(load_base(), RaceSettings().shadow))
+    budget = shadow_size(RaceSettings())
+    assert budget == trainable(get_shadow_model(load_base(), RaceSettings().shadow))
     assert lora_of(load_base(), budget) == pytest.approx(budget, rel=0.03)
 
 
@@ -92,6 +94,11 @@ def test_work_in_its_own_process_has_its_own_peak() -> None:
     assert 5 < in_own_process(peak_memory_mb) < peak_memory_mb() + 1000
     with pytest.raises(ValueError, match="got -1"):
         in_own_process(commands, "train", -1)
+
+
+def test_work_side_by_side_runs_in_different_processes() -> None:
+    first, second = side_by_side(os.getpid, os.getpid)
+    assert len({first, second, os.getpid()}) == 3
 
 
 def test_demo_runs_from_end_to_end(
