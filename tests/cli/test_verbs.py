@@ -71,6 +71,19 @@ def test_shadow_only_is_the_exported_shadow(trained: Path, model_folder: Path, c
     assert capsys.readouterr().out == alone
 
 
+def test_drafting_gives_the_same_answer_and_says_what_it_won(
+    trained: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = ["generate", "say 1:", "--model", str(model_folder), "--adapter", str(trained), "--max_new_tokens", "12"]
+    assert main(adapted) == 0
+    plain = capsys.readouterr()
+    assert main([*adapted, "--draft"]) == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain.out
+    assert "tokens per base pass" in drafted.err
+    assert "tokens per base pass" not in plain.err
+
+
 def test_sampling_is_seeded(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(seed: str) -> str:
         sampling = ["--do_sample", "True", "--temperature", "2.0", "--top_k", "50", "--max_new_tokens", "8", "--seed", seed]
@@ -118,7 +131,9 @@ def test_bad_line_is_named_before_anything_is_trained(
         (["train", "--model", "m", "--data", "/nowhere.jsonl", "--output", "o"], "/nowhere.jsonl"),
         (["train", "--model", "m", "--data", "d", "--output", "o", "--dropout", "7"], "dropout must lie in"),
         (["train", "--model", "m", "--data", "d", "--output", "o", "--output_dir", "p"], "--output, not as --output_dir"),
-        (["generate", "x", "--model", "m", "--shadow_only"], "needs --adapter"),
+        (["generate", "x", "--model", "m", "--shadow_only"], "need --adapter"),
+        (["generate", "x", "--model", "m", "--draft"], "need --adapter"),
+        (["generate", "x", "--model", "m", "--adapter", "a", "--draft", "--shadow_only"], "switches it off"),
         (["generate", "x", "--model", "/nowhere/model"], "/nowhere/model"),
     ],
 )

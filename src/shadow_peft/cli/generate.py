@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.drafting import DraftStatistics
 
 DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."
 EXAMPLES = """examples:
   shadow-peft generate --model Qwen/Qwen3-0.6B --adapter out "Translate to German: good morning\\n"
   shadow-peft generate "the shadow alone answers" --model Qwen/Qwen3-0.6B --adapter out --shadow_only
+  shadow-peft generate "the same answer, sooner" --model Qwen/Qwen3-0.6B --adapter out --draft
   shadow-peft generate "the exported shadow is a model like any other" --model out/shadow
   shadow-peft generate "Once upon a time" --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1
 """
@@ -29,6 +32,7 @@ class GenerateOptions:
     model: str = field(metadata={"help": "Folder or hub id of the model."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
     shadow_only: bool = field(default=False, metadata={"help": "The shadow answers; the base's layers do not run."})
+    draft: bool = field(default=False, metadata={"help": "The shadow drafts, the base verifies: the same answer."})
     chat: bool = field(default=False, metadata={"help": "Wrap each text as a user's message in the chat template."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
@@ -52,14 +56,20 @@ def run(arguments: list[str]) -> None:
     parser = make_parser("generate", [GenerateOptions, SamplingOptions], DESCRIPTION, EXAMPLES)
     parser.add_argument("text", nargs="+", help="Text to go on with; the two characters \\n stand for a line break.")
     options, sampling, positional = parse(parser, arguments)
-    if options.shadow_only and options.adapter is None:
-        raise UserError("--shadow_only needs --adapter: a bare model has no shadow")
+    if (options.shadow_only or options.draft) and options.adapter is None:
+        raise UserError("--shadow_only and --draft need --adapter: a bare model has no shadow")
+    if options.shadow_only and options.draft:
+        raise UserError("--draft needs the base, and --shadow_only switches it off")
     tokenizer = load_tokenizer(options.adapter, options.model)
     model = _model(options)
     set_seed(options.seed)
     config = generation_config(model, tokenizer, sampling)
+    config.use_shadow_draft = options.draft or None
     for text in positional.text:
-        print(continuation(model, tokenizer, _prompt(text, tokenizer, options.chat), config))
+        answer, statistics = continuation(model, tokenizer, _prompt(text, tokenizer, options.chat), config)
+        print(answer)
+        if statistics is not None:
+            print(report(statistics), file=sys.stderr)
 
 
 def generation_config(
@@ -74,12 +84,25 @@ def generation_config(
 
 
 @torch.no_grad()
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig) -> str:
-    """What the model adds to a prompt, without special tokens."""
+def continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig
+) -> tuple[str, DraftStatistics | None]:
+    """What the model adds to a prompt, without special tokens, and what became of the shadow's drafts, if it drafted."""
     inputs: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    tokens = model.generate(**inputs, generation_config=config)
-    added: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return added
+    config.return_dict_in_generate = True
+    output: Any = model.generate(**inputs, generation_config=config)
+    added: str = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return added, output.get("draft_statistics")
+
+
+def report(statistics: DraftStatistics) -> str:
+    """One line about the drafts of one answer."""
+    positions = zip(statistics.accepted_at, statistics.drafted_at, strict=True)
+    by_position = " ".join(f"{accepted}/{drafted}" for accepted, drafted in positions)
+    return (
+        f"drafted {statistics.drafted}, accepted {statistics.accepted} ({statistics.acceptance_rate:.0%}), "
+        f"{statistics.tokens_per_base_pass:.2f} tokens per base pass; accepted by position: {by_position or '-'}"
+    )
 
 
 def _model(options: GenerateOptions) -> PreTrainedModel:
