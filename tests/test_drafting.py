@@ -219,8 +219,6 @@ def test_what_cannot_be_drafted_is_said() -> None:
     model, ids = agreeing("always"), tokens(1, 7)
     with pytest.raises(ValueError, match="not with beam_search"):
         model.generate(ids, num_beams=2, **LONG, **DRAFT)
-    with pytest.raises(ValueError, match="batch_size = 1"):
-        model.generate(tokens(2, 7), **LONG, **DRAFT)
     with pytest.raises(ValueError, match="switched off"), model.disable_adapter():
         model.generate(ids, **LONG, **DRAFT)
     model.set_inference_mode("shadow_only")

@@ -26,6 +26,7 @@ from shadow_peft.drafting import (
 from shadow_peft.heads import TaskHead
 from shadow_peft.loss import next_token_loss, shifted
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.ragged import RaggedDecoding
 from shadow_peft.task import InferenceMode, ShadowTaskModel, trainable_copy
 
 
@@ -222,6 +223,13 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         prepared.num_assistant_tokens_schedule = next(filter(None, said), "heuristic")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
+        """Several samples of a prompt are rows of a batch, which drafting takes."""
+        if isinstance(generation_config, DraftingGenerationConfig):
+            generation_config = copy.copy(generation_config)
+            generation_config.num_return_sequences = 1
+        super()._validate_generation_mode(generation_mode, generation_config, *args)
+
     def _assisted_decoding(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
     ) -> Any:
@@ -232,10 +240,34 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
                 raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
             generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
+            if input_ids.shape[0] > 1:
+                return self._drafted_batch(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         output = super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         if drafting and generation_config.return_dict_in_generate:
             return DraftedGenerateOutput(**output, draft_statistics=generation_config.statistics)
         return output
+
+    def _drafted_batch(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: DraftingGenerationConfig,
+        *,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Drafting for several rows, see `ragged`; transformers' assisted generation takes one.
+
+        Raises:
+            ValueError: a streamer, or ranks that decode in step.
+        """
+        if streamer is not None or synced_gpus:
+            raise ValueError("A batch that drafts works without streamer and without synced_gpus.")
+        for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "unread_tokens"):
+            kwargs.pop(unused, None)
+        return RaggedDecoding(self, generation_config, logits_processor, stopping_criteria, input_ids, kwargs).run()
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
         """The shadow as drafter, where it is asked for; transformers' other drafters else."""

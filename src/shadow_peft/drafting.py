@@ -128,9 +128,14 @@ class AcceptanceEstimate:
     confident: float = 1.0
     accepted: float = 1.0
 
+    @property
+    def trust(self) -> float:
+        """How many times as likely as the shadow is sure the base accepts its token."""
+        return self.accepted / self.confident
+
     def chance(self, confidence: float) -> float:
         """The chance in [0, 1] that the base accepts a token of which the shadow is so sure."""
-        return min(1.0, confidence * self.accepted / self.confident)
+        return min(1.0, confidence * self.trust)
 
     def judge(self, confidences: list[float], accepted: int) -> None:
         """Take notice of a pass: tokens behind the first rejected one were not judged. Without a draft, trust comes back."""
