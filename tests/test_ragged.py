@@ -143,7 +143,7 @@ def test_the_rule_of_acceptance_by_enumeration() -> None:
 
 
 def test_adaptive_drafts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.ragged.drafting_cost", lambda model: 0.2)
+    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model: 0.2)
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True, "num_assistant_tokens": 8}
     right, wrong = agreeing("always"), agreeing("never")
     for model in (right, wrong):
@@ -151,7 +151,7 @@ def test_adaptive_drafts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             for head in (model.peft_model.base_model.lm_head, model.peft_model.task_heads["shadow_lm_head"]):
                 head.weight.mul_(60)
     output = right.generate(**padded(), max_new_tokens=60, do_sample=False, **adaptive)
-    assert output.draft_statistics.tokens_per_base_pass > 6
+    assert output.draft_statistics.tokens_per_base_pass > 4
     output = wrong.generate(**padded(), max_new_tokens=60, do_sample=False, **adaptive)
     assert 0 < output.draft_statistics.drafted * 0.2 <= 0.1 * output.draft_statistics.base_passes
 

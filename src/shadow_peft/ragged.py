@@ -25,7 +25,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shadow_peft.cache import Drafted, ShadowCache
-from shadow_peft.drafting import AcceptanceEstimate, DraftedGenerateOutput, DraftingGenerationConfig, drafting_cost
+from shadow_peft.drafting import (
+    AcceptanceEstimate,
+    DraftedGenerateOutput,
+    DraftingGenerationConfig,
+    DraftLength,
+    adaptive_cost,
+)
 
 if TYPE_CHECKING:
     from shadow_peft.causal_lm import ShadowForCausalLM
@@ -142,8 +148,7 @@ class RaggedDecoding:
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._estimate = AcceptanceEstimate()
-        self._adapts = config.num_assistant_tokens_schedule != "constant"
-        self._cost = drafting_cost(model) if self._adapts else 0.0
+        self._cost = adaptive_cost(model, config)
         self._written: list[Written] = []
 
     def run(self) -> Any:
@@ -195,15 +200,14 @@ class RaggedDecoding:
         """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
         config, live, texts = self._config, self._live, self._texts
         room = int((config.max_length - texts.lengths[live]).max()) - 1
-        chance = torch.ones(len(live), device=live.device)
+        length = DraftLength(self._cost, self._estimate)
         last, states, drafted = texts.last, [], []
-        for ahead in range(min(int(config.num_assistant_tokens), room)):
+        for ahead in range(min(int(config.num_assistant_tokens), room) if length.may_begin else 0):
             mask = F.pad(self._kwargs["attention_mask"], (0, ahead), value=1)
             states.append(self._model.peft_model.shadow_step(last, mask, None, self._cache))
             logits = self._processed(self._model.shadow_logits(states[-1])[:, -1], ahead)
             confidence = logits.softmax(-1).amax(-1)
-            chance = chance * (self._estimate.trust * confidence).clamp(max=1)
-            if self._adapts and float(chance[live].mean()) < self._cost:  # decided before a token is drawn
+            if not length.grows(confidence[live]):  # decided before a token is drawn, or sampling would be biased
                 break
             last = self._chosen(logits)
             texts.put(last[:, 0], ahead)
@@ -212,7 +216,8 @@ class RaggedDecoding:
                 break
         self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
         if not drafted:
-            return Draft(last[:, :0], chance.new_empty(len(live), 0, 1), chance.new_empty(len(live), 0))
+            nothing = torch.empty(len(live), 0, device=last.device)
+            return Draft(last[:, :0], nothing[..., None], nothing)
         return Draft(*(torch.stack(column, 1) for column in zip(*drafted, strict=True)))
 
     def _verify(self, draft: Draft) -> None:
