@@ -65,6 +65,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
     """
 
     head_names = ("lm_head", "shadow_lm_head")
+    loss_settings = ("shadow_loss_weight", "distillation_weight", "distillation_temperature")
 
     def __init__(
         self,

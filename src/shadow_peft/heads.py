@@ -81,7 +81,7 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 
 
 class TaskHead:
-    """`head(h)`: logits `[B, T, V]` of a final hidden state `[B, T, d]`, as the base's own class computes them.
+    """`head(h)`: logits `[B, T, V]` of final hidden states `[B, T, d]`, or `[N, V]` of `[N, d]`, as the base's own class computes them.
 
     What kind of head it is shows in a trial on a few random states, once.
 
@@ -113,8 +113,9 @@ class TaskHead:
     def _logits(self, h: Tensor) -> Tensor:
         dtype = self._output.weight.dtype
         h = h.to(dtype) if dtype.is_floating_point else h
-        logits: Tensor = self._view(inputs_embeds=h, use_cache=False, return_dict=True).logits
-        return logits
+        batch = h if h.dim() == 3 else h.unsqueeze(0)  # task classes index the three dimensions of a batch
+        logits: Tensor = self._view(inputs_embeds=batch, use_cache=False, return_dict=True).logits
+        return logits.view(*h.shape[:-1], -1)
 
     def linear_for(self, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight `[V, d]` and bias, where the logits are a linear map of `h` in float32 or wider that lies at hand whole.
