@@ -6,7 +6,7 @@ checkpoint is an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,10 +87,14 @@ class AdapterFiles(nn.Module):
         token: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit."""
+        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
+
+        `save` is who writes the files, where a task model has more to say than the adapter knows.
+        """
         return push(
-            self.save_pretrained,
+            self.save_pretrained if save is None else save,
             repo_id,
             commit_message=commit_message,
             private=private,

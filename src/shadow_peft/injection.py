@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from shadow_peft.dropping import draw_kept, dropped
 
 
 def inject(
@@ -35,12 +36,21 @@ def inject(
         The corrected hidden state, `[B, T, d]`, in the dtype of `h`.
     """
     flat = h.flatten(0, -2)
-    difference = flat - s.flatten(0, -2)
-    if drop_difference:
-        z = F.dropout(difference, dropout) @ down if dropout else difference @ down
-    else:
-        z = F.dropout(difference @ down, dropout) if dropout else difference @ down
+    keep = draw_kept((flat.shape[0], droppable_width(down, drop_difference)), h.device, dropout)
+    z = thin_product(flat - s.flatten(0, -2), down, keep, dropout, drop_difference)
     return torch.addmm(flat, z, up, alpha=alpha).view_as(h)
+
+
+def droppable_width(down: Tensor, drop_difference: bool) -> int:
+    """Entries per token that dropout may drop: d of the difference or r of its down product."""
+    return down.shape[0 if drop_difference else 1]
+
+
+def thin_product(difference: Tensor, down: Tensor, keep: Tensor | None, dropout: float, drop_difference: bool) -> Tensor:
+    """z `[N, r]` of h - s `[N, d]`; `keep` is what dropout keeps, `[N, d]` with `drop_difference` and else `[N, r]`."""
+    if drop_difference:
+        return dropped(difference, keep, dropout) @ down
+    return dropped(difference @ down, keep, dropout)
 
 
 class ShadowInjectionModel(nn.Module):

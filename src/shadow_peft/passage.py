@@ -2,6 +2,9 @@
 
     for each ridden layer l:   h = inject(h, s)   h = layer_l(h)   s = update(h, s)
 
+Where gradients are wanted, the update waits for the next layer, so that both are one step (see `between`); if the base does
+something of its own between the two, they stay two.
+
 A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
 bf16, a residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would
 round the residual stream.
@@ -16,9 +19,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from shadow_peft.between import between
 from shadow_peft.injection import ShadowInjectionModel, inject
 from shadow_peft.layouts import Stream
-from shadow_peft.update import Norm, ShadowUpdateModel, update
+from shadow_peft.update import Norm, ShadowUpdateModel, UpdateMaps, update
 
 
 class LayerPassage:
@@ -51,6 +55,7 @@ class LayerPassage:
     ) -> None:
         self.state = stream.enter(state)
         self.head_input: Tensor | None = None
+        self._waiting: tuple[Tensor, int] | None = None
         self._maps = injection.maps(dtype)
         self._updates = updating.maps(dtype)
         self._norm = updating.norm(dtype)
@@ -64,21 +69,46 @@ class LayerPassage:
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
+        together = self._is_untouched(h)
+        if self._waiting is not None and not together:
+            self._update(index - 1, self._waiting[0])
+        self._waiting = None
         wide, state = self._met(h)
         down, up = self._maps[index]
-        if h.dtype != self._dtype or h.device != self._device:
+        if not self._is_home(h):
             down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
+        settings = (self._alpha, self._dropout, self._drop_difference)
         with _exactly(h):
-            return inject(wide, state, down, up, self._alpha, self._dropout, self._drop_difference).view_as(h)
+            if not torch.is_grad_enabled():
+                return inject(wide, state, down, up, *settings).view_as(h)
+            maps, norm = self._updating(index - 1, h) if together else (None, None)
+            corrected, self.state = between(wide, state, down, up, *settings, maps, norm)
+            return corrected.view_as(h)
 
     def after(self, index: int, h: Tensor) -> None:
-        """Move the shadow state on with the output of ridden layer `index`."""
+        """Move the shadow state on with the output of ridden layer `index`, now or together with the next injection."""
+        if torch.is_grad_enabled():
+            self._waiting = h, _version(h)
+        else:
+            self._update(index, h)
+
+    def _update(self, index: int, h: Tensor) -> None:
         wide, state = self._met(h)
-        maps, norm = self._updates[index], self._norm
-        if h.dtype != self._dtype or h.device != self._device:
-            maps, norm = maps.to(h.device, h.dtype), _moved(norm, h)
+        maps, norm = self._updating(index, h)
         with _exactly(h):
             self.state = update(wide, state, maps, norm, self._dropout)
+
+    def _updating(self, index: int, h: Tensor) -> tuple[UpdateMaps, Norm | None]:
+        """The maps of an update where `h` is."""
+        maps, norm = self._updates[index], self._norm
+        return (maps, norm) if self._is_home(h) else (maps.to(h.device, h.dtype), _moved(norm, h))
+
+    def _is_untouched(self, h: Tensor) -> bool:
+        """Whether `h` is the output of the layer before, and not another tensor nor changed in place."""
+        return self._waiting is not None and self._waiting[0] is h and self._waiting[1] == _version(h)
+
+    def _is_home(self, h: Tensor) -> bool:
+        return h.dtype == self._dtype and h.device == self._device
 
     def _met(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
@@ -99,6 +129,11 @@ def _exactly(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _version(h: Tensor) -> int:
+    """How often `h` was changed in place; a compiler cannot tell, and no base of transformers changes it between layers."""
+    return 0 if torch.compiler.is_compiling() else h._version
 
 
 def _moved(norm: Norm | None, h: Tensor) -> Norm | None:

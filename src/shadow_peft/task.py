@@ -47,6 +47,9 @@ class ShadowTaskModel(PreTrainedModel):
     head_names: ClassVar[tuple[str, str]]
     """Names of the base's and the shadow's head."""
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("shadow_loss_weight",)
+    """Arguments and attributes that shape the loss; they are stored with the adapter."""
+
     def __init__(
         self,
         peft_model: ShadowPeftModel,
@@ -164,11 +167,12 @@ class ShadowTaskModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
-        self.peft_model.save_pretrained(save_directory, **kwargs)
+        training = {name: getattr(self, name) for name in self.loss_settings}
+        self.peft_model.save_pretrained(save_directory, **{"training": training, **kwargs})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload adapter and trained heads to the hub; the arguments are those of `ShadowPeftModel.push_to_hub`."""
-        return self.peft_model.push_to_hub(repo_id, **kwargs)
+        return self.peft_model.push_to_hub(repo_id, save=self.save_pretrained, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -185,7 +189,8 @@ class ShadowTaskModel(PreTrainedModel):
         """Attach a stored adapter with its heads to a base; see `ShadowPeftModel.from_pretrained` for the arguments.
 
         Args:
-            shadow_loss_weight: None takes what the checkpoint says, else 0.05.
+            shadow_loss_weight: None takes what the checkpoint says, else 0.05; whatever else shapes the loss is taken from
+                the checkpoint too.
         """
         stored = store.read(pretrained_shadow_path)
         foreign = set(stored.head_names) - set(cls.head_names)
@@ -199,8 +204,10 @@ class ShadowTaskModel(PreTrainedModel):
             autocast_adapter_dtype=autocast_adapter_dtype,
             make_head=cls._fresh_head,
         )
-        weight = stored.shadow_loss_weight if shadow_loss_weight is None else shadow_loss_weight
-        task = cls(peft_model, shadow_loss_weight=weight, inference_mode=inference_mode)
+        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
+        if shadow_loss_weight is not None:
+            settings["shadow_loss_weight"] = shadow_loss_weight
+        task = cls(peft_model, inference_mode=inference_mode, **settings)
         return task if is_trainable else task.requires_grad_(False).eval()
 
 

@@ -53,7 +53,7 @@ def test_log_splits_the_loss(tmp_path: Path) -> None:
     trainer.train()
     row = trainer.state.log_history[0]
     assert row["loss"] == pytest.approx(row["base_loss"] + 0.5 * row["shadow_loss"], rel=1e-4)
-    assert 0 <= row["mean_token_accuracy"] <= 1
+    assert "mean_token_accuracy" not in row  # it would need the logits
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_base_loss"] + 0.5 * metrics["eval_shadow_loss"], rel=1e-3)
 

@@ -24,8 +24,8 @@ from shadow_peft.loss import IGNORE_INDEX, next_token_loss, shifted
 class ShadowSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` for a `ShadowForCausalLM`.
 
-    Takes the arguments of `trl.SFTTrainer`. Besides the loss, the log carries `base_loss` and `shadow_loss` (nats per
-    target of a batch) and `mean_token_accuracy` of the base path.
+    Takes the arguments of `trl.SFTTrainer`. Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is
+    trained, `distillation_loss` (nats per target of a batch); in evaluation also `mean_token_accuracy` of the base path.
 
     Raises:
         TypeError: if the model is not a `ShadowForCausalLM`.
@@ -58,14 +58,26 @@ class ShadowSFTTrainer(SFTTrainer):
         metrics, targets = self._metrics[mode], shifted(inputs["labels"])
         here = targets.ne(IGNORE_INDEX)
         if here.any():
-            chosen = outputs.logits[here]
-            metrics["base_loss"].append(float(next_token_loss(chosen, targets[here])))
-            metrics["mean_token_accuracy"].append(float(chosen.argmax(-1).eq(targets[here]).float().mean()))
-            if outputs.shadow_logits is not None:
-                metrics["shadow_loss"].append(float(next_token_loss(outputs.shadow_logits[here], targets[here])))
+            for name, value in _terms(outputs, here, targets).items():
+                metrics[name].append(float(value))
         if mode == "train":
             self._total_train_tokens += int(inputs["attention_mask"].sum())
         metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def _terms(outputs: Any, here: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """What is logged of a batch: the terms that training gives, else what the logits of the evaluation say."""
+    if outputs.logits is None:
+        names = ("base_loss", "shadow_loss", "distillation_loss")
+        return {name: outputs[name] for name in names if outputs.get(name) is not None}
+    chosen = outputs.logits[here]
+    terms = {
+        "base_loss": next_token_loss(chosen, targets[here]),
+        "mean_token_accuracy": chosen.argmax(-1).eq(targets[here]).float().mean(),
+    }
+    if outputs.shadow_logits is not None:
+        terms["shadow_loss"] = next_token_loss(outputs.shadow_logits[here], targets[here])
+    return terms
 
 
 def _check_loss(args: Any, kwargs: dict[str, Any]) -> None:
