@@ -232,6 +232,16 @@ def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallb
     return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold)]
 
 
+def _parts(options: TrainOptions) -> str:
+    """What was learned and evaluated on, in words."""
+    learned = f"configuration {options.data_name}, " if options.data_name else ""
+    if options.eval_fraction is not None:
+        return f"{learned}split {options.data_split}, of which {options.eval_fraction:g} held out"
+    place = f" of `{options.eval_data}`" if options.eval_data else ""
+    evaluated = f"; evaluated on split {options.eval_split or 'train'}{place}" if place or options.eval_split else ""
+    return f"{learned}split {options.data_split}{evaluated}"
+
+
 def _facts(options: TrainOptions, trainer: Any, peft: ModelConfig, arguments: list[str]) -> RunFacts:
     examples = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
     return RunFacts(
@@ -239,6 +249,7 @@ def _facts(options: TrainOptions, trainer: Any, peft: ModelConfig, arguments: li
         method="ShadowPEFT" if not peft.use_peft else "DoRA" if peft.use_dora else "LoRA",
         base=options.model,
         data=options.data,
+        parts=_parts(options),
         examples={purpose: len(rows) for purpose, rows in examples.items() if rows is not None},
         trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=trainer.args.seed,

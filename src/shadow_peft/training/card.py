@@ -26,6 +26,7 @@ class RunFacts:
         method: "ShadowPEFT", "LoRA", "DoRA".
         base: folder or hub id of the base.
         data: folder, file or hub id of the data.
+        parts: what was learned of it and evaluated on, such as "split train".
         examples: number of examples, by what they are for.
         trainable: number of trainable parameters.
         seed: of weights and order.
@@ -37,6 +38,7 @@ class RunFacts:
     method: str
     base: str
     data: str
+    parts: str
     examples: dict[str, int]
     trainable: int
     seed: int
@@ -60,13 +62,17 @@ def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
 
 
 def loss_curves(log: Sequence[LogRow]) -> dict[str, list[tuple[int, float]]]:
-    """Name of a loss -> its (step, nats per token); the losses of evaluations begin with `eval_`."""
+    """Name of a loss -> its (step, nats per token); a sum is left out where its parts are known.
+
+    The losses of evaluations begin with `eval_`.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in log:
         for name, value in row.items():
             if name.endswith("loss") and not name.startswith("train_"):
                 curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    return curves
+    sums = {f"{prefix}loss" for prefix in ("", "eval_") if f"{prefix}shadow_loss" in curves}
+    return {name: curve for name, curve in curves.items() if name not in sums}
 
 
 def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -108,7 +114,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
         [
             f"# {facts.name}",
             f"{facts.base} adapted with {facts.method} by supervised fine-tuning; the base itself is frozen.",
-            f"## Data\n\n`{facts.data}`: {examples} examples.",
+            f"## Data\n\n`{facts.data}`, {facts.parts}: {examples} examples.",
             f"## Figures\n\n{_table(figures)}",
             *([f"![losses over the steps]({PICTURE})"] if has_picture else []),
             f"## Provenance\n\n```bash\n{facts.command}\n```\n\n{_table(provenance)}",
