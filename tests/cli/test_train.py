@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from shadow_peft.cli import main
+from shadow_peft.cli.loading import load_model
 from shadow_peft.training.card import loss_curves
 from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
@@ -176,6 +177,8 @@ def test_lora_is_trained_by_the_same_command(model_folder: Path, data_file: Path
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (3, True)
     assert "adapted with DoRA" in (tmp_path / "lora" / "README.md").read_text()
+    loaded = load_model(str(tmp_path / "lora"))  # as `shadow-peft eval --model` takes it
+    assert any("lora_magnitude_vector" in name for name in loaded.state_dict())
 
 
 def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
