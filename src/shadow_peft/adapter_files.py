@@ -70,6 +70,8 @@ class AdapterFiles(nn.Module):
         Raises:
             ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
         """
+        if is_sharded(self):  # torch's loader adds the base's own parameters to what it was given
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
         views = self._state_views()
         fill(views, state_dict, "The state dict", strict)
         return _IncompatibleKeys([name for name in views if name not in state_dict], [])

@@ -16,16 +16,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters of a module are sharded over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    """Whether parameters of a module are sharded over processes, be it that a forward has left them whole for the next."""
+    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(
+        isinstance(p, DTensor) for p in module.parameters()
+    )
 
 
 def own_state(module: nn.Module, without: str) -> dict[str, Tensor]:
-    """The state of a module under its own names, but for one child's; tensors are detached and share memory."""
+    """The state of a module under its own names, but for one child's; tensors are detached and share memory.
+
+    FSDP's hooks on `state_dict` shard again what a forward has left whole.
+    """
     return {
         f"{child}.{name}": tensor.detach()
         for child, part in module.named_children()
