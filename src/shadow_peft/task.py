@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from shadow_peft.checkpoint import store
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.sharded import is_sharded
 from shadow_peft.twin import present
 
 InferenceMode = Literal["base_shadow", "shadow_only"]
@@ -69,6 +70,7 @@ class ShadowTaskModel(PreTrainedModel):
             )
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
+        self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
@@ -150,12 +152,13 @@ class ShadowTaskModel(PreTrainedModel):
     # ---------------------------------------------------------------- files
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads under their names in the files."""
+        """The adapter's tensors and the trained heads under their names in the files; where sharded, see `sharded`."""
+        prefix += _INNER if is_sharded(self) else ""
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
-        return self.peft_model.load_state_dict(state_dict, strict, assign)
+        return self.peft_model.load_state_dict(_inner(state_dict), strict, assign)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
@@ -167,6 +170,8 @@ class ShadowTaskModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = _inner(kwargs["state_dict"])
         training = {name: getattr(self, name) for name in self.loss_settings}
         self.peft_model.save_pretrained(save_directory, **{"training": training, **kwargs})
 
@@ -209,6 +214,14 @@ class ShadowTaskModel(PreTrainedModel):
             settings["shadow_loss_weight"] = shadow_loss_weight
         task = cls(peft_model, inference_mode=inference_mode, **settings)
         return task if is_trainable else task.requires_grad_(False).eval()
+
+
+_INNER = "peft_model."
+
+
+def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task model's state dict under the names that the adapted model inside has for it."""
+    return {name.removeprefix(_INNER): tensor for name, tensor in state.items()}
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.checkpoint.hub import local_directory
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
+from shadow_peft.sharded import holding, is_sharded, own_state
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -123,12 +125,31 @@ def save(
         include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
             implicit shadow whose class does not call its table `embed_tokens`.
         is_main_process: False writes nothing, as in transformers.
-        state_dict: what `model.state_dict()` returned, when a trainer has gathered it.
+        state_dict: what `model.state_dict()` returned, when a trainer has gathered it; needed where it is sharded.
         training: factors of the loss, to be stored with where the adapter comes from.
         **_: further arguments of transformers' `save_pretrained`, which have no meaning here.
+
+    Raises:
+        ValueError: the parameters are sharded over processes, and `state_dict` does not hold them whole.
     """
     if not is_main_process:
         return
+    if is_sharded(model):
+        if include_shared_embeddings:
+            raise ValueError("include_shared_embeddings copies the base's table, which is sharded over processes here.")
+        with _gathered(model, state_dict):
+            return _save(model, save_directory, dialect, training)
+    _save(model, save_directory, dialect, training, include_shared_embeddings, state_dict)
+
+
+def _save(
+    model: ShadowPeftModel,
+    save_directory: str | Path,
+    dialect: Dialect | None,
+    training: Mapping[str, float] | None,
+    include_shared_embeddings: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     if (dialect or _dialect_of(model)) == "peft":
         return _save_peft(model, save_directory, training)
     adapter, heads = native.adapter_views(model), native.head_views(model)
@@ -143,6 +164,17 @@ def save(
         write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
         files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
         write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
+
+
+def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+    """The model with whole parameters from a gathered state dict, for as long as a file is written."""
+    missing = [name for name in own_state(model, without="base_model") if name not in (state_dict or {})]
+    if state_dict is None or missing:
+        raise ValueError(
+            "The adapter's parameters are sharded over processes. Call accelerator.get_state_dict(model) on all of them and "
+            f"pass the result as state_dict; what was passed lacks {len(missing)} of its tensors."
+        )
+    return holding(model, {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")})
 
 
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
