@@ -12,9 +12,67 @@ from trl import SFTConfig
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.demo.robot_commands import commands
-from shadow_peft.training.sft import ShadowSFTTrainer
+from shadow_peft.training import ShadowSFTTrainer
 from tests.cli.conftest import tiny_tokenizer
 from tests.tiny_models import llama
+from tests.training.steps import ACCUMULATION, Capture, compare, logits_of, options, scores, small_model, whole_model
+
+KINDS = {
+    "padded": {},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 96},
+    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 96},
+    "every token": {"completion_only_loss": False},
+}
+
+
+def reference(model: ShadowForCausalLM, rows: list[tuple[list[int], list[int]]], weight: float) -> torch.Tensor:
+    """CE(base) + weight * CE(shadow) of sequences and labels, each sequence by itself."""
+    total, count = torch.zeros(()), 0
+    for ids, labels in rows:
+        learned = [i for i in range(1, len(ids)) if labels[i] != -100]
+        base, shadow = (-scores(logits, ids, 1)[[i - 1 for i in learned]].sum() for logits in logits_of(model, ids))
+        total, count = total + base + weight * shadow, count + len(learned)
+    return total / count
+
+
+def documents(trainer: ShadowSFTTrainer) -> list[tuple[list[int], list[int]]]:
+    """The prepared sequences, packed ones taken apart again."""
+    rows = []
+    for row in trainer.train_dataset:
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            part = slice(start, start + length)
+            rows.append((row["input_ids"][part], row["labels"][part]))
+            start += length
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_accumulation_steps")
+@ACCUMULATION
+@pytest.mark.parametrize("make", [whole_model, small_model], ids=["all parts", "implicit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_step_by_hand(kind: str, make: Any, accumulation: int, tmp_path: Path) -> None:
+    model, capture = make(), Capture()
+    data = Dataset.from_list([c.row() for c in commands("train", 64)])
+    settings = options(tmp_path, **KINDS[kind])
+
+    def fit(rows: int) -> ShadowSFTTrainer:
+        args = SFTConfig(**settings | {"per_device_train_batch_size": rows // accumulation})
+        args.gradient_accumulation_steps = accumulation
+        chosen = data.select(range(64 if settings.get("packing") else rows))
+        return ShadowSFTTrainer(
+            model, args, train_dataset=chosen, processing_class=tiny_tokenizer(), callbacks=[capture]
+        )
+
+    trainer = fit(8)
+    if settings.get("packing"):
+        trainer.train_dataset = trainer.train_dataset.select(range(8))
+    trainer.train()
+    compare(
+        f"SFT, {kind}, {make.__name__}, accumulation {accumulation}", capture.gradients, model,
+        lambda weight: reference(model, documents(trainer), weight),
+    )  # fmt: skip
 
 
 def make_model(weight: float = 0.5) -> ShadowForCausalLM:
