@@ -22,6 +22,8 @@ WEIGHT = 0.5
 VOCABULARY = 300
 Gradients = dict[str, torch.Tensor]
 
+#: TRL 1.16 asks transformers 5.23 by a name that became deprecated.
+TRL_NAMES = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ACCUMULATION = pytest.mark.parametrize("accumulation", [1, 4])
 
 
@@ -79,27 +81,26 @@ def _part(name: str) -> str:
 
 
 def error(actual: Gradients, expected: Gradients) -> float:
-    """The largest relative error of a part."""
+    """The largest relative error of a part; 1 for a part that only one of the two trains."""
     assert actual.keys() == expected.keys()
-    return max(float((actual[part] - expected[part]).norm() / expected[part].norm()) for part in expected)
+    pairs = [(actual[part], expected[part]) for part in expected]
+    return max(float((a - e).norm() / torch.maximum(a.norm(), e.norm())) for a, e in pairs if a.any() or e.any())
 
 
 def compare(title: str, actual: Gradients, model: torch.nn.Module, loss: Callable[[float], torch.Tensor]) -> None:
     """Assert that a step's gradients are those of `loss(weight)`, and that they show when the shadow's loss is dropped."""
-    errors = []
-    for weight in (WEIGHT, 0.0):
-        model.zero_grad(set_to_none=True)
-        loss(weight).backward()
-        expected = gradients(model)
-        if weight:
-            assert all(part.any() for part in expected.values()), "every part is trained in this test"
-            errors.append(error(actual, expected))
-        else:
-            kept = {name: part for name, part in expected.items() if part.any()}
-            errors.append(error({name: actual[name] for name in kept}, kept))
-    print(f"| {title} | {errors[0]:.1e} | {errors[1]:.2f} |")
-    assert errors[0] < 1e-5
-    assert errors[1] > 1e-2
+    expected, dropped = (by_hand(model, loss(weight)) for weight in (WEIGHT, 0.0))
+    assert all(part.any() for part in expected.values()), "every part is trained in these tests"
+    print(f"| {title} | {error(actual, expected):.1e} | {error(actual, dropped):.2f} |")
+    assert error(actual, expected) < 1e-5
+    assert error(actual, dropped) > 1e-2
+
+
+def by_hand(model: torch.nn.Module, loss: torch.Tensor) -> Gradients:
+    """The gradients of a loss."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return gradients(model)
 
 
 def logits_of(model: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

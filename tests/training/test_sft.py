@@ -20,8 +20,8 @@ from tests.training.steps import ACCUMULATION, Capture, compare, logits_of, opti
 KINDS = {
     "padded": {},
     "padding-free": {"padding_free": True, "max_length": None},
-    "packed": {"packing": True, "max_length": 96},
-    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 96},
+    "packed": {"packing": True, "max_length": 256},
+    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 256},
     "every token": {"completion_only_loss": False},
 }
 
@@ -48,30 +48,21 @@ def documents(trainer: ShadowSFTTrainer) -> list[tuple[list[int], list[int]]]:
     return rows
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_accumulation_steps")
 @ACCUMULATION
 @pytest.mark.parametrize("make", [whole_model, small_model], ids=["all parts", "implicit"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_step_by_hand(kind: str, make: Any, accumulation: int, tmp_path: Path) -> None:
     model, capture = make(), Capture()
-    data = Dataset.from_list([c.row() for c in commands("train", 64)])
-    settings = options(tmp_path, **KINDS[kind])
-
-    def fit(rows: int) -> ShadowSFTTrainer:
-        args = SFTConfig(**settings | {"per_device_train_batch_size": rows // accumulation})
-        args.gradient_accumulation_steps = accumulation
-        chosen = data.select(range(64 if settings.get("packing") else rows))
-        return ShadowSFTTrainer(
-            model, args, train_dataset=chosen, processing_class=tiny_tokenizer(), callbacks=[capture]
-        )
-
-    trainer = fit(8)
-    if settings.get("packing"):
-        trainer.train_dataset = trainer.train_dataset.select(range(8))
+    args = SFTConfig(**options(tmp_path, accumulation, **KINDS[kind]))
+    data = Dataset.from_list([c.row() for c in commands("train", 48)])
+    trainer = ShadowSFTTrainer(model, args, train_dataset=data, processing_class=tiny_tokenizer(), callbacks=[capture])
+    trainer.train_dataset = trainer.train_dataset.select(range(8))  # packed rows, where it packs
     trainer.train()
+    rows = documents(trainer)
+    assert len(rows) > 8 or kind != "packed"
     compare(
         f"SFT, {kind}, {make.__name__}, accumulation {accumulation}", capture.gradients, model,
-        lambda weight: reference(model, documents(trainer), weight),
+        lambda weight: reference(model, rows, weight),
     )  # fmt: skip
 
 
