@@ -129,9 +129,10 @@ class ShadowTaskModel(PreTrainedModel):
 
         TRL's trainers compute losses from the base's logits, or with a head of their own that passes the adapter by. None
         of that reaches the shadow's loss, and by the calls alone they cannot be told from a training loop that knows what
-        it does. What each of them does in its constructor, and nobody else does, is to sign the model with its tags,
-        `["trl", "sft"]` for example. The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that
-        passes here and still drops the shadow's loss is what `GradientMonitor` reports.
+        it does. What they do in their constructors, and nobody else does, is to sign the model with their tags,
+        `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental asynchronous ones, which ask the base for
+        what it does not return). The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that passes
+        here and still drops the shadow's loss is what `GradientMonitor` reports.
 
         Args:
             tags: one or more tags.

@@ -81,15 +81,13 @@ def test_no_second_base_is_loaded(tmp_path: Path) -> None:
 
 
 def test_cached_reference_scores_belong_to_one_base(tmp_path: Path) -> None:
-    trainers = [make_trainer(tmp_path, whole_model(), precompute_ref_log_probs=True) for _ in range(2)]
-    assert trainers[0]._precompute_model_hash == trainers[1]._precompute_model_hash
+    other = whole_model()
     with torch.no_grad():
-        other = whole_model()
         next(other.peft_model.base_model.parameters()).mul_(2)
-    assert (
-        make_trainer(tmp_path, other, precompute_ref_log_probs=True)._precompute_model_hash
-        != trainers[0]._precompute_model_hash
-    )
+    models = whole_model(), whole_model(), other
+    trainers = [make_trainer(tmp_path, model, precompute_ref_log_probs=True) for model in models]
+    first, same, different = ([row["ref_chosen_logps"] for row in trainer.train_dataset] for trainer in trainers)
+    assert first == same != different
 
 
 def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:
@@ -110,6 +108,16 @@ def test_defaults_train_evaluate_and_log_both_losses(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(row["base_loss"] + 0.5 * row["shadow_loss"], rel=2e-2)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_base_loss"] + 0.5 * metrics["eval_shadow_loss"], rel=1e-3)
+
+
+def test_outputs_are_the_models_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, whole_model())
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert loss == trainer.compute_loss(trainer.model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(outputs.logits, trainer.model(**inputs).logits)
 
 
 def test_disabled_dropout_is_the_adapters_too(tmp_path: Path) -> None:

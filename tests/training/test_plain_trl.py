@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -23,9 +25,8 @@ def plain(kind: type, folder: Path, weight: float = 0.5) -> Any:
     config = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, GRPOTrainer: GRPOConfig, RewardTrainer: RewardConfig}[kind]
     model = reward_model() if kind is RewardTrainer else small_model()
     model.shadow_loss_weight = weight
-    more: dict[str, Any] = {DPOTrainer: {"ref_model": base()}, GRPOTrainer: {"reward_funcs": lambda **_: [0.0]}}.get(
-        kind, {}
-    )
+    wants: dict[Any, dict[str, Any]] = {DPOTrainer: {"ref_model": base()}, GRPOTrainer: {"reward_funcs": lambda **_: [0.0]}}
+    more = wants.get(kind, {})
     data = Dataset.from_list([c.row() for c in commands("train", 8)]) if kind is SFTTrainer else preferences()
     return kind(model=model, args=config(**options(folder)), train_dataset=data, processing_class=tiny_tokenizer(), **more)
 
@@ -34,6 +35,23 @@ def plain(kind: type, folder: Path, weight: float = 0.5) -> Any:
 def test_a_plain_trainer_ends_in_an_error(kind: type, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=rf"does not train the shadow(.|\n)*Shadow{kind.__name__}"):
         plain(kind, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO", "Reward", "KTO", "RLOO", "Distillation"])
+def test_trl_still_signs_what_it_trains(name: str) -> None:
+    kind = getattr(trl, f"{name}Trainer")
+    assert "trl" in kind._tag_names
+    assert "add_model_tags(self._tag_names)" in inspect.getsource(kind.__init__)
+
+
+def test_a_model_without_a_task_ends_in_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ShadowForCausalLM"):
+        SFTTrainer(
+            small_model().peft_model,
+            SFTConfig(**options(tmp_path)),
+            train_dataset=Dataset.from_list([c.row() for c in commands("train", 8)]),
+            processing_class=tiny_tokenizer(),
+        )
 
 
 def test_without_a_shadow_loss_there_is_nothing_to_drop(tmp_path: Path) -> None:

@@ -59,9 +59,8 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
         """DPO's loss of the adapted base and the weighted cross entropy of the shadow."""
         weight = self.model.shadow_loss_weight
         scored = Scored(model, shadow=weight > 0)
-        loss, outputs = super().compute_loss(scored, inputs, True) if return_outputs else (None, None)
-        if loss is None:
-            loss = super().compute_loss(scored, inputs)
+        result = super().compute_loss(scored, inputs, return_outputs)
+        loss, outputs = result if return_outputs else (result, None)
         self.note("base_loss", loss.detach())
         if scored.shadow_log_probs is not None:
             loss = loss + weight * self._shadow_loss(scored, num_items_in_batch)
