@@ -135,6 +135,14 @@ def test_an_optimizer_with_groups_of_its_own_and_a_scale_are_refused(tmp_path: P
     assert len(make_trainer(tmp_path, 1.0, optimizer_cls_and_kwargs=grouped).create_optimizer().param_groups) == 1
 
 
+def test_a_ready_optimizer_and_a_scale_are_refused(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD(whole_model().parameters(), lr=1.0)
+    args = TrainingArguments(**options(tmp_path))
+    with pytest.raises(ValueError, match="parameter_groups"):
+        ShadowTrainer(whole_model(), args, optimizers=(optimizer, None), shadow_learning_rate_scale=0.1)
+    assert ShadowTrainer(whole_model(), args, optimizers=(optimizer, None)).create_optimizer() is optimizer
+
+
 def test_trainers_of_trl_have_the_groups_too(tmp_path: Path) -> None:
     args = SFTConfig(**options(tmp_path, learning_rate=1e-3))
     data = Dataset.from_list([c.row() for c in commands("train", 2)])

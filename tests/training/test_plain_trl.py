@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, Re
 
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.task import TRAINER_TAG
+from shadow_peft.training import ShadowSFTTrainer
 from tests.cli.conftest import tiny_tokenizer
 from tests.tiny_models import tokens
 from tests.training.steps import base, options, small_model
@@ -42,6 +43,28 @@ def test_trl_still_signs_what_it_trains(name: str) -> None:
     kind = getattr(trl, f"{name}Trainer")
     assert "trl" in kind._tag_names
     assert "add_model_tags(self._tag_names)" in inspect.getsource(kind.__init__)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL marks it as experimental
+def test_an_experimental_trainer_ends_in_an_error(tmp_path: Path) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    with pytest.raises(TypeError, match="orpo"):
+        ORPOTrainer(
+            small_model(), ORPOConfig(**options(tmp_path)), train_dataset=preferences(), processing_class=tiny_tokenizer()
+        )
+
+
+def test_a_refused_model_is_as_good_as_before(tmp_path: Path) -> None:
+    model, ids = small_model(), tokens()
+    expected = model(ids, labels=ids).loss
+    data = Dataset.from_list([c.row() for c in commands("train", 8)])
+    with pytest.raises(TypeError, match="does not train the shadow"):
+        SFTTrainer(model, SFTConfig(**options(tmp_path)), train_dataset=data, processing_class=tiny_tokenizer())
+    assert model(ids, labels=ids).loss == expected
+    trainer = ShadowSFTTrainer(model, SFTConfig(**options(tmp_path)), train_dataset=data, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert {"base_loss", "shadow_loss"} <= trainer.state.log_history[0].keys()
 
 
 def test_a_model_without_a_task_ends_in_an_error(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class ShadowTrainerMixin:
 
     Raises:
         TypeError: the model is of another class than `trains`.
-        ValueError: a model that answers with the shadow alone, where the trainer needs the base path.
+        ValueError: a model that answers with the shadow alone, where the trainer needs the base path; an optimizer in
+            `optimizers` together with a scale.
     """
 
     trains: type[ShadowTaskModel] = ShadowTaskModel
@@ -52,9 +53,14 @@ class ShadowTrainerMixin:
     needs_base_path = True
     """Whether a model that answers with the shadow alone is refused."""
 
+    # what the trainer brings
     model: Any
+    args: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
+    get_optimizer_cls_and_kwargs: Any
+    callback_handler: Any
+    add_callback: Any
     _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, model: ShadowTaskModel, *args: Any, shadow_learning_rate_scale: float = 1.0, **kwargs: Any) -> None:
@@ -67,8 +73,12 @@ class ShadowTrainerMixin:
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         model.__dict__.pop("forward", None)
         model.__dict__.update(bound)
-        if not any(isinstance(callback, GradientMonitor) for callback in self.callback_handler.callbacks):  # type: ignore[attr-defined]
-            self.add_callback(GradientMonitor())  # type: ignore[attr-defined]
+        if self.optimizer is not None and shadow_learning_rate_scale != 1:
+            raise ValueError(
+                "An optimizer in `optimizers` has its own groups: make them with parameter_groups, without a scale."
+            )
+        if not any(isinstance(callback, GradientMonitor) for callback in self.callback_handler.callbacks):
+            self.add_callback(GradientMonitor())
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, with the groups of `parameter_groups`.
@@ -81,9 +91,8 @@ class ShadowTrainerMixin:
         return super().create_optimizer(model)  # type: ignore[misc]
 
     def _grouped(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        args: Any = self.args  # type: ignore[attr-defined]
-        given = self.optimizer_cls_and_kwargs
-        kind, options = self.get_optimizer_cls_and_kwargs(args, model) if given is None else given  # type: ignore[attr-defined]
+        args, given = self.args, self.optimizer_cls_and_kwargs
+        kind, options = self.get_optimizer_cls_and_kwargs(args, model) if given is None else given
         if is_optimizer_factory(kind) or any(key in options for key in _OWN_GROUPS):
             if self.shadow_learning_rate_scale != 1:
                 raise ValueError(
