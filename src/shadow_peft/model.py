@@ -388,6 +388,18 @@ class ShadowPeftModel(AdapterFiles):
         """The name that transformers gives `gradient_checkpointing_disable` from 5.23 on."""
         self.gradient_checkpointing_disable()
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tag the base for the hub.
+
+        Raises:
+            TypeError: tags of TRL, whose trainers sign what they train; that belongs to the task model, see there.
+        """
+        if "trl" in ([tags] if isinstance(tags, str) else tags):
+            raise TypeError(
+                "Wrap the model to train it with TRL: ShadowForCausalLM(model), and a shadow_peft.training trainer."
+            )
+        self.base_model.add_model_tags(tags)
+
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generation belongs to the task model.
 

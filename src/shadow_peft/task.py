@@ -22,6 +22,9 @@ from shadow_peft.twin import present
 
 InferenceMode = Literal["base_shadow", "shadow_only"]
 
+TRAINER_TAG = "shadow-peft"
+"""With this among its tags, a trainer of TRL says that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
+
 
 class ShadowTaskModel(PreTrainedModel):
     """An adapted model with a task's heads and loss.
@@ -125,6 +128,32 @@ class ShadowTaskModel(PreTrainedModel):
         """The head that the adapted base answers with, if it is an output embedding."""
         heads = self.peft_model.task_heads
         return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tag the model for the hub; refuse a trainer of TRL that would leave the shadow untrained.
+
+        TRL's trainers compute losses from the base's logits, or with a head of their own that passes the adapter by. None
+        of that reaches the shadow's loss, and by the calls alone they cannot be told from a training loop that knows what
+        it does. What they do in their constructors, and nobody else does, is to sign the model with their tags,
+        `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental asynchronous ones, which ask the base for
+        what it does not return). The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that passes
+        here and still drops the shadow's loss is what `GradientMonitor` reports.
+
+        Args:
+            tags: one or more tags.
+
+        Raises:
+            TypeError: tags of TRL without ours, and a shadow loss that would be dropped.
+        """
+        names = [tags] if isinstance(tags, str) else tags
+        if "trl" in names and TRAINER_TAG not in names and self.shadow_loss_weight > 0:
+            raise TypeError(
+                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped without a "
+                "word. Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
+                "shadow_peft.training; a trainer of your own that adds the shadow's loss says so by "
+                f"{TRAINER_TAG!r} in its _tag_names."
+            )
+        super().add_model_tags(tags)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

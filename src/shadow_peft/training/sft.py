@@ -1,7 +1,7 @@
 """ShadowSFTTrainer: TRL's supervised fine-tuning with the loss that the shadow model itself computes.
 
 TRL's `SFTTrainer` rebuilds its loss from log-probabilities of the base's head and never reads `output.loss`, so the
-shadow's own term would be lost without a word. This subclass hands the batch to the model instead, so that
+shadow's own term would be lost. This subclass hands the batch to the model instead, so that
 
     loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels)
 
@@ -19,25 +19,32 @@ from trl import SFTTrainer
 
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.loss import IGNORE_INDEX, next_token_loss, shifted
+from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, refuse
 
 
-class ShadowSFTTrainer(SFTTrainer):
+class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` for a `ShadowForCausalLM`.
 
-    Takes the arguments of `trl.SFTTrainer`. Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is
-    trained, `distillation_loss` (nats per target of a batch); in evaluation also `mean_token_accuracy` of the base path.
+    Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is trained, `distillation_loss` (nats per target
+    of a batch); in evaluation also `mean_token_accuracy` of the base path.
+
+    Args:
+        model: the model to train.
+        args: `trl.SFTConfig`.
+        **kwargs: further arguments of `trl.SFTTrainer`, and `shadow_learning_rate_scale`.
 
     Raises:
-        TypeError: if the model is not a `ShadowForCausalLM`.
-        ValueError: if `args` ask for a loss that this trainer would not compute.
+        TypeError: the model is no `ShadowForCausalLM`.
+        ValueError: `args` ask for a loss that this trainer would not compute.
     """
 
+    trains = ShadowForCausalLM
+    needs_base_path = False
+    _tag_names = [*SFTTrainer._tag_names, TRAINER_TAG]  # noqa: RUF012
+
     def __init__(self, model: ShadowForCausalLM, args: Any = None, **kwargs: Any) -> None:
-        if not isinstance(model, ShadowForCausalLM):
-            raise TypeError(f"ShadowSFTTrainer trains a ShadowForCausalLM, got {type(model).__name__}; use trl.SFTTrainer.")
         _check_loss(args, kwargs)
         super().__init__(model, args, **kwargs)
-        model.__dict__.pop("forward", None)  # TRL's fused head, which this trainer never calls
 
     def compute_loss(
         self,
@@ -47,22 +54,25 @@ class ShadowSFTTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss of a batch; with `return_outputs`, the model's output beside it."""
-        mode = "train" if self.model.training else "eval"
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
-        self._note(mode, outputs, inputs)
+        self._note_losses(outputs, shifted(inputs["labels"]))
+        self._note_tokens(inputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _note(self, mode: str, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Keeps what the next line of the log averages."""
-        metrics, targets = self._metrics[mode], shifted(inputs["labels"])
+    def _note_losses(self, outputs: Any, targets: Tensor) -> None:
         here = targets.ne(IGNORE_INDEX)
         if here.any():
             for name, value in _terms(outputs, here, targets).items():
-                metrics[name].append(float(value))
+                self.note(name, value)
+
+    def _note_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count tokens; a padding-free batch has no mask, all of it is tokens."""
+        mode = "train" if self.model.training else "eval"
         if mode == "train":
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
-        metrics["num_tokens"] = [self._total_train_tokens]
+            mask = inputs.get("attention_mask")
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
 def _terms(outputs: Any, here: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -84,7 +94,7 @@ def _check_loss(args: Any, kwargs: dict[str, Any]) -> None:
     """Refuses options that TRL would honour in its own loss and that the model's loss does not know."""
     if args is not None and args.loss_type != "nll":
         raise ValueError(f"loss_type must be 'nll', got {args.loss_type!r}: the shadow model computes its own loss.")
-    if args is not None and args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor is not supported: the shadow model computes its own loss.")
+    refuse(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")
+    refuse(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func is not supported: the shadow model computes its own loss.")
