@@ -60,19 +60,19 @@ class ShadowInjectionModel(nn.Module):
         num_layers: N, the number of injected layers.
         hidden_size: d, the width of the base.
         rank: r.
-        linear_init: draw D like the weight of an `nn.Linear` (variant "paper") instead of from N(0, 0.02).
+        variant: how D is drawn: "released" from N(0, 0.02), "transient" from N(0, 1 / d), "paper" as an `nn.Linear` does.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, rank: int, linear_init: bool = False) -> None:
+    def __init__(self, num_layers: int, hidden_size: int, rank: int, variant: str = "released") -> None:
         super().__init__()
         self.injection_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank))
         self.injection_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
-        bound = hidden_size**-0.5
+        scale = hidden_size**-0.5
         with torch.no_grad():
-            if linear_init:
-                self.injection_downs.uniform_(-bound, bound)
+            if variant == "paper":
+                self.injection_downs.uniform_(-scale, scale)
             else:
-                self.injection_downs.normal_(std=0.02)
+                self.injection_downs.normal_(std=scale if variant == "transient" else 0.02)
 
     def maps(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""

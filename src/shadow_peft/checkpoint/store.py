@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 Dialect = Literal["native", "peft"]
 
+FILES = frozenset(
+    {native.ADAPTER_FILE, native.TRANSIENT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
+    | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
+)
+"""All names that an adapter's files can have; a save leaves none of an earlier one."""
+
 INDEX_FILE = "model.safetensors.index.json"
 """transformers' index of a checkpoint in several files; it lets a Trainer resume from ours as they are."""
 
@@ -80,13 +86,13 @@ def read(path_or_repo: str | Path) -> Checkpoint:
 
 def _read_native(directory: Path) -> Checkpoint:
     stored = read_json(directory / CONFIG_FILE)
-    legacy = directory / native.LEGACY_ADAPTER_FILE
-    use_legacy = legacy.is_file() and not (directory / native.ADAPTER_FILE).is_file()
-    tensors = read_tensors(legacy) if use_legacy else _required(directory, native.ADAPTER_FILE)
+    config = ShadowConfig.from_dict(stored)
+    file, legacy = native.adapter_file(config.variant), directory / native.LEGACY_ADAPTER_FILE
+    use_legacy = legacy.is_file() and not (directory / file).is_file()
+    tensors = read_tensors(legacy) if use_legacy else _required(directory, file)
     heads_file = directory / native.HEADS_FILE
     heads = read_tensors(heads_file) if heads_file.is_file() else {}
     origin = stored.get("provenance", {})
-    config = ShadowConfig.from_dict(stored)
     return Checkpoint(config, "native", tensors, heads, origin, directory, origin.get("training") or {})
 
 
@@ -157,12 +163,13 @@ def _save(
         adapter, heads = ({name: state_dict[name] for name in views} for views in (adapter, heads))
     if include_shared_embeddings:
         adapter |= shared_table(model)
-    with all_or_none(save_directory) as staging:
-        write_tensors(adapter, staging / native.ADAPTER_FILE)
+    file = native.adapter_file(model.shadow_config.variant)
+    with all_or_none(save_directory, replacing=FILES) as staging:
+        write_tensors(adapter, staging / file)
         if heads:
             write_tensors(heads, staging / native.HEADS_FILE)
         write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
-        files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
+        files = {**dict.fromkeys(adapter, file), **dict.fromkeys(heads, native.HEADS_FILE)}
         write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
 
 
@@ -180,7 +187,7 @@ def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
     if native.head_views(model):
         raise ValueError("peft's dialect has no place for trained heads.")
-    with all_or_none(save_directory) as staging:
+    with all_or_none(save_directory, replacing=FILES) as staging:
         adapter = peft.adapter_views(model)
         write_tensors(adapter, staging / peft.ADAPTER_FILE)
         base_name = model.base_model.name_or_path or None
