@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 WIDTH, LAYERS, VOCABULARY, INTERMEDIATE = 512, 12, 8192, 1536
 SIZES: dict[str, Any] = {"num_shadow_layers": 1, "injection_hidden_size": 16, "gate_hidden_size": 10, "dropout": 0.0}
+"""The published shadows; their implicit backbone has the base's own MLP."""
+OURS: dict[str, Any] = {"num_shadow_layers": 1, "injection_hidden_size": 136, "shadow_intermediate_size": 768}
+"""Ours, with as many parameters, but more of them between the layers."""
 
 
 def random_base() -> PreTrainedModel:
@@ -64,11 +67,17 @@ def tuner() -> nn.Module:
     return get_peft_model(random_base(), config).eval()
 
 
-def ours() -> nn.Module:
-    """This library."""
+def ours(**config: Any) -> nn.Module:
+    """This library, as it makes new adapters."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**SIZES, shadow_init="random"))).eval()
+    config = config or OURS
+    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**config, shadow_init="random"))).eval()
+
+
+def ours_released() -> nn.Module:
+    """This library with an adapter of `shadow-peft` 0.1.x."""
+    return ours(**SIZES, variant="released")
 
 
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
@@ -77,6 +86,7 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "DoRA": dora,
     "shadow-peft 0.1.1": released,
     "peft Shadow": tuner,
+    "ours, variant released": ours_released,
     "ours": ours,
 }
 

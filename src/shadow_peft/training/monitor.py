@@ -25,7 +25,7 @@ from shadow_peft.task import ShadowTaskModel
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("shadow_model", "shadow_hidden_projection", "shadow_injection_model", "shadow_update_model")
+NO_PARTS = ("base_model", "task_heads")
 OWN_LOSS = "the shadow's own loss"
 
 
@@ -139,6 +139,6 @@ def _trainable_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         raise TypeError(f"{type(model).__name__} holds no shadow adapter to monitor.")
     parts: dict[str, nn.Module] = {}
     for m in adapted:
-        parts |= {name: m.get_submodule(name) for name in PARTS} | dict(m.task_heads.items())
+        parts |= {name: child for name, child in m.named_children() if name not in NO_PARTS} | dict(m.task_heads.items())
     trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
     return {name: parameters for name, parameters in trainable.items() if parameters}
