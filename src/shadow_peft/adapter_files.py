@@ -18,7 +18,7 @@ from shadow_peft.checkpoint import native, peft, store
 from shadow_peft.checkpoint.files import fill
 from shadow_peft.checkpoint.hub import push
 from shadow_peft.export.standalone import standalone
-from shadow_peft.sharded import is_sharded, own_state
+from shadow_peft.sharded import is_sharded, own_state, sharded_like
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -70,9 +70,10 @@ class AdapterFiles(nn.Module):
         Raises:
             ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
         """
-        if is_sharded(self):  # torch's loader adds the base's own parameters to what it was given
-            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
         views = self._state_views()
+        if is_sharded(self):  # torch's loader adds the base's own parameters to what it was given
+            own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
+            state_dict = sharded_like(views, own)
         fill(views, state_dict, "The state dict", strict)
         return _IncompatibleKeys([name for name in views if name not in state_dict], [])
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -38,6 +38,20 @@ def own_state(module: nn.Module, without: str) -> dict[str, Tensor]:
         if child != without
         for name, tensor in part.state_dict(keep_vars=True).items()
     }
+
+
+def sharded_like(views: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that are whole taken apart as the view of the same name is; all processes call this together.
+
+    torch's loader hands on whole tensors where a forward had left the parameter whole.
+    """
+    return {name: _taken_apart(tensor, views.get(name)) for name, tensor in tensors.items()}
+
+
+def _taken_apart(tensor: Tensor, view: Tensor | None) -> Tensor:
+    if not isinstance(view, DTensor) or isinstance(tensor, DTensor) or tensor.shape != view.shape:
+        return tensor
+    return distribute_tensor(tensor.to(view.device), view.device_mesh, view.placements)
 
 
 @contextmanager

@@ -245,6 +245,11 @@ def test_what_fsdp_cannot_do_is_said_at_once(monkeypatch: pytest.MonkeyPatch, ca
     assert "fsdp_cpu_ram_efficient_loading: false" in refused(capsys, *places)
 
 
+def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert "use FSDP2" in refused(capsys, "--model", "m", "--data", "d", "--output", "o")
+
+
 def test_output_that_is_a_file_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
     assert "is a file" in refused(capsys, "--model", "m", "--data", "d", "--output", str(tmp_path / "out"))

@@ -70,7 +70,12 @@ def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:
 
 
 def _check_launch(options: TrainOptions) -> None:
-    """What FSDP cannot do for an adapter."""
+    """What DeepSpeed and FSDP cannot do for an adapter."""
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError(
+            "ZeRO-3 does not gather the parameters of an adapter, which the model reads between layers; use FSDP2 for a "
+            "sharded base (recipes/accelerate/fsdp2.yaml), or ZeRO-2"
+        )
     if not strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return
     if strtobool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):

@@ -188,6 +188,8 @@ def fit(trainer: Any, checkpoint: str | None) -> None:
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
     """Adapter, tokenizer and card into `output`; with `export`, the shadow as a model of its own into `output/shadow`."""
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded, an adapter is one file
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output), _internal_call=True)
     if export and trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).export_shadow().save_pretrained(output / "shadow")

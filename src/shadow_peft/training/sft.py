@@ -25,8 +25,8 @@ from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, refuse
 class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` for a `ShadowForCausalLM`.
 
-    Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is trained, `distillation_loss` (nats per target
-    of a batch); in evaluation also `mean_token_accuracy` of the base path.
+    Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is trained, `distillation_loss` (nats per
+    target of a batch); in evaluation also `mean_token_accuracy` of the base path.
 
     Args:
         model: the model to train.
