@@ -1,8 +1,8 @@
 """The backbone in training keeps what its matrix products gave and computes the rest again in the backward pass.
 
 Norms, activations, gating and attention are cheap beside the linear maps and hold more than half of what autograd would
-keep. Chance is drawn again as it was. It is not for whole layers that are computed again anyway (gradient checkpointing), nor
-for compiled graphs, where the compiler decides what is kept.
+keep. Chance is drawn again as it was. It is not for layers that are computed again anyway (gradient checkpointing), nor for
+compiled graphs, where the compiler decides what is kept.
 """
 
 from __future__ import annotations
