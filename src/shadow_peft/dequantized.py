@@ -42,7 +42,7 @@ def _plain(module: Any, weight: Any) -> nn.Parameter:
         return _fixed(int8_vectorwise_dequant(weight.data, weight.SCB if scales is None else scales))
     if type(weight.data).__module__.startswith("torchao."):
         return _fixed(weight.data.dequantize())
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def _fixed(value: Tensor) -> nn.Parameter:

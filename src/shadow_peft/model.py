@@ -37,7 +37,7 @@ from shadow_peft.checkpoint import store
 from shadow_peft.config import ShadowConfig
 from shadow_peft.heads import input_embeddings
 from shadow_peft.injection import ShadowInjectionModel
-from shadow_peft.layouts import find_stack
+from shadow_peft.layouts import ADDS_IN_PLACE, find_stack
 from shadow_peft.passage import LayerPassage
 from shadow_peft.recomputing import keeping_products
 from shadow_peft.twin import build_twin
@@ -226,7 +226,8 @@ class ShadowPeftModel(AdapterFiles):
         arguments = {**signature.accepted(kwargs), **call.arguments(signature, cache)}
         with self._backbone_precision():
             if self._recomputes(call):
-                outputs = keeping_products(self.shadow_model, self._shadow_tokens(call), {**arguments, "return_dict": True})
+                inputs, products = self._shadow_tokens(call), self.shadow_model.config.model_type not in ADDS_IN_PLACE
+                outputs = keeping_products(self.shadow_model, inputs, {**arguments, "return_dict": True}, products)
             else:
                 outputs = self.shadow_model(**self._shadow_tokens(call), **arguments, return_dict=True)
             return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)

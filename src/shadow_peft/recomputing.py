@@ -18,20 +18,25 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 
 
-def keeping_products(function: Callable[..., Any], inputs: dict[str, Tensor], arguments: dict[str, Any]) -> Any:
+def keeping_products(
+    function: Callable[..., Any], inputs: dict[str, Tensor], arguments: dict[str, Any], products: bool = True
+) -> Any:
     """`function(**inputs, **arguments)`, of which the backward pass finds the matrix products and no other values.
 
     Args:
         function: the backbone.
         inputs: the tensors that it reads; it gets copies, since some models change their embeddings in place.
         arguments: whatever else it takes.
+        products: False keeps nothing at all, for a backbone that changes its products in place.
     """
 
     def run(*tensors: Tensor) -> Any:
         return function(**{name: t.clone() for name, t in zip(inputs, tensors, strict=True)}, **arguments)
 
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(run, *inputs.values(), use_reentrant=False, context_fn=contexts)
+    selection: dict[str, Any] = {}
+    if products:
+        selection["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(run, *inputs.values(), use_reentrant=False, **selection)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
