@@ -9,10 +9,11 @@ PYTHON is the interpreter of an environment with the published packages (`tests/
 layers, 512 wide, with 8192 tokens; about 3.5M trainable parameters each; 4 rows of 256 tokens, every one a target. Each
 contender has a process of its own; steps take turns. Columns:
 
-    layers, vocabulary   KB per token kept for the backward pass, by storage, without parameters; a storage of a tensor with
-                         an axis as long as the vocabulary, or made by the loss, is the vocabulary's
+    layers, vocabulary   KB per token kept for the backward pass, by storage, without parameters; storages of tensors with an
+                         axis as long as the vocabulary are the vocabulary's
     peak                 MB that the resident memory grows in a step, above what stays between steps
-    step                 seconds of forward, backward and AdamW, median
+    step, cpu            seconds of forward, backward and AdamW, medians: of the clock, and of this process at work, which
+                         other processes on the machine disturb less
 """
 
 from __future__ import annotations
@@ -121,29 +122,33 @@ class Kept:
         self.of_vocabulary: set[int] = set()
         self.shapes: dict[int, tuple[int, ...]] = {}
 
-    def note(self, tensor: Tensor, of_loss: bool = False) -> Tensor:
+    def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key and key not in self.others and storage.nbytes():
-            fresh = key not in self.bytes
             self.bytes[key] = storage.nbytes()
             self.shapes.setdefault(key, tuple(tensor.shape))
-            if VOCABULARY in tensor.shape or storage.nbytes() >= TOKENS * VOCABULARY or (fresh and of_loss):
+            if VOCABULARY in tensor.shape or storage.nbytes() >= TOKENS * VOCABULARY:
                 self.of_vocabulary.add(key)
         return tensor
+
+
+def tensors() -> list[Tensor]:
+    """Every tensor that Python knows of."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
 
 def kept(model: nn.Module) -> dict[str, float]:
     """KB per token."""
     ids = batch()
     notes = Kept(model, ids)
-    before = {id(o) for o in gc.get_objects() if isinstance(o, Tensor)}
+    before = {id(tensor) for tensor in tensors()}
     with torch.autograd.graph.saved_tensors_hooks(notes.note, lambda tensor: tensor):
         loss = loss_of(model, ids)
     gc.collect()
-    for thing in gc.get_objects():  # what a loss puts aside by other ways, such as gradients that are ready
-        if isinstance(thing, Tensor) and id(thing) not in before and thing.numel() >= TOKENS and thing is not loss:
-            notes.note(thing, of_loss=True)
+    for thing in tensors():  # what is put aside by other ways, such as gradients that are ready
+        if id(thing) not in before and thing is not loss:
+            notes.note(thing)
     if os.environ.get("KEPT_SHAPES"):
         print(*sorted((v, notes.shapes[k]) for k, v in notes.bytes.items()), sep="\n", file=sys.stderr)
     vocabulary = sum(notes.bytes[key] for key in notes.of_vocabulary)
@@ -167,12 +172,12 @@ def worker(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
     forward = torch.compile(model) if options.compile else model
 
-    def step() -> float:
-        started = time.perf_counter()
+    def step() -> tuple[float, float]:
+        started = time.perf_counter(), time.process_time()
         loss_of(forward, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - started
+        return time.perf_counter() - started[0], time.process_time() - started[1]
 
     for line in sys.stdin:
         answer: Any
@@ -229,10 +234,10 @@ def memory(name: str, options: argparse.Namespace) -> dict[str, float]:
     return answer
 
 
-def times(names: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step, the contenders taking turns."""
+def times(names: list[str], options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Median seconds of a step, of clock and processor, the contenders taking turns."""
     processes = {name: Process(name, options) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     for turn in range(options.steps + 2):
         for name, process in processes.items():
             took = process.ask("step")
@@ -240,7 +245,7 @@ def times(names: list[str], options: argparse.Namespace) -> dict[str, float]:
                 seconds[name].append(took)
     for process in processes.values():
         process.end()
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in seconds.items()}
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
@@ -249,7 +254,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         names = [name for name in names if name in options.only]
     rows = {name: memory(name, options) for name in names}
     for name, seconds in times(names, options).items():
-        rows[name]["step"] = seconds
+        rows[name]["step"], rows[name]["cpu"] = seconds
     first = rows[names[0]]
     for row in rows.values():
         row["ratios"] = {column: round(row[column] / first[column], 3) for column in row if column != "ratios"}
@@ -265,7 +270,14 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    columns = {"trainable": "{:,.0f}", "layers": "{:.0f}", "vocabulary": "{:.0f}", "peak": "{:.0f}", "step": "{:.2f}"}
+    columns = {
+        "trainable": "{:,.0f}",
+        "layers": "{:.0f}",
+        "vocabulary": "{:.0f}",
+        "peak": "{:.0f}",
+        "step": "{:.2f}",
+        "cpu": "{:.2f}",
+    }
     lines = [f"{'':<18}" + "".join(f"{column:>22}" for column in columns)]
     for name, row in results["rows"].items():
         cells = (f"{shape.format(row[c])} ({row['ratios'][c]:.2f})" if c in row else "-" for c, shape in columns.items())

@@ -122,11 +122,13 @@ def test_an_output_changed_in_place_is_updated_as_it_was() -> None:
     torch.testing.assert_close(peft.forward_with_shadow(ids)[0].logits, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize(
+    ("variant", "reentrant"),
+    [("released", None), ("released", True), ("released", False), ("paper", True), ("paper", False)],
+)
 def test_a_compiled_or_checkpointed_training_step_has_the_same_gradients(variant: str, reentrant: bool | None) -> None:
     torch._dynamo.reset()
-    model, ids = causal_lm(llama(), variant=variant).train(), tokens()
+    model, ids = causal_lm(llama(num_hidden_layers=3), variant=variant).train(), tokens()
 
     def gradients(run) -> dict[str, Tensor]:
         model.zero_grad()

@@ -81,9 +81,9 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 
 
 class TaskHead:
-    """`head(h)`: logits `[B, T, V]` of final hidden states `[B, T, d]`, or `[N, V]` of `[N, d]`, as the base's own class computes them.
+    """`head(h)`: logits `[B, T, V]` of final hidden states `[B, T, d]`, as the base's own class computes them.
 
-    What kind of head it is shows in a trial on a few random states, once.
+    States `[N, d]` have logits `[N, V]`. What kind of head it is shows in a trial on a few random states, once.
 
     Args:
         base: a causal language model.

@@ -37,9 +37,10 @@ from shadow_peft.checkpoint import store
 from shadow_peft.config import ShadowConfig
 from shadow_peft.heads import input_embeddings
 from shadow_peft.injection import ShadowInjectionModel
-from shadow_peft.layouts import find_stack
+from shadow_peft.layouts import ADDS_IN_PLACE, find_stack
 from shadow_peft.passage import LayerPassage, MovingPassage, RestingPassage
 from shadow_peft.readout import ShadowReadoutModel
+from shadow_peft.recomputing import keeping_products
 from shadow_peft.twin import build_twin
 from shadow_peft.update import ShadowUpdateModel
 
@@ -75,6 +76,7 @@ class ShadowPeftModel(AdapterFiles):
         shadow_injection_model: the maps of all ridden layers.
         shadow_update_model: the same; None in the variant "transient".
         shadow_readout_model: the gate at the end; None in the other variants.
+        recompute_backbone: in training, keep of the backbone's values its matrix products alone, see `recomputing`.
         task_heads: trained heads that a task model has put here; saved beside the adapter.
 
     Raises:
@@ -116,6 +118,7 @@ class ShadowPeftModel(AdapterFiles):
         self._stack_signature = Signature.of(stack.backbone)
         self._embedding_map: Tensor | None = None
         self._checkpointing = False
+        self.recompute_backbone = True
         self._settle_embeddings(shadow_model)
         self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
         self._attachment: Attachment | None = Attachment(
@@ -227,8 +230,17 @@ class ShadowPeftModel(AdapterFiles):
         signature = self._shadow_signature
         arguments = {**signature.accepted(kwargs), **call.arguments(signature, cache)}
         with self._backbone_precision():
-            outputs = self.shadow_model(**self._shadow_tokens(call), **arguments, return_dict=True)
+            if self._recomputes(call):
+                inputs, products = self._shadow_tokens(call), self.shadow_model.config.model_type not in ADDS_IN_PLACE
+                outputs = keeping_products(self.shadow_model, inputs, {**arguments, "return_dict": True}, products)
+            else:
+                outputs = self.shadow_model(**self._shadow_tokens(call), **arguments, return_dict=True)
             return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
+
+    def _recomputes(self, call: Call) -> bool:
+        """Whether the backbone's values are computed again in the backward pass, see `recomputing`."""
+        wanted = self.recompute_backbone and self.training and torch.is_grad_enabled()
+        return wanted and not (self._checkpointing or call.use_cache or torch.compiler.is_compiling())
 
     def ride(
         self,

@@ -18,16 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadow_peft.borrowed import BorrowedTable
 from shadow_peft.config import ShadowConfig
+from shadow_peft.dequantized import CannotCut, dequantized
 from shadow_peft.heads import input_embeddings, path_of
 from shadow_peft.layouts import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Stack, read_size
 from shadow_peft.narrowing import Kept, kept_parts, spread
 from shadow_peft.shortening import chosen_layers, shortened_config
 
 logger = logging.getLogger(__name__)
-
-
-class CannotCut(ValueError):
-    """The twin's sizes do not let it start from the base's layers."""
 
 
 def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[PreTrainedModel, str | None]:
@@ -134,7 +131,8 @@ def _cut(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
     for index, layer in enumerate(twin.get_submodule(stack.layers_path).children()):
         source = stack.layers[chosen_layers(stack, config)[index]]
         with present(source):
-            copies += _pairs(layer, source, kept_parts(layer, source, head_dim))
+            plain = dequantized(source)
+            copies += _pairs(layer, plain, kept_parts(layer, plain, head_dim))
     inside, rows = f"{stack.layers_path}.", _rows_of_layers(stack, config)
     for path, module in twin.named_modules():
         if not path.startswith(inside) and module is not twin.get_input_embeddings():

@@ -1,0 +1,49 @@
+"""The weights of a quantized base as plain numbers, for a shadow that is cut from them and is itself never quantized."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class CannotCut(ValueError):
+    """The twin's sizes, or the base's form, do not let it start from the base's layers."""
+
+
+def dequantized(module: nn.Module) -> nn.Module:
+    """A view of a module whose quantized weights are floats of their logical shape; it shares all else with the module.
+
+    bitsandbytes (4 and 8 bit) and torchao are known; other weights are what they are.
+
+    Raises:
+        CannotCut: bitsandbytes has packed 4 bit weights anew for inference on this CPU, which it can't undo exactly.
+    """
+    view = copy.copy(module)
+    view._modules = {name: None if child is None else dequantized(child) for name, child in module._modules.items()}
+    view._parameters = {name: None if p is None else _plain(module, p) for name, p in module._parameters.items()}
+    return view
+
+
+def _plain(module: Any, weight: Any) -> nn.Parameter:
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        state: Any = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # set by the first inference, absent before
+            raise CannotCut("bitsandbytes has packed the 4 bit weights for inference; attach the shadow before that")
+        return _fixed(dequantize_4bit(weight.data, state))
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = module.state.SCB  # bitsandbytes moves them there in the first forward
+        return _fixed(int8_vectorwise_dequant(weight.data, weight.SCB if scales is None else scales))
+    if type(weight.data).__module__.startswith("torchao."):
+        return _fixed(weight.data.dequantize())
+    return weight
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
