@@ -37,8 +37,8 @@ class ShadowConfig:
     Args:
         num_shadow_layers: decoder layers of an implicit shadow backbone, at least 1.
         injection_hidden_size: rank r of the injection, at least 1; None means 64, or 16 in the other variants.
-        gate_hidden_size: width k of the read-out's gate, or of the update's gate and transform, at least 2; None means 16, or
-            10 in the other variants.
+        gate_hidden_size: width k of the read-out's gate, or of the update's gate and transform, at least 2; None means 16,
+            or 10 in the other variants.
         alpha: factor of the injected correction; None means 1, or 0.1 in the other variants.
         dropout: probability in [0, 1) inside injection and update, active in training only; None means 0, or 0.2 in the
             other variants.
