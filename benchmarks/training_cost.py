@@ -47,7 +47,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def with_lora(base: LlamaForCausalLM, dora: bool = False) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    rank = 27 if dora else 29
+    rank = 28 if dora else 29
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=LINEAR, use_dora=dora)
     return get_peft_model(base, config)
 
@@ -128,7 +128,7 @@ class Kept:
         if key and key not in self.others and storage.nbytes():
             self.bytes[key] = storage.nbytes()
             self.shapes.setdefault(key, tuple(tensor.shape))
-            if VOCABULARY in tensor.shape or storage.nbytes() >= TOKENS * VOCABULARY:
+            if VOCABULARY in tensor.shape:
                 self.of_vocabulary.add(key)
         return tensor
 
