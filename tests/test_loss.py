@@ -105,3 +105,12 @@ def test_unlabelled_rows_of_a_classifier_are_finite() -> None:
     model.config.problem_type = "nonsense"
     with pytest.raises(ValueError, match="problem_type"):
         model(tokens(), labels=torch.zeros(3, dtype=torch.long))
+
+
+def test_the_loss_comes_first_in_a_tuple() -> None:
+    model, ids = causal_lm(llama()), tokens()
+    output = model(ids, labels=ids)
+    assert output[0] is output.loss
+    assert next(iter(output)) == "loss"
+    torch.testing.assert_close(model(ids, labels=ids, return_dict=False)[0], output.loss)
+    torch.testing.assert_close(model(ids, return_dict=False)[0], output.logits)

@@ -10,7 +10,7 @@ In training neither path's logits are there unless they are asked for: the loss 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadow_peft.backbone import returned_cache
 from shadow_peft.cache import shadow_states, unpaired, unread
+from shadow_peft.call import Call
 from shadow_peft.drafting import (
     DraftedGenerateOutput,
     DraftingGenerationConfig,
@@ -46,6 +47,15 @@ class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
     base_loss: Tensor | None = None
     shadow_loss: Tensor | None = None
     distillation_loss: Tensor | None = None
+
+
+@dataclass
+class _Answer:
+    """What a call answers so far, and the states that the loss can read instead of logits."""
+
+    outputs: ShadowCausalLMOutputWithPast
+    base: Path | None = None
+    shadow: Path | None = None
 
 
 class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
@@ -156,48 +166,54 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         if peft.base_takes("logits_to_keep"):
             kwargs["logits_to_keep"] = logits_to_keep
         lean = self.training and targets is not None
-        wanted, shadow_wanted = (not lean if asked is None else asked for asked in (output_logits, output_shadow_logits))
-        base: Path | None = None
-        shadow: Path | None = None
+        wanted = not lean if output_logits is None else output_logits
+        shadow_wanted = bool(output_shadow_logits) if lean else self.wants_shadow_logits(output_shadow_logits)
         if not peft.attachment.enabled:
-            result = _answer(peft.run_base(call, kwargs))
+            answer = _Answer(_as_ours(peft.run_base(call, kwargs)))
         elif self.inference_mode == "shadow_only":
-            state, shadow_cache = peft.initial_state(call, kwargs)
-            states = shadow_states(shadow_cache if call.cache is None else call.cache.shadow)
-            result = ShadowCausalLMOutputWithPast(past_key_values=states)
-            base = Path(state, self._shadow_head)
-            if wanted:
-                result.logits = result.shadow_logits = self._shadow_head(state[:, kept])
+            answer = self._alone(call, kwargs, kept, wanted)
         else:
-            state, shadow_cache = peft.initial_state(call, kwargs)
-            headless = not wanted and self._base_head.reads_states
-            catch = headless or self._own_head is not None
-            outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=catch)
-            result = _answer(outputs)
-            if hidden is not None:
-                base = Path(hidden, self._base_head)
-                result.logits = None if headless else self._base_head(hidden)
-            if shadow_wanted if lean else self.wants_shadow_logits(output_shadow_logits):
-                result.shadow_logits = self._shadow_head(state[:, kept])
-            if self.loss_weights.need_shadow:
-                shadow = Path(state, self._shadow_head)
+            answer = self._together(call, kwargs, kept, wanted, shadow_wanted)
+        result = answer.outputs
         if result.logits is not None and self.inference_mode == "base_shadow" and not peft.base_takes("logits_to_keep"):
             result.logits = result.logits[:, kept]
         if targets is not None:
-            self._add_loss(result, base, shadow, targets, num_items_in_batch)
+            self._add_loss(answer, targets, num_items_in_batch)
         if not wanted:
             result.logits = None
+        result = ShadowCausalLMOutputWithPast(**{f.name: getattr(result, f.name) for f in fields(result)})
         return result.to_tuple() if return_dict is False else result
 
-    def _add_loss(
-        self,
-        result: ShadowCausalLMOutputWithPast,
-        base: Path | None,
-        shadow: Path | None,
-        targets: Tensor,
-        count: Tensor | int | None,
-    ) -> None:
+    def _alone(self, call: Call, kwargs: dict[str, Any], kept: Any, wanted: bool) -> _Answer:
+        """The shadow's answer; no layer of the base runs."""
+        state, cache = self.peft_model.initial_state(call, kwargs)
+        result = ShadowCausalLMOutputWithPast(
+            past_key_values=shadow_states(cache if call.cache is None else call.cache.shadow)
+        )
+        if wanted:
+            result.logits = result.shadow_logits = self._shadow_head(state[:, kept])
+        return _Answer(result, base=Path(state, self._shadow_head))
+
+    def _together(self, call: Call, kwargs: dict[str, Any], kept: Any, wanted: bool, shadow_wanted: bool) -> _Answer:
+        """The adapted base's answer and the shadow's; heads compute what is wanted alone."""
+        peft = self.peft_model
+        state, shadow_cache = peft.initial_state(call, kwargs)
+        headless = not wanted and self._base_head.reads_states
+        catch = headless or self._own_head is not None
+        outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=catch)
+        answer = _Answer(_as_ours(outputs))
+        if hidden is not None:
+            answer.base = Path(hidden, self._base_head)
+            answer.outputs.logits = None if headless else self._base_head(hidden)
+        if shadow_wanted:
+            answer.outputs.shadow_logits = self._shadow_head(state[:, kept])
+        if self.loss_weights.need_shadow:
+            answer.shadow = Path(state, self._shadow_head)
+        return answer
+
+    def _add_loss(self, answer: _Answer, targets: Tensor, count: Tensor | int | None) -> None:
         """The loss from logits where they are there, else from states; in training with its terms."""
+        result, base, shadow = answer.outputs, answer.base, answer.shadow
         if result.logits is not None:
             base = Path(result.logits, Logits())
         if result.shadow_logits is not None and shadow is not None:
@@ -347,7 +363,7 @@ def _kept(logits_to_keep: int | Tensor) -> Any:
     return logits_to_keep
 
 
-def _answer(outputs: Any) -> ShadowCausalLMOutputWithPast:
+def _as_ours(outputs: Any) -> ShadowCausalLMOutputWithPast:
     """The base's outputs as ours."""
     return ShadowCausalLMOutputWithPast(
         logits=outputs.logits,
