@@ -16,12 +16,13 @@ optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad)
 model.train()
 losses = []
 for step in range(10):
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=input_ids)
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=input_ids)  # no logits, unless asked for
     outputs.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     losses.append(outputs.loss.item())
     print(f"step {step}: loss {losses[-1]:.3f}")
 
+outputs = model.eval()(input_ids=input_ids, attention_mask=attention_mask)
 print("logits of the adapted base", tuple(outputs.logits.shape), "and of the shadow", tuple(outputs.shadow_logits.shape))
 assert losses[-1] < losses[0]

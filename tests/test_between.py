@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shadow_peft.between import between
 from shadow_peft.injection import inject
-from shadow_peft.passage import LayerPassage
+from shadow_peft.passage import MovingPassage
 from shadow_peft.update import Norm, UpdateMaps, update
 from tests.test_formulas import draw
 from tests.tiny_models import adapted, causal_lm, llama, tokens
@@ -93,7 +93,7 @@ def test_what_is_kept_for_the_backward_pass(variant: str) -> None:
 
 
 def test_gradients_through_a_base_that_changes_states_between_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    together, plain = LayerPassage._is_untouched, causal_lm(llama()).train()
+    together, plain = MovingPassage._is_untouched, causal_lm(llama(), variant="released").train()
     ids, calls = tokens(), []
 
     def gradients(change) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def test_gradients_through_a_base_that_changes_states_between_layers(monkeypatch
             handle.remove()
         return {name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None}
 
-    monkeypatch.setattr(LayerPassage, "_is_untouched", lambda self, h: calls.append(together(self, h)) or calls[-1])
+    monkeypatch.setattr(MovingPassage, "_is_untouched", lambda self, h: calls.append(together(self, h)) or calls[-1])
     fused = gradients(lambda layer, args: None)
     assert calls == [False, True, True]
     cloned = gradients(lambda layer, args: (args[0].clone(),))

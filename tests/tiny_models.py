@@ -68,8 +68,9 @@ def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         ups = model.shadow_injection_model.injection_ups
-        ups.copy_(torch.randn(ups.shape, generator=generator) * 0.3)
-        if model.shadow_readout_model is None:
+        published = model.shadow_readout_model is None
+        ups.copy_(torch.randn(ups.shape, generator=generator) * (0.3 if published else 0.01))
+        if published:
             model.shadow_injection_model.injection_downs.mul_(10)
         else:
             for zero in (model.shadow_readout_model.up, model.shadow_readout_model.bias):

@@ -115,7 +115,7 @@ class TaskHead:
         h = h.to(dtype) if dtype.is_floating_point else h
         batch = h if h.dim() == 3 else h.unsqueeze(0)  # task classes index the three dimensions of a batch
         logits: Tensor = self._view(inputs_embeds=batch, use_cache=False, return_dict=True).logits
-        return logits.view(*h.shape[:-1], -1)
+        return logits if h.dim() == 3 else logits.squeeze(0)
 
     def linear_for(self, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight `[V, d]` and bias, where the logits are a linear map of `h` in float32 or wider that lies at hand whole.

@@ -41,6 +41,7 @@ from shadow_peft.layouts import ADDS_IN_PLACE, find_stack
 from shadow_peft.passage import LayerPassage, MovingPassage, RestingPassage
 from shadow_peft.readout import ShadowReadoutModel
 from shadow_peft.recomputing import keeping_products
+from shadow_peft.sharded import is_sharded
 from shadow_peft.twin import build_twin
 from shadow_peft.update import ShadowUpdateModel
 
@@ -238,9 +239,13 @@ class ShadowPeftModel(AdapterFiles):
             return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
 
     def _recomputes(self, call: Call) -> bool:
-        """Whether the backbone's values are computed again in the backward pass, see `recomputing`."""
+        """Whether the backbone's values are computed again in the backward pass, see `recomputing`.
+
+        FSDP's hooks on the layers act differently the second time, so a sharded backbone keeps everything.
+        """
         wanted = self.recompute_backbone and self.training and torch.is_grad_enabled()
-        return wanted and not (self._checkpointing or call.use_cache or torch.compiler.is_compiling())
+        never = self._checkpointing or call.use_cache or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
+        return wanted and not never
 
     def ride(
         self,

@@ -258,7 +258,7 @@ class RaggedDecoding:
         taken = self._until_ends(accepted + 1, live)
         self._written.append(Written(texts.lengths, taken * live, processed, logits))
         for row in live.nonzero()[:, 0].tolist():
-            kept = min(int(accepted[row]), int(taken[row]))
+            kept = int(taken[row]) - 1
             self._config.statistics.note(count, kept)
             self._estimate.judge(draft.confidences[row].tolist(), kept)
         texts.lengths = texts.lengths + taken * live

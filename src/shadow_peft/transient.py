@@ -53,8 +53,14 @@ def correct(
         corrected, delta = _Correct.apply(flat, flat_projected, down, up, keep, alpha, dropout)
     else:
         delta = torch.addmm(flat_projected, flat, down, beta=-alpha, alpha=alpha) @ up
-        corrected = flat + delta
+        corrected, delta = _added(flat, delta)
     return corrected.view_as(h), delta.view_as(h)
+
+
+def _added(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """h + delta, and what that added: in half precision a rounded sum adds something else than delta."""
+    corrected = h + delta
+    return corrected, corrected - h if h.dtype.itemsize < 4 else delta
 
 
 class _Correct(torch.autograd.Function):
@@ -69,8 +75,7 @@ class _Correct(torch.autograd.Function):
         ctx: Any, h: Tensor, projected: Tensor, down: Tensor, up: Tensor, keep: Tensor | None, alpha: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
         z = dropped(torch.addmm(projected, h, down, beta=-1), keep, dropout)
-        delta = (alpha * z) @ up
-        corrected = h + delta
+        corrected, delta = _added(h, (alpha * z) @ up)
         ctx.save_for_backward(corrected, z, down, up, keep)
         ctx.settings = alpha, dropout
         return corrected, delta

@@ -68,7 +68,7 @@ def test_recipe_runs_unchanged_on_stand_ins(name: str, tmp_path: Path, model_fol
     data = stand_in(settings["data"], tmp_path, rows=100 if name == "chat" else 12)
     places = ["--model", str(model), "--data", str(data), "--output", str(out)]
     assert main(["train", "--config", str(ROOT / "recipes" / f"{name}.yaml"), *places, *SMALL, *QUIET]) == 0
-    weights = "adapter_model.safetensors" if settings.get("use_peft") else "shadow_adapter.safetensors"
+    weights = "adapter_model.safetensors" if settings.get("use_peft") else "shadow_adapter_transient.safetensors"
     assert (out / weights).is_file()
     results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
     assert results["train_loss"] > 0

@@ -157,7 +157,7 @@ def test_resumed_run_ends_where_the_whole_one_does(model_folder: Path, data_file
     losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, resumed)]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
-    one, other = (load_file(tmp_path / run / "shadow_adapter.safetensors") for run in ("whole", "cut"))
+    one, other = (load_file(tmp_path / run / "shadow_adapter_transient.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -139,7 +139,7 @@ def test_saved_adapter_reloads_to_what_was_trained(together: Path) -> None:
 
 def test_resumed_run_goes_on_as_the_whole_one_did(together: Path) -> None:
     assert losses(together / "resumed", "loss") == losses(together / "whole", "loss")
-    one, other = (load_file(together / run / "shadow_adapter.safetensors") for run in ("whole", "resumed"))
+    one, other = (load_file(together / run / "shadow_adapter_transient.safetensors") for run in ("whole", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -71,17 +71,9 @@ def test_label_smoothing_of_a_stock_trainer_is_reported(caplog: Any, tmp_path: P
 
 def test_a_detached_part_is_named(caplog: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh_model()
-    stack = model.peft_model.shadow_update_model.live
-    maps = stack.maps
-
-    def detached(dtype: torch.dtype) -> Any:
-        with torch.no_grad():
-            return maps(dtype)
-
-    monkeypatch.setattr(stack, "maps", detached)
-    monkeypatch.setattr(model.peft_model.shadow_update_model, "norm", lambda dtype: None)
+    monkeypatch.setattr(model.peft_model.shadow_readout_model, "forward", lambda h, s: h)
     (message,) = warnings_of(caplog, tmp_path, model)
-    assert "No gradient reached shadow_update_model of" in message
+    assert "No gradient reached shadow_readout_model of" in message
 
 
 def test_no_shadow_loss_is_wanted_at_weight_zero(caplog: Any, tmp_path: Path) -> None:
@@ -90,7 +82,7 @@ def test_no_shadow_loss_is_wanted_at_weight_zero(caplog: Any, tmp_path: Path) ->
 
 def test_frozen_parts_are_not_missed(caplog: Any, tmp_path: Path) -> None:
     model = fresh_model()
-    model.peft_model.shadow_update_model.requires_grad_(False)
+    model.peft_model.shadow_readout_model.requires_grad_(False)
     assert warnings_of(caplog, tmp_path, model) == []
 
 
