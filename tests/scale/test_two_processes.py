@@ -123,7 +123,7 @@ def test_losses_are_those_of_one_process(alone: Path, together: Path) -> None:
 
 def test_adapter_is_saved_as_one_process_saves_it(alone: Path, together: Path) -> None:
     for run in RUNS[together.name]:
-        for file in ("shadow_adapter", "shadow_modules")[: 1 + (run == "heads")]:
+        for file in ("shadow_adapter_transient", "shadow_modules")[: 1 + (run == "heads")]:
             expected, saved = (load_file(folder / run / f"{file}.safetensors") for folder in (alone, together))
             assert saved.keys() == expected.keys()
             for name, tensor in expected.items():
