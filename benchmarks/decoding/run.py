@@ -3,7 +3,7 @@
     python -m benchmarks.decoding.run                    makes an environment of the peers first (some minutes)
     python -m benchmarks.decoding.run --peer PYTHON      uses the interpreter of one that is there already
 
-On a random base of 46 M parameters (12 layers of width 512) all contenders have about 3.5 M trained parameters. Drafting
+On a random base of 46 M parameters (12 layers of width 512) all contenders train about 1.17 M parameters. Drafting
 there is an oracle's, right with a given probability: the ceiling. How well a trained shadow drafts is measured by
 `benchmarks.decoding.demo`. Every contender has a process and one thread; rounds are interleaved, and a ratio is the median
 of the rounds' ratios. Machines are noisy: compare ratios, not seconds.
@@ -28,7 +28,7 @@ from tests.compat.run import make_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "decoding.json"
-ORACLES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
+ORACLES = (0.0, 0.5, 0.7, 0.8, 0.9)
 
 
 class Process:

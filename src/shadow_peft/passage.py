@@ -22,7 +22,7 @@ from shadow_peft.between import between
 from shadow_peft.injection import ShadowInjectionModel, inject
 from shadow_peft.layouts import Stream
 from shadow_peft.readout import ShadowReadoutModel
-from shadow_peft.transient import correct, projected_states
+from shadow_peft.transient import correct
 from shadow_peft.update import Norm, ShadowUpdateModel, UpdateMaps, update
 
 
@@ -82,14 +82,11 @@ class LayerPassage:
     def _is_home(self, h: Tensor) -> bool:
         return h.dtype == self._dtype and h.device == self._device
 
-    def _met(self, state: Tensor, h: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """A hidden state of `width` and a state per token `[.., T, n]` with the same leading dimensions.
-
-        Gemma 4 drops all but the last tokens midway if it needs no others.
-        """
-        wide = self._stream.split(h, width)
+    def _met(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
+        wide = self._stream.split(h, state.shape[-1])
         state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
-        return wide, state.to(h.device, h.dtype).expand(*wide.shape[:-1], state.shape[-1])
+        return wide, state.to(h.device, h.dtype).expand_as(wide)
 
 
 class RestingPassage(LayerPassage):
@@ -103,21 +100,17 @@ class RestingPassage(LayerPassage):
     def __init__(self, state: Tensor, injection: ShadowInjectionModel, readout: ShadowReadoutModel, **settings: Any) -> None:
         super().__init__(state, injection, **settings)
         self._readout = readout
-        self._width = state.shape[-1]
-        state = state.to(self._device, self._dtype)
-        with _exactly(state):
-            projected = projected_states(state, injection.injection_downs.to(self._dtype))
-        self._projected = [self._stream.enter(rows) for rows in projected.unbind(0)]
+        self._state = self._stream.enter(state)
         self._delta: Tensor | None = None
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """What ridden layer `index` is to read, in the shape and dtype of `h`."""
-        wide, projected = self._met(self._projected[index], h, self._width)
+        wide, state = self._met(self._state, h)
         down, up = self._maps[index]
         if not self._is_home(h):
             down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
         with _exactly(h):
-            corrected, delta = correct(wide, projected, down, up, self._alpha, self._dropout)
+            corrected, delta = correct(wide, state, down, up, self._alpha, self._dropout)
         self._delta = delta.view_as(h)
         return corrected.view_as(h)
 
@@ -206,8 +199,7 @@ class MovingPassage(LayerPassage):
 
     def _beside(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape."""
-        width = self.state.shape[-1]
-        wide, state = self._met(self.state, h, width)
+        wide, state = self._met(self.state, h)
         self.state = self.state[..., -wide.shape[-2] :, :]
         return wide, state
 
