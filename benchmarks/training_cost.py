@@ -64,11 +64,20 @@ def with_peft_shadow(base: LlamaForCausalLM) -> nn.Module:
     )
 
 
-def with_shadow(base: LlamaForCausalLM) -> nn.Module:
+def with_shadow(base: LlamaForCausalLM, **sizes: int) -> nn.Module:
     """The published package and ours have one interface."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    return ShadowForCausalLM(get_shadow_model(base, ShadowConfig(shadow_intermediate_size=1344)))
+    return ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**sizes)))
+
+
+def with_published(base: LlamaForCausalLM) -> nn.Module:
+    return with_shadow(base, shadow_intermediate_size=1344)
+
+
+def with_ours(base: LlamaForCausalLM) -> nn.Module:
+    """As large, with more of it between the layers."""
+    return with_shadow(base, shadow_intermediate_size=640, injection_hidden_size=128)
 
 
 PUBLISHED = "shadow-peft 0.1.1"
@@ -76,8 +85,8 @@ CONTENDERS = {
     "LoRA": with_lora,
     "DoRA": with_dora,
     "peft's Shadow": with_peft_shadow,
-    PUBLISHED: with_shadow,
-    "ours": with_shadow,
+    PUBLISHED: with_published,
+    "ours": with_ours,
 }
 
 

@@ -34,9 +34,7 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 Curve = list[tuple[int, float]]
 
 #: The shadow that is raced, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(
-    num_shadow_layers=2, injection_hidden_size=32, gate_hidden_size=32, alpha=1.0, dropout=0.0, shadow_init="base"
-)
+SHADOW = ShadowConfig(shadow_intermediate_size=256, injection_hidden_size=96, shadow_init="base")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class RaceSettings:
     test_commands: int = 300
     shadow: ShadowConfig = SHADOW
     shadow_loss_weight: float = 0.5
-    shadow_learning_rate: float = 1e-2
+    shadow_learning_rate: float = 3e-3
     lora_learning_rate: float = 5e-3
     seed: int = 0
 
