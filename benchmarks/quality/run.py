@@ -52,19 +52,25 @@ def text_rows(tokenizer: Any) -> list[Row]:
 
 
 def run(
-    task: str, seed: int, rate: float, make: Callable[[PreTrainedModel], Contender], settings: Settings
+    task: str,
+    seed: int,
+    rate: float,
+    make: Callable[[PreTrainedModel], Contender],
+    settings: Settings,
+    dev_only: bool = False,
 ) -> dict[str, Any]:
-    """Train and score a contender."""
+    """Train and score a contender; `dev_only` leaves test and forgetting out."""
     torch.set_num_threads(1)
     tokenizer, base = AutoTokenizer.from_pretrained(BASE), load_base()
     splits = {split: [encode(e, tokenizer) for e in examples] for split, examples in read(task).items()}
     text = text_rows(tokenizer)
-    before = score(base, lambda inputs: (base(**inputs).logits, None), text)["loss"]
+    before = 0.0 if dev_only else score(base, lambda inputs: (base(**inputs).logits, None), text)["loss"]
     contender = make(base)
     cost = train(contender.model, splits["train"], settings, rate, seed, contender.groups)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    scores = {split: score(contender.model, contender.logits, splits[split]) for split in ("dev", "test")}
-    after = score(contender.model, contender.logits, text)["loss"]
+    asked = ("dev",) if dev_only else ("dev", "test")
+    scores = {split: score(contender.model, contender.logits, splits[split]) for split in asked}
+    after = 0.0 if dev_only else score(contender.model, contender.logits, text)["loss"]
     return {
         "task": task, "seed": seed, "lr": rate, **scores,
         "forgetting": {"before": before, "after": after}, "trainable": contender.trainable, **asdict(cost),
