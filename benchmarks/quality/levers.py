@@ -55,6 +55,8 @@ class Options:
     backbone_rate: float = 1.0
     lora: int = 0
     down_std: float = 0.02
+    transient: float = 0.0  # share of the injection that is taken back after the layer
+    lora_targets: str = "all-linear"
 
 
 class Low(nn.Module):
@@ -105,7 +107,8 @@ class Shadowed(nn.Module):
         if o.lora:
             from peft import LoraConfig, inject_adapter_in_model
 
-            base = inject_adapter_in_model(LoraConfig(r=o.lora, lora_alpha=2 * o.lora, target_modules="all-linear"), base)
+            targets = "all-linear" if o.lora_targets == "all-linear" else o.lora_targets.split(",")
+            base = inject_adapter_in_model(LoraConfig(r=o.lora, lora_alpha=2 * o.lora, target_modules=targets, task_type="CAUSAL_LM"), base)
         self.base = base
         layers = base.model.layers[o.start :]
         n, inputs = len(layers), 2 if o.inject in ("untied", "glu") else 1
@@ -126,7 +129,7 @@ class Shadowed(nn.Module):
             self.out_norm = nn.LayerNorm(d)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda m, a, k, i=i: self.before(i, a, k), with_kwargs=True)
-            if i < n - 1:
+            if i < n - 1 or o.transient:
                 layer.register_forward_hook(lambda m, a, out, i=i: self.after(i, out))
 
     def before(self, i: int, args: Any, kwargs: Any) -> Any:
@@ -154,13 +157,16 @@ class Shadowed(nn.Module):
         else:
             raise ValueError(o.inject)
         z = F.dropout(z, o.dropout, self.training)
-        return h + self.alphas[i] * (z @ self.ups[i])
+        self.delta = self.alphas[i] * (z @ self.ups[i])
+        return h + self.delta
 
-    def after(self, i: int, out: Any) -> None:
-        """Update."""
-        if self.o.update != "none":
-            h = out if isinstance(out, Tensor) else out[0]
-            self.s = self.updates[i](self.norm(h), self.s)
+    def after(self, i: int, out: Tensor) -> Tensor:
+        """Take back, update."""
+        if self.o.transient:
+            out = out - self.o.transient * self.delta
+        if self.o.update != "none" and i < len(self.updates):
+            self.s = self.updates[i](self.norm(out), self.s)
+        return out
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Final states of base and shadow, before the head."""
