@@ -49,6 +49,7 @@ class Options:
     update: str = "published"  # published, none, residual
     gate_bias: float = 0.0
     inject: str = "tied"  # tied, untied, norm, silu, glu
+    normed: bool = False
     share: bool = False  # one D for all layers
     weight: float = 0.05
     distill: float = 0.0
@@ -56,6 +57,7 @@ class Options:
     lora: int = 0
     down_std: float = 0.02
     transient: float = 0.0  # share of the injection that is taken back after the layer
+    learn_transient: str = "none"  # none, scalar, vector
     lora_targets: str = "all-linear"
 
 
@@ -117,8 +119,10 @@ class Shadowed(nn.Module):
         wide = o.rank // 2 if o.inject == "glu" else o.rank
         self.ups = nn.ParameterList([nn.Parameter(torch.zeros(wide, d)) for _ in range(n)])
         self.alphas = nn.Parameter(torch.full((n,), o.alpha), requires_grad=o.learn_alpha)
+        if o.learn_transient != "none":
+            self.taken = nn.Parameter(torch.full((n, d if o.learn_transient == "vector" else 1), o.transient))
         self.norm = nn.LayerNorm(d) if o.update != "none" else None
-        self.h_norm = nn.ModuleList([nn.RMSNorm(d) for _ in range(n)]) if o.inject in ("norm", "silu") else None
+        self.h_norm = nn.ModuleList([nn.RMSNorm(d) for _ in range(n)]) if o.inject in ("norm", "silu") or o.normed else None
         self.updates = nn.ModuleList([Update(d, o.gate, o.update, o.gate_bias) for _ in range(n - 1)] if o.update != "none" else [])
         if o.readout == "vector":
             self.readout_gate: Any = nn.Parameter(torch.zeros(d))
@@ -143,7 +147,9 @@ class Shadowed(nn.Module):
             z = (h - s) @ down
         elif o.inject == "untied":
             d_h, d_s = down.chunk(2, 0)
-            z = h @ d_h + s @ d_s
+            z = (self.h_norm[i](h) if self.h_norm else h) @ d_h + s @ d_s
+        elif o.inject == "honly":
+            z = h @ down
         elif o.inject == "norm":
             z = (self.h_norm[i](h) - s) @ down
         elif o.inject == "silu":
@@ -163,7 +169,7 @@ class Shadowed(nn.Module):
     def after(self, i: int, out: Tensor) -> Tensor:
         """Take back, update."""
         if self.o.transient:
-            out = out - self.o.transient * self.delta
+            out = out - (self.o.transient if self.o.learn_transient == "none" else self.taken[i]) * self.delta
         if self.o.update != "none" and i < len(self.updates):
             self.s = self.updates[i](self.norm(out), self.s)
         return out
