@@ -50,6 +50,7 @@ class Options:
     gate_bias: float = 0.0
     inject: str = "tied"  # tied, untied, norm, silu, glu
     normed: bool = False
+    final_rank: int = 0
     share: bool = False  # one D for all layers
     weight: float = 0.05
     distill: float = 0.0
@@ -129,6 +130,8 @@ class Shadowed(nn.Module):
         elif o.readout != "none":
             bias = -1.0 if o.readout == "sigmoid" else 0.0
             self.readout_gate = Low(d * len(o.readout_input), d, o.readout_rank, bias)
+        if o.final_rank:
+            self.final = Low(d, d, o.final_rank)
         if o.readout_state == "last":
             self.out_norm = nn.LayerNorm(d)
         for i, layer in enumerate(layers):
@@ -188,7 +191,8 @@ class Shadowed(nn.Module):
         else:
             z = self.readout_gate(torch.cat([h, s0], -1) if o.readout_input == "hs" else (s0 if o.readout_input == "s" else h))
             g = torch.tanh(z) if o.readout == "tanh" else torch.sigmoid(z)
-        return torch.lerp(h, ride, g), s0
+        out = torch.lerp(h, ride, g)
+        return (out + self.final(h - s0) if o.final_rank else out), s0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """Loss over the labels at hand, or all logits."""
