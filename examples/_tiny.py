@@ -1,7 +1,14 @@
 """Random models small enough to run anywhere in a second; in your script, load real ones with `from_pretrained`."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 128
 
@@ -36,3 +43,13 @@ def classifier(num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
 def token_ids(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     """In place of a tokenizer: ids `[B, T]`."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """In place of `AutoTokenizer.from_pretrained(...)`: a token for each printable ASCII character."""
+    names = ["<pad>", "<bos>", "<eos>", *map(chr, range(32, 127))]
+    characters = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=" "))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )

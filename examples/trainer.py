@@ -1,4 +1,4 @@
-"""Train with `transformers.Trainer`: default arguments, checkpoints, and resuming from one.
+"""Train with `transformers.Trainer`: default arguments, checkpoints, resuming from one, and the gradient monitor.
 
 python examples/trainer.py
 """
@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.training import GradientMonitor
 
 data = [{"input_ids": row, "labels": row} for row in token_ids(rows=16)]
 
@@ -19,7 +20,7 @@ with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
         model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()))
         args = TrainingArguments(directory, max_steps=max_steps, save_steps=4, learning_rate=1e-2, report_to="none")
-        return Trainer(model, args, train_dataset=data, eval_dataset=data)
+        return Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[GradientMonitor()])
 
     first = trainer(max_steps=4)
     first.train()

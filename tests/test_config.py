@@ -25,8 +25,17 @@ PUBLISHED = {
 }
 
 
-def test_published_defaults() -> None:
-    assert PUBLISHED.items() <= ShadowConfig().to_dict().items()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_published_defaults(variant: str) -> None:
+    config = ShadowConfig(variant=variant).to_dict()
+    assert {name: config[name] for name in PUBLISHED} == PUBLISHED
+
+
+def test_a_stored_config_without_a_variant_is_the_published_packages() -> None:
+    stored = {name: value for name, value in ShadowConfig(variant="released").to_dict().items() if name in PUBLISHED}
+    assert ShadowConfig.from_dict(stored) == ShadowConfig(variant="released")
+    assert ShadowConfig().variant == "transient"
+    assert (ShadowConfig().alpha, ShadowConfig(variant="released").alpha, ShadowConfig(alpha=0.5).alpha) == (1.0, 0.1, 0.5)
 
 
 def test_round_trip(tmp_path: Path) -> None:

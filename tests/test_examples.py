@@ -13,6 +13,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("[!_]*.py") if path.name no
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # a Trainer's default, off where there is no GPU
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")  # TRL uses the old name
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -23,15 +23,17 @@ from shadow_peft.checkpoint import files, store
 from tests.tiny_models import INTEROP, adapted, causal_lm, classifier, gpt2, llama, qwen3, qwen3_classifier, tokens
 
 ADAPTER, CONFIG, HEADS = "shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"
+NEW_ADAPTER = "shadow_adapter_transient.safetensors"
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    model, ids = causal_lm(llama(), modules_to_save=["lm_head", "shadow_lm_head"]), tokens()
+@pytest.mark.parametrize(("variant", "file"), [("transient", NEW_ADAPTER), ("released", ADAPTER)])
+def test_round_trip(variant: str, file: str, tmp_path: Path) -> None:
+    model, ids = causal_lm(llama(), modules_to_save=["lm_head", "shadow_lm_head"], variant=variant), tokens()
     with torch.no_grad():
         for head in model.peft_model.task_heads.values():
             head.weight.mul_(1.5)
     model.save_pretrained(tmp_path)
-    assert {ADAPTER, CONFIG, HEADS} < set(os.listdir(tmp_path))
+    assert {file, CONFIG, HEADS} < set(os.listdir(tmp_path))
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
     torch.testing.assert_close(loaded(ids).shadow_logits, model(ids).shadow_logits, rtol=0, atol=0)
@@ -158,7 +160,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_that_does_not_fit_is_one_clear_error(damage: str, tmp_path: Path) -> None:
-    causal_lm(llama()).save_pretrained(tmp_path)
+    causal_lm(llama(), variant="released").save_pretrained(tmp_path)
     apply, message = DAMAGE[damage]
     apply(tmp_path)
     base, ids = llama(), tokens()
@@ -171,7 +173,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_error(damage: str, tmp_path
 
 
 def test_a_failed_load_into_a_model_changes_nothing() -> None:
-    model, ids = causal_lm(llama()), tokens()
+    model, ids = causal_lm(llama(), variant="released"), tokens()
     before, state = model(ids).logits, {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="missing"):
         model.load_state_dict({k: v for k, v in state.items() if k != GATE})
@@ -207,7 +209,7 @@ class Evil:
 
 
 def test_legacy_files_load_without_running_code(tmp_path: Path) -> None:
-    model, ids = causal_lm(llama()), tokens()
+    model, ids = causal_lm(llama(), variant="released"), tokens()
     model.save_pretrained(tmp_path)
     torch.save(load_file(tmp_path / ADAPTER), tmp_path / "shadow_adapter.pt")
     (tmp_path / ADAPTER).unlink()
@@ -242,7 +244,7 @@ def test_unknown_keys_of_a_config_are_ignored_with_a_warning(tmp_path: Path, cap
 
 
 def test_shared_tables_are_stored_on_request_and_ignored_when_read(tmp_path: Path) -> None:
-    model, ids = causal_lm(gpt2()), tokens()
+    model, ids = causal_lm(gpt2(), variant="released"), tokens()
     model.save_pretrained(tmp_path, include_shared_embeddings=True)
     assert torch.equal(load_file(tmp_path / ADAPTER)["shadow_model.wte.weight"], model.get_input_embeddings().weight)
     torch.testing.assert_close(ShadowForCausalLM.from_pretrained(gpt2(), tmp_path)(ids).logits, model(ids).logits)
@@ -254,3 +256,16 @@ def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
         causal_lm(llama()).save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="pass the directory"):
         ShadowForCausalLM.from_pretrained(llama(), tmp_path / "file")
+
+
+def test_a_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    """shadow-peft 0.1.x would find the old tensors beside a config that no longer means them."""
+    (tmp_path / "notes.txt").write_text("mine")
+    causal_lm(llama(), variant="released", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model, ids = causal_lm(llama()), tokens()
+    model.save_pretrained(tmp_path)
+    assert not {ADAPTER, HEADS} & set(os.listdir(tmp_path))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    causal_lm(llama(), variant="paper").save_pretrained(tmp_path)
+    assert ShadowForCausalLM.from_pretrained(llama(), tmp_path).peft_model.shadow_config.variant == "paper"
+    assert torch.isfinite(model(ids).logits).all()

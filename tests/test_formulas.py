@@ -92,10 +92,15 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     mask = torch.full((input_ids.shape[1],) * 2, float("-inf"), dtype=x.dtype).triu(1)[None, None]
     backbone = {name.removeprefix("shadow_model."): t for name, t in tensors.items() if name.startswith("shadow_model.")}
     s0 = s = torch.func.functional_call(peft.shadow_model, backbone, kwargs={"inputs_embeds": x}).last_hidden_state
-    h = base.model.layers[0](x, attention_mask=mask, position_embeddings=rotary)
+    run = {"attention_mask": mask, "position_embeddings": rotary}
+    h = base.model.layers[0](x, **run)
     for i, layer in enumerate(base.model.layers[1:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
-        h = layer(h + alpha * (h - s) @ down @ up, attention_mask=mask, position_embeddings=rotary)
+        delta = alpha * (h - s) @ down @ up
+        if peft.shadow_config.variant == "transient":
+            h = layer(h + delta, **run) - delta
+            continue
+        h = layer(h + delta, **run)
         n = F.layer_norm(
             h, h.shape[-1:], get("shadow_update_model.hidden_norm.weight"), get("shadow_update_model.hidden_norm.bias"), 1e-5
         )
@@ -103,15 +108,20 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
         t = F.silu(n @ get(f"{part}transforms.{i}.0.weight").T) @ get(f"{part}transforms.{i}.3.weight").T
         g = torch.sigmoid(F.silu(n @ get(f"{part}gates.{i}.0.weight").T) @ get(f"{part}gates.{i}.2.weight").T)
         s = s + g * (t - s)
+    final = base.model.norm(h)
+    if peft.shadow_config.variant == "transient":
+        down, up, bias = (get(f"shadow_readout_model.{n}") for n in ("down", "up", "bias"))
+        final = final + torch.tanh(final @ down @ up + bias) * (s0 - final)
     loss = torch.zeros((), dtype=x.dtype)
-    for state, factor in ((base.model.norm(h), 1.0), (s0, weight)):
+    for state, factor in ((final, 1.0), (s0, weight)):
         logits = base.lm_head(state)[:, :-1]
         loss = loss + factor * F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
     return loss, tensors
 
 
-def test_the_whole_method_in_float64() -> None:
-    model = causal_lm(llama(attn_implementation="eager").double(), shadow_loss_weight=0.3)
+@pytest.mark.parametrize("variant", ["transient", "released"])
+def test_the_whole_method_in_float64(variant: str) -> None:
+    model = causal_lm(llama(attn_implementation="eager").double(), shadow_loss_weight=0.3, variant=variant)
     model.peft_model.double()
     input_ids = tokens()
     expected, tensors = oracle_loss(model, input_ids, 0.3)

@@ -135,7 +135,9 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
     model, ids = causal_lm(llama()), tokens()
     before, copied = model(ids).logits, copy.deepcopy(model)
     with torch.no_grad():
-        copied.peft_model.shadow_injection_model.injection_ups.zero_()
+        readout = copied.peft_model.shadow_readout_model
+        for tensor in (copied.peft_model.shadow_injection_model.injection_ups, readout.up, readout.bias):
+            tensor.zero_()
     assert torch.equal(copied(ids).logits, llama()(ids).logits)
     assert torch.equal(model(ids).logits, before)
 

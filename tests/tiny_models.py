@@ -64,12 +64,16 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 
 def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
-    """The adapter with an up map that is not zero, so that injection shows."""
+    """The adapter with up maps that are not zero, so that injection and read-out show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         ups = model.shadow_injection_model.injection_ups
         ups.copy_(torch.randn(ups.shape, generator=generator) * 0.3)
-        model.shadow_injection_model.injection_downs.mul_(10)
+        if model.shadow_readout_model is None:
+            model.shadow_injection_model.injection_downs.mul_(10)
+        else:
+            for zero in (model.shadow_readout_model.up, model.shadow_readout_model.bias):
+                zero.copy_(torch.randn(zero.shape, generator=generator) * 0.3)
     return model
 
 

@@ -6,7 +6,7 @@ checkpoint is an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from shadow_peft.checkpoint import native, peft, store
 from shadow_peft.checkpoint.files import fill
 from shadow_peft.checkpoint.hub import push
 from shadow_peft.export.standalone import standalone
+from shadow_peft.sharded import is_sharded, own_state
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -52,10 +53,12 @@ class AdapterFiles(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs."""
-        views = {**self._adapter_views(), **native.head_views(self._model)}
+        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs.
+
+        While parameters are sharded over processes, their names are those of the parameters, see `sharded`.
+        """
         destination = {} if destination is None else destination
-        destination.update({prefix + name: view for name, view in views.items()})
+        destination.update({prefix + name: view for name, view in self._state_views().items()})
         return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -67,11 +70,22 @@ class AdapterFiles(nn.Module):
         Raises:
             ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
         """
-        views = {**self._adapter_views(), **native.head_views(self._model)}
+        if is_sharded(self):  # torch's loader adds the base's own parameters to what it was given
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
+        views = self._state_views()
         fill(views, state_dict, "The state dict", strict)
         return _IncompatibleKeys([name for name in views if name not in state_dict], [])
 
+    def _state_views(self) -> dict[str, Tensor]:
+        if is_sharded(self):
+            return own_state(self, without="base_model")
+        return {**self._adapter_views(), **native.head_views(self._model)}
+
     def _adapter_views(self) -> dict[str, Tensor]:
+        if is_sharded(self):
+            raise ValueError(
+                "The adapter's parameters are sharded over processes; gather them with accelerator.get_state_dict(model)."
+            )
         return (peft if self._model.shadow_config.variant == "paper" else native).adapter_views(self._model)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -87,10 +101,14 @@ class AdapterFiles(nn.Module):
         token: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit."""
+        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
+
+        `save` is who writes the files, where a task model has more to say than the adapter knows.
+        """
         return push(
-            self.save_pretrained,
+            self.save_pretrained if save is None else save,
             repo_id,
             commit_message=commit_message,
             private=private,
@@ -100,7 +118,13 @@ class AdapterFiles(nn.Module):
         )
 
     def export_shadow(self) -> PreTrainedModel:
-        """The shadow alone as a self-contained model, see `export.standalone`."""
+        """The shadow alone as a self-contained model, see `export.standalone`.
+
+        Raises:
+            ValueError: parameters are sharded over processes.
+        """
+        if is_sharded(self):
+            raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
         return standalone(self._model)
 
     @property

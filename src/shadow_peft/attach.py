@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 
 class Passage(Protocol):
@@ -24,8 +25,11 @@ class Passage(Protocol):
     def before(self, index: int, h: Tensor) -> Tensor:
         """The corrected input `[B, T, d]` of layer `index`."""
 
-    def after(self, index: int, h: Tensor) -> None:
-        """Take notice of the output `[B, T, d]` of layer `index`."""
+    def after(self, index: int, h: Tensor) -> Tensor | None:
+        """What is to stand in the place of the output `[B, T, d]` of layer `index`; None leaves it."""
+
+    def at_end(self, h: Tensor) -> Tensor | None:
+        """What is to stand in the place of the final hidden state `[B, T, d]`; None leaves it."""
 
     def at_head(self, h: Tensor) -> Tensor | None:
         """What the base's own head is to read instead of `h` `[B, T, d]`; None leaves it."""
@@ -36,16 +40,18 @@ class Attachment:
 
     Args:
         layers: decoder layers to ride, in order; `Passage` methods are called with their index here.
+        input_name: keyword of the hidden state in a call of a layer.
+        end: the model whose first output is the final hidden state.
         head: the base's output embedding, when its input is wanted too.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], input_name: str, head: nn.Module | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], input_name: str, end: nn.Module, head: nn.Module | None = None) -> None:
         self._here = threading.local()
-        self._hosts = [*layers, *([] if head is None else [head])]
+        self._hosts = [*layers, end, *([] if head is None else [head])]
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(_Before(self, index, input_name), with_kwargs=True)
-            if index < len(layers) - 1:
-                layer.register_forward_hook(_After(self, index))
+            layer.register_forward_hook(_After(self, index))
+        end.register_forward_hook(_AtEnd(self))
         if head is not None:
             head.register_forward_pre_hook(_AtHead(self))
 
@@ -116,10 +122,21 @@ class _After(_Hook):
         super().__init__(attachment)
         self.index = index
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         passage = self.attachment.passage
-        if passage is not None:
-            passage.after(self.index, output if isinstance(output, Tensor) else output[0])
+        if passage is None:
+            return None
+        h = passage.after(self.index, _first(output))
+        return None if h is None else _with_first(output, h)
+
+
+class _AtEnd(_Hook):
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        passage = self.attachment.passage
+        if passage is None:
+            return None
+        h = passage.at_end(_first(output))
+        return None if h is None else _with_first(output, h)
 
 
 class _AtHead(_Hook):
@@ -129,3 +146,18 @@ class _AtHead(_Hook):
             return None
         h = passage.at_head(args[0])
         return None if h is None else (h, *args[1:])
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden state that a module returned, alone or before other things."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _with_first(output: Any, h: Tensor) -> Any:
+    """What a module returned, with another hidden state."""
+    if isinstance(output, Tensor):
+        return h
+    if isinstance(output, ModelOutput):
+        output[next(iter(output))] = h
+        return output
+    return (h, *output[1:])

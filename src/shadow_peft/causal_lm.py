@@ -2,7 +2,9 @@
 
 What is trained:
 
-    loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels)
+    loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels) + distillation_weight * KL(both, see `loss`)
+
+In training neither path's logits are there unless they are asked for: the loss reads the states before the heads.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from shadow_peft.drafting import (
     ShadowCandidateGenerator,
 )
 from shadow_peft.heads import TaskHead
-from shadow_peft.loss import next_token_loss, shifted
+from shadow_peft.loss import Logits, LossWeights, Path, shifted, token_count, token_losses
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.ragged import RaggedDecoding
 from shadow_peft.task import InferenceMode, ShadowTaskModel, trainable_copy
 
 
@@ -35,9 +38,14 @@ class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Attributes:
         shadow_logits: `[B, T, V]`, what the detached shadow computes alone; None where they were not asked for.
+        base_loss, shadow_loss, distillation_loss: in training, the terms of `loss` before their weights, in nats per target
+            of this batch, without gradient; None where a term is not computed.
     """
 
     shadow_logits: Tensor | None = None
+    base_loss: Tensor | None = None
+    shadow_loss: Tensor | None = None
+    distillation_loss: Tensor | None = None
 
 
 class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
@@ -50,12 +58,15 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         peft_model: an adapted causal LM.
         shadow_loss_weight: factor of the shadow's own loss.
         inference_mode: "base_shadow" or "shadow_only".
+        distillation_weight: factor of the shadow's distance from the adapted base, see `loss`.
+        distillation_temperature: softens both distributions for that distance.
 
     Raises:
-        ValueError: the base is no causal LM; see also `ShadowTaskModel`.
+        ValueError: the base is no causal LM, or a weight or temperature out of range; see also `ShadowTaskModel`.
     """
 
     head_names = ("lm_head", "shadow_lm_head")
+    loss_settings = ("shadow_loss_weight", "distillation_weight", "distillation_temperature")
 
     def __init__(
         self,
@@ -63,8 +74,12 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         *,
         shadow_loss_weight: float = 0.05,
         inference_mode: InferenceMode = "base_shadow",
+        distillation_weight: float = 0.0,
+        distillation_temperature: float = 1.0,
     ) -> None:
         super().__init__(peft_model, shadow_loss_weight=shadow_loss_weight, inference_mode=inference_mode)
+        LossWeights(shadow_loss_weight, distillation_weight, distillation_temperature)
+        self.distillation_weight, self.distillation_temperature = distillation_weight, distillation_temperature
         if peft_model.base_model.get_output_embeddings() is None:
             raise ValueError(f"{type(peft_model.base_model).__name__} has no output embedding: it is no causal LM.")
         self.generation_config = copy.deepcopy(peft_model.base_model.generation_config)
@@ -81,8 +96,15 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
     def _rebuild_heads(self) -> None:
         base, path, trained = self.peft_model.base_model, self.peft_model.stack.read_path, self.peft_model.task_heads
         own, shadow = (trained[name] if name in trained else None for name in self.head_names)
-        self._own_head = None if own is None else TaskHead(base, path, own)
-        self._shadow_head = TaskHead(base, path, shadow)
+        width = self.peft_model.stack.hidden_size
+        self._base_head = TaskHead(base, path, own, width=width)
+        self._own_head = None if own is None else self._base_head
+        self._shadow_head = self._base_head if own is shadow else TaskHead(base, path, shadow, width=width)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The factors of the loss."""
+        return LossWeights(self.shadow_loss_weight, self.distillation_weight, self.distillation_temperature)
 
     def forward(
         self,
@@ -97,6 +119,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_shadow_logits: bool | None = None,
         return_dict: bool | None = None,
+        output_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of the next token, of the adapted base and of the shadow.
@@ -111,9 +134,10 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             use_cache: return the states of both networks in `past_key_values`.
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 keeps all.
             num_items_in_batch: divisor of both losses, see `loss`.
-            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
-                them.
+            output_shadow_logits: whether `shadow_logits` are computed; None leaves them out where training has labels, or no
+                use for them.
             return_dict: False returns a tuple.
+            output_logits: whether `logits` are computed; None leaves them out where training has labels.
             **kwargs: whatever else the base's forward takes; and `shift_labels` `[B, T]`, labels that are shifted already,
                 which sequence parallelism passes instead of `labels`.
 
@@ -131,34 +155,60 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         call = peft.call(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
         if peft.base_takes("logits_to_keep"):
             kwargs["logits_to_keep"] = logits_to_keep
+        lean = self.training and targets is not None
+        wanted, shadow_wanted = (not lean if asked is None else asked for asked in (output_logits, output_shadow_logits))
+        base: Path | None = None
+        shadow: Path | None = None
         if not peft.attachment.enabled:
             result = _answer(peft.run_base(call, kwargs))
         elif self.inference_mode == "shadow_only":
             state, shadow_cache = peft.initial_state(call, kwargs)
-            logits = self._shadow_head(state[:, kept])
             states = shadow_states(shadow_cache if call.cache is None else call.cache.shadow)
-            result = ShadowCausalLMOutputWithPast(logits=logits, shadow_logits=logits, past_key_values=states)
+            result = ShadowCausalLMOutputWithPast(past_key_values=states)
+            base = Path(state, self._shadow_head)
+            if wanted:
+                result.logits = result.shadow_logits = self._shadow_head(state[:, kept])
         else:
             state, shadow_cache = peft.initial_state(call, kwargs)
-            outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=self._own_head is not None)
+            headless = not wanted and self._base_head.reads_states
+            catch = headless or self._own_head is not None
+            outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=catch)
             result = _answer(outputs)
-            if self._own_head is not None:
-                assert hidden is not None
-                result.logits = self._own_head(hidden)
-            if self.wants_shadow_logits(output_shadow_logits):
+            if hidden is not None:
+                base = Path(hidden, self._base_head)
+                result.logits = None if headless else self._base_head(hidden)
+            if shadow_wanted if lean else self.wants_shadow_logits(output_shadow_logits):
                 result.shadow_logits = self._shadow_head(state[:, kept])
-        if self.inference_mode == "base_shadow" and not peft.base_takes("logits_to_keep"):
+            if self.loss_weights.need_shadow:
+                shadow = Path(state, self._shadow_head)
+        if result.logits is not None and self.inference_mode == "base_shadow" and not peft.base_takes("logits_to_keep"):
             result.logits = result.logits[:, kept]
         if targets is not None:
-            result.loss = self._loss(result, targets, num_items_in_batch)
+            self._add_loss(result, base, shadow, targets, num_items_in_batch)
+        if not wanted:
+            result.logits = None
         return result.to_tuple() if return_dict is False else result
 
-    def _loss(self, result: ShadowCausalLMOutputWithPast, targets: Tensor, count: Tensor | int | None) -> Tensor:
-        loss = next_token_loss(result.logits, targets, count)
-        if result.shadow_logits is not None and result.shadow_logits is not result.logits:
-            shadow_loss = next_token_loss(result.shadow_logits, targets, count)
-            loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
-        return loss
+    def _add_loss(
+        self,
+        result: ShadowCausalLMOutputWithPast,
+        base: Path | None,
+        shadow: Path | None,
+        targets: Tensor,
+        count: Tensor | int | None,
+    ) -> None:
+        """The loss from logits where they are there, else from states; in training with its terms."""
+        if result.logits is not None:
+            base = Path(result.logits, Logits())
+        if result.shadow_logits is not None and shadow is not None:
+            shadow = Path(result.shadow_logits, Logits())
+        assert base is not None
+        losses = token_losses(base, shadow, targets, count, self.loss_weights)
+        result.loss = losses.total(self.loss_weights)
+        if self.training:
+            share = token_count(targets, count) / token_count(targets, None)
+            terms = (None if term is None else term.detach() * share.to(term.device) for term in losses)
+            result.base_loss, result.shadow_loss, result.distillation_loss = terms
 
     # ---------------------------------------------------------------- generation, through transformers' own
 
@@ -222,6 +272,13 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         prepared.num_assistant_tokens_schedule = next(filter(None, said), "heuristic")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
+        """Several samples of a prompt are rows of a batch, which drafting takes."""
+        if isinstance(generation_config, DraftingGenerationConfig):
+            generation_config = copy.copy(generation_config)
+            generation_config.num_return_sequences = 1
+        super()._validate_generation_mode(generation_mode, generation_config, *args)
+
     def _assisted_decoding(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
     ) -> Any:
@@ -232,10 +289,34 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
                 raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
             generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
+            if input_ids.shape[0] > 1:
+                return self._drafted_batch(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         output = super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         if drafting and generation_config.return_dict_in_generate:
             return DraftedGenerateOutput(**output, draft_statistics=generation_config.statistics)
         return output
+
+    def _drafted_batch(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: DraftingGenerationConfig,
+        *,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Drafting for several rows, see `ragged`; transformers' assisted generation takes one.
+
+        Raises:
+            ValueError: a streamer, or ranks that decode in step.
+        """
+        if streamer is not None or synced_gpus:
+            raise ValueError("A batch that drafts works without streamer and without synced_gpus.")
+        for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "unread_tokens"):
+            kwargs.pop(unused, None)
+        return RaggedDecoding(self, generation_config, logits_processor, stopping_criteria, input_ids, kwargs).run()
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
         """The shadow as drafter, where it is asked for; transformers' other drafters else."""

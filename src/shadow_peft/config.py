@@ -1,8 +1,9 @@
 """ShadowConfig: every choice that defines an adapter, validated, with a JSON round trip.
 
 The mathematics an adapter uses is part of its config (`variant`), so a stored adapter keeps its meaning when the
-defaults for new adapters change:
+defaults for new adapters change; a stored config that names none is of `shadow-peft` 0.1.x, that is "released":
 
+    "transient"  layer 0 untouched; layers read a correction that the stream does not keep; no update; a gated read-out
     "released"   what the package `shadow-peft` 0.1.x computes: layer 0 untouched, LayerNorm and SiLU in the update
     "paper"      what the Shadow tuner of `peft` computes: every layer injected and updated, GELU and biases, no norm
 """
@@ -21,7 +22,7 @@ CONFIG_FILE = "shadow_config.json"
 
 logger = logging.getLogger(__name__)
 
-Variant = Literal["released", "paper"]
+Variant = Literal["transient", "released", "paper"]
 ShadowInit = Literal["auto", "base", "random"]
 ShadowInitLayers = Literal["first", "even"]
 
@@ -35,10 +36,12 @@ class ShadowConfig:
 
     Args:
         num_shadow_layers: decoder layers of an implicit shadow backbone, at least 1.
-        injection_hidden_size: rank r of the injection, at least 1.
-        gate_hidden_size: width k of the update's gate and transform, at least 2.
-        alpha: factor of the injected correction.
-        dropout: probability in [0, 1) inside injection and update, active in training only.
+        injection_hidden_size: rank r of the injection, at least 1; None means 64, or 16 in the other variants.
+        gate_hidden_size: width k of the read-out's gate, or of the update's gate and transform, at least 2; None means 16, or
+            10 in the other variants.
+        alpha: factor of the injected correction; None means 1, or 0.1 in the other variants.
+        dropout: probability in [0, 1) inside injection and update, active in training only; None means 0, or 0.2 in the
+            other variants.
         shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection and
             an embedding table of its own, both trained.
         shadow_intermediate_size: MLP width of an implicit backbone; None means the base's.
@@ -51,7 +54,7 @@ class ShadowConfig:
             "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
         shadow_init_layers: which base layers "base" cuts: the "first" ones or "even"ly spaced ones.
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
-        variant: the mathematics of injection and update, see the module's docstring.
+        variant: the mathematics between the layers, see the module's docstring.
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -59,10 +62,10 @@ class ShadowConfig:
     """
 
     num_shadow_layers: int = 1
-    injection_hidden_size: int = 16
-    gate_hidden_size: int = 10
-    alpha: float = 0.1
-    dropout: float = 0.2
+    injection_hidden_size: int = None  # type: ignore[assignment]  # None: the variant's default, set below
+    gate_hidden_size: int = None  # type: ignore[assignment]
+    alpha: float = None  # type: ignore[assignment]
+    dropout: float = None  # type: ignore[assignment]
     shadow_intermediate_size: int | None = None
     shadow_num_attention_heads: int | None = None
     shadow_num_key_value_heads: int | None = None
@@ -72,9 +75,13 @@ class ShadowConfig:
     shadow_init: ShadowInit = "auto"
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
-    variant: Variant = "released"
+    variant: Variant = "transient"
 
     def __post_init__(self) -> None:
+        _check_choice("variant", self.variant, get_args(Variant))
+        for name, value in _DEFAULTS[self.variant].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
         for name in ("alpha", "dropout"):
@@ -83,13 +90,12 @@ class ShadowConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
         _check_choice("shadow_init_layers", self.shadow_init_layers, get_args(ShadowInitLayers))
-        _check_choice("variant", self.variant, get_args(Variant))
         object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
 
     @property
     def first_injected_layer(self) -> int:
         """Index of the first base layer that is injected; the layers before it run untouched."""
-        return 1 if self.variant == "released" else 0
+        return 0 if self.variant == "paper" else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -97,14 +103,14 @@ class ShadowConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShadowConfig:
-        """The config of stored fields; unknown keys are reported in the log and ignored."""
+        """The config of stored fields, of `shadow-peft` 0.1.x without a variant; unknown keys are logged and ignored."""
         if not isinstance(data, dict):
             raise TypeError(f"A shadow config is a JSON object, got {type(data).__name__}.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known - _NOT_FIELDS)
         if unknown:
             logger.warning("Ignoring unknown keys of a stored shadow config: %s", ", ".join(unknown))
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return cls(**{"variant": "released", **{key: value for key, value in data.items() if key in known}})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `shadow_config.json` into a directory, which is created when it is missing."""
@@ -120,6 +126,14 @@ class ShadowConfig:
         """
         return cls.from_dict(read_json(local_directory(pretrained_path) / CONFIG_FILE))
 
+
+_PUBLISHED = {"injection_hidden_size": 16, "gate_hidden_size": 10, "alpha": 0.1, "dropout": 0.2}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "transient": {"injection_hidden_size": 64, "gate_hidden_size": 16, "alpha": 1.0, "dropout": 0.0},
+    "released": _PUBLISHED,
+    "paper": _PUBLISHED,
+}
+"""Variant -> what None means."""
 
 _LEAST: dict[str, int | tuple[None, int]] = {
     "num_shadow_layers": 1,

@@ -8,10 +8,10 @@ the backbone twice: beside plain decoding, drafting costs one head product per t
     greedy     keep the x_i that equal the base's choice up to the first that does not, then the base's choice
     sampling   keep x_i with probability min(1, p_i(x_i) / q_i(x_i)); at the first rejection draw from max(0, p - q) / sum
 
-The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). Another token is drafted
-while the chance that the base will accept all of the draft exceeds the share of a base pass that drafting it costs; so a
-shadow that is not believed costs a head product per token and no more. With `num_assistant_tokens_schedule="constant"`,
-drafts end only at `num_assistant_tokens` or below `assistant_confidence_threshold`.
+The rule of acceptance is transformers' own (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). How long a draft gets is
+decided by `DraftLength`: another token is drafted while it is expected to win more tokens per cost than the pass so far. So
+a shadow that is seldom believed costs little, and one that never is costs nothing. With the schedule "constant", drafts end
+only at `num_assistant_tokens` or below `assistant_confidence_threshold`.
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ class AcceptanceEstimate:
     confident: float = 1.0
     accepted: float = 1.0
 
-    def chance(self, confidence: float) -> float:
-        """The chance in [0, 1] that the base accepts a token of which the shadow is so sure."""
-        return min(1.0, confidence * self.accepted / self.confident)
+    @property
+    def trust(self) -> float:
+        """How many times as likely as the shadow is sure the base accepts its token."""
+        return self.accepted / self.confident
 
     def judge(self, confidences: list[float], accepted: int) -> None:
         """Take notice of a pass: tokens behind the first rejected one were not judged. Without a draft, trust comes back."""
@@ -139,6 +140,37 @@ class AcceptanceEstimate:
             return
         self.confident = 0.9 * self.confident + sum(confidences[: accepted + 1])
         self.accepted = 0.9 * self.accepted + accepted
+
+
+class DraftLength:
+    """Whether the draft of one pass is worth another token, for one row or the mean of several.
+
+    The pass and n drafted tokens cost 1 + n c, in base passes, and are expected to win 1 + a_1 + .. + a_n tokens, a_i being
+    the chance that the base accepts all of the first i. Another token is worth it while a / c exceeds the ratio of these
+    sums, which is largest then.
+
+    Args:
+        cost: c, see `drafting_cost`; 0 for drafts that do not adapt.
+        estimate: how far to trust the shadow.
+    """
+
+    def __init__(self, cost: float, estimate: AcceptanceEstimate) -> None:
+        self._cost, self._trust = cost, estimate.trust
+        self._chances: Tensor | float = 1.0
+        self._won = self._spent = 1.0
+
+    @property
+    def may_begin(self) -> bool:
+        """False if no confidence whatever would make a first token worth its cost."""
+        return self._trust >= self._cost
+
+    def grows(self, confidence: Tensor) -> bool:
+        """Whether the token that is about to be drafted is worth it, by the shadow's confidence `[B]` in it."""
+        self._chances = self._chances * (confidence * self._trust).clamp(max=1.0)
+        chance = float(self._chances.mean())
+        worth = chance * self._spent >= self._cost * self._won
+        self._won, self._spent = self._won + chance, self._spent + self._cost
+        return worth
 
 
 class ShadowCandidateGenerator(CandidateGenerator):
@@ -172,9 +204,8 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._kwargs = model_kwargs
         self._length = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
-        self._adapts = config.num_assistant_tokens_schedule != "constant"
         self._estimate = AcceptanceEstimate()
-        self._cost = drafting_cost(model) if self._adapts else 0.0
+        self._cost = adaptive_cost(model, config)
         self._prompt_is_read = False
         self._confidences: list[float] = []
 
@@ -187,21 +218,20 @@ class ShadowCandidateGenerator(CandidateGenerator):
         room = self._max_length - input_ids.shape[1] - 1
         steps = min(self._length, room) if self._prompt_is_read else 0
         self._prompt_is_read = True
-        sequence, states, logits, chance = input_ids, [], [], 1.0
-        for _ in range(steps):
+        sequence, states, logits, length = input_ids, [], [], DraftLength(self._cost, self._estimate)
+        for _ in range(steps if length.may_begin else 0):
             states.append(self._state_of_last(sequence))
             processed = self._logits(sequence, states[-1])
-            confidence = float(processed.softmax(dim=-1).amax())
-            chance *= self._estimate.chance(confidence)
-            if self._adapts and chance < self._cost:  # decided before a token is drawn, or sampling would be biased
+            confidence = processed.softmax(dim=-1).amax(-1)
+            if not length.grows(confidence):  # decided before a token is drawn, or sampling would be biased
                 break
             logits.append(processed)
-            self._confidences.append(confidence)
+            self._confidences.append(float(confidence))
             sequence = torch.cat([sequence, self._choose(processed)], dim=-1)
             if bool(self._config.stopping_criteria(sequence, None).all()):
                 self._config.max_length = sequence.shape[1]  # nothing may follow what ends the text, accepted or not
                 break
-            if confidence < (self._config.assistant_confidence_threshold or 0.0):
+            if self._confidences[-1] < (self._config.assistant_confidence_threshold or 0.0):
                 break
         self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
         return sequence, torch.stack(logits, dim=1) if logits else None
@@ -230,6 +260,11 @@ class ShadowCandidateGenerator(CandidateGenerator):
         if self._config.do_sample:
             return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
         return logits.argmax(dim=-1, keepdim=True)
+
+
+def adaptive_cost(model: ShadowForCausalLM, config: GenerationConfig) -> float:
+    """The cost that decides how long drafts get; 0 where they do not adapt."""
+    return 0.0 if config.num_assistant_tokens_schedule == "constant" else drafting_cost(model)
 
 
 def drafting_cost(model: ShadowForCausalLM) -> float:

@@ -11,7 +11,9 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -79,22 +81,71 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 
 
 class TaskHead:
-    """`head(h)`: logits `[B, T, V]` of a final hidden state `[B, T, d]`, as the base's own class computes them.
+    """`head(h)`: logits `[B, T, V]` of final hidden states `[B, T, d]`, or `[N, V]` of `[N, d]`, as the base's own class computes them.
+
+    What kind of head it is shows in a trial on a few random states, once.
 
     Args:
         base: a causal language model.
         read_path: where the model stands whose output the head reads, see `layouts.Stack`.
         output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
+        width: d.
+
+    Attributes:
+        reads_states: whether the output embedding is given the states themselves, with nothing before it.
+        is_linear: whether besides nothing comes after it: the logits are its product with the states.
     """
 
-    def __init__(self, base: PreTrainedModel, read_path: str, output_embeddings: nn.Module | None = None) -> None:
+    def __init__(
+        self, base: PreTrainedModel, read_path: str, output_embeddings: nn.Module | None = None, *, width: int
+    ) -> None:
         view = with_module(base, read_path, _StandIn(base.get_submodule(read_path)))
         if output_embeddings is not None:
             view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
-        self._view = view
+        self._view, self._dtype = view, base.dtype
         self._output: Any = base.get_output_embeddings() if output_embeddings is None else output_embeddings
+        self.reads_states, self.is_linear = self._tried(width)
 
     def __call__(self, h: Tensor) -> Tensor:
         """The logits of `h`."""
-        logits: Tensor = self._view(inputs_embeds=h.to(self._output.weight.dtype), use_cache=False, return_dict=True).logits
-        return logits
+        return self._logits(h)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        dtype = self._output.weight.dtype
+        h = h.to(dtype) if dtype.is_floating_point else h
+        batch = h if h.dim() == 3 else h.unsqueeze(0)  # task classes index the three dimensions of a batch
+        logits: Tensor = self._view(inputs_embeds=batch, use_cache=False, return_dict=True).logits
+        return logits.view(*h.shape[:-1], -1)
+
+    def linear_for(self, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight `[V, d]` and bias, where the logits are a linear map of `h` in float32 or wider that lies at hand whole.
+
+        Weights that a trainer has sharded, that are held elsewhere between calls, or that half precision or autocast
+        would round are for the head itself to apply.
+        """
+        if not self.is_linear or torch.is_autocast_enabled(h.device.type):
+            return None
+        weight, bias = self._output.weight, self._output.bias
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in (torch.float32, torch.float64):
+            return None
+        return (weight, bias) if weight.device == h.device and weight.shape[-1:] == h.shape[-1:] else None
+
+    @torch.no_grad()
+    def _tried(self, width: int) -> tuple[bool, bool]:
+        weight: Tensor = self._output.weight
+        seen: list[Tensor] = []
+        held_elsewhere = "_hf_hook" in self._output.__dict__
+        if weight.is_meta and not held_elsewhere:
+            return False, False
+        states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
+        states = states.to(torch.device("cpu") if weight.is_meta else weight.device)
+        states = states.to(weight.dtype if weight.is_floating_point() else self._dtype)
+        hook = self._output.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            logits = self._logits(states)
+        finally:
+            hook.remove()
+        reads_states = len(seen) == 1 and seen[0].shape == states.shape and torch.equal(seen[0].to(states), states)
+        if not reads_states or held_elsewhere or type(self._output) is not nn.Linear or weight.shape[-1] != width:
+            return reads_states, False
+        return True, torch.equal(logits, F.linear(states, weight, self._output.bias))

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from shadow_peft.dropping import draw_kept, dropped
 
 
 def inject(
@@ -35,12 +36,21 @@ def inject(
         The corrected hidden state, `[B, T, d]`, in the dtype of `h`.
     """
     flat = h.flatten(0, -2)
-    difference = flat - s.flatten(0, -2)
-    if drop_difference:
-        z = F.dropout(difference, dropout) @ down if dropout else difference @ down
-    else:
-        z = F.dropout(difference @ down, dropout) if dropout else difference @ down
+    keep = draw_kept((flat.shape[0], droppable_width(down, drop_difference)), h.device, dropout)
+    z = thin_product(flat - s.flatten(0, -2), down, keep, dropout, drop_difference)
     return torch.addmm(flat, z, up, alpha=alpha).view_as(h)
+
+
+def droppable_width(down: Tensor, drop_difference: bool) -> int:
+    """Entries per token that dropout may drop: d of the difference or r of its down product."""
+    return down.shape[0 if drop_difference else 1]
+
+
+def thin_product(difference: Tensor, down: Tensor, keep: Tensor | None, dropout: float, drop_difference: bool) -> Tensor:
+    """z `[N, r]` of h - s `[N, d]`; `keep` is what dropout keeps, `[N, d]` with `drop_difference` and else `[N, r]`."""
+    if drop_difference:
+        return dropped(difference, keep, dropout) @ down
+    return dropped(difference @ down, keep, dropout)
 
 
 class ShadowInjectionModel(nn.Module):
@@ -50,19 +60,19 @@ class ShadowInjectionModel(nn.Module):
         num_layers: N, the number of injected layers.
         hidden_size: d, the width of the base.
         rank: r.
-        linear_init: draw D like the weight of an `nn.Linear` (variant "paper") instead of from N(0, 0.02).
+        variant: how D is drawn: "released" from N(0, 0.02), "transient" from N(0, 1 / d), "paper" as an `nn.Linear` does.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, rank: int, linear_init: bool = False) -> None:
+    def __init__(self, num_layers: int, hidden_size: int, rank: int, variant: str = "released") -> None:
         super().__init__()
         self.injection_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank))
         self.injection_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
-        bound = hidden_size**-0.5
+        scale = hidden_size**-0.5
         with torch.no_grad():
-            if linear_init:
-                self.injection_downs.uniform_(-bound, bound)
+            if variant == "paper":
+                self.injection_downs.uniform_(-scale, scale)
             else:
-                self.injection_downs.normal_(std=0.02)
+                self.injection_downs.normal_(std=scale if variant == "transient" else 0.02)
 
     def maps(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""

@@ -178,6 +178,12 @@ class Stack:
     config: PreTrainedConfig
 
     @property
+    def end(self) -> nn.Module:
+        """The model whose output is the final hidden state, whether the base runs with its task head or without."""
+        inner = READ_BY_HEAD.get(self.config.model_type, "")
+        return self.backbone.get_submodule(inner[len(self.path) + 1 :]) if inner else self.backbone
+
+    @property
     def input_name(self) -> str:
         """Keyword of the hidden state in a call of a decoder layer."""
         return INPUT_NAMES.get(self.config.model_type, "hidden_states")

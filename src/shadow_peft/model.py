@@ -38,7 +38,8 @@ from shadow_peft.config import ShadowConfig
 from shadow_peft.heads import input_embeddings
 from shadow_peft.injection import ShadowInjectionModel
 from shadow_peft.layouts import find_stack
-from shadow_peft.passage import LayerPassage
+from shadow_peft.passage import LayerPassage, MovingPassage, RestingPassage
+from shadow_peft.readout import ShadowReadoutModel
 from shadow_peft.twin import build_twin
 from shadow_peft.update import ShadowUpdateModel
 
@@ -71,7 +72,9 @@ class ShadowPeftModel(AdapterFiles):
     Attributes:
         shadow_model: the backbone.
         shadow_hidden_projection: P, a linear map or the identity.
-        shadow_injection_model, shadow_update_model: the maps of all ridden layers.
+        shadow_injection_model: the maps of all ridden layers.
+        shadow_update_model: the same; None in the variant "transient".
+        shadow_readout_model: the gate at the end; None in the other variants.
         task_heads: trained heads that a task model has put here; saved beside the adapter.
 
     Raises:
@@ -103,11 +106,11 @@ class ShadowPeftModel(AdapterFiles):
         self.base_model = base_model.requires_grad_(False)
         self.shadow_model = backbone
         self.shadow_hidden_projection = make_projection(backbone, width)
-        paper = shadow_config.variant == "paper"
-        self.shadow_injection_model = ShadowInjectionModel(
-            len(ridden), width, shadow_config.injection_hidden_size, linear_init=paper
-        )
-        self.shadow_update_model = ShadowUpdateModel(len(ridden), width, shadow_config.gate_hidden_size, paper)
+        variant, k = shadow_config.variant, shadow_config.gate_hidden_size
+        self.shadow_injection_model = ShadowInjectionModel(len(ridden), width, shadow_config.injection_hidden_size, variant)
+        transient = variant == "transient"
+        self.shadow_update_model = None if transient else ShadowUpdateModel(len(ridden), width, k, variant == "paper")
+        self.shadow_readout_model = ShadowReadoutModel(width, k) if transient else None
         self.task_heads = nn.ModuleDict()
         self._base_signature, self._shadow_signature = Signature.of(base_model), Signature.of(backbone)
         self._stack_signature = Signature.of(stack.backbone)
@@ -115,7 +118,9 @@ class ShadowPeftModel(AdapterFiles):
         self._checkpointing = False
         self._settle_embeddings(shadow_model)
         self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
-        self._attachment: Attachment | None = Attachment(ridden, stack.input_name, base_model.get_output_embeddings())
+        self._attachment: Attachment | None = Attachment(
+            ridden, stack.input_name, stack.end, base_model.get_output_embeddings()
+        )
         weakref.finalize(self, self._attachment.detach)
         self.train(base_model.training)
 
@@ -266,17 +271,19 @@ class ShadowPeftModel(AdapterFiles):
 
     def _passage(self, state: Tensor, catch_head_input: bool) -> LayerPassage:
         config = self.shadow_config
-        return LayerPassage(
-            state,
-            self.shadow_injection_model,
-            self.shadow_update_model,
-            alpha=config.alpha,
-            dropout=config.dropout if self.training else 0.0,
-            drop_difference=config.variant == "paper",
-            stream=self.stack.stream,
-            dtype=self.base_model.dtype,
-            catch_head_input=catch_head_input,
-        )
+        settings: dict[str, Any] = {
+            "alpha": config.alpha,
+            "dropout": config.dropout if self.training else 0.0,
+            "stream": self.stack.stream,
+            "dtype": self.base_model.dtype,
+            "catch_head_input": catch_head_input,
+        }
+        if self.shadow_readout_model is not None:
+            return RestingPassage(state, self.shadow_injection_model, self.shadow_readout_model, **settings)
+        assert self.shadow_update_model is not None
+        drop_difference = config.variant == "paper"
+        maps = self.shadow_injection_model, self.shadow_update_model
+        return MovingPassage(state, *maps, drop_difference=drop_difference, **settings)
 
     def run_base(self, call: Call, kwargs: dict[str, Any], headless: bool = False) -> Any:
         """Run the base, or with `headless` its backbone alone, on the arguments of a call."""
@@ -387,6 +394,18 @@ class ShadowPeftModel(AdapterFiles):
     def activation_checkpointing_disable(self) -> None:
         """The name that transformers gives `gradient_checkpointing_disable` from 5.23 on."""
         self.gradient_checkpointing_disable()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tag the base for the hub.
+
+        Raises:
+            TypeError: tags of TRL, whose trainers sign what they train; that belongs to the task model, see there.
+        """
+        if "trl" in ([tags] if isinstance(tags, str) else tags):
+            raise TypeError(
+                "Wrap the model to train it with TRL: ShadowForCausalLM(model), and a shadow_peft.training trainer."
+            )
+        self.base_model.add_model_tags(tags)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generation belongs to the task model.
@@ -499,8 +518,10 @@ class ShadowPeftModel(AdapterFiles):
             self.shadow_hidden_projection,
             self.shadow_injection_model,
             self.shadow_update_model,
+            self.shadow_readout_model,
         ):
-            part.to(device, dtype)
+            if part is not None:
+                part.to(device, dtype)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """One forward pass of an attached adapter: the shadow state on its way through the base's layers.
 
-    for each ridden layer l:   h = inject(h, s)   h = layer_l(h)   s = update(h, s)
+    variants "released", "paper":   h = inject(h, s)   h = layer_l(h)   s = update(h, s)      for each ridden layer l
+    variant "transient":            h = layer_l(h + delta_l) - delta_l                        and, at the end, read_out(h, s)
 
 A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
 bf16, a residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would
@@ -12,25 +13,27 @@ Some architectures widen the residual stream between layers; `Stream` says how t
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shadow_peft.between import between
 from shadow_peft.injection import ShadowInjectionModel, inject
 from shadow_peft.layouts import Stream
-from shadow_peft.update import Norm, ShadowUpdateModel, update
+from shadow_peft.readout import ShadowReadoutModel
+from shadow_peft.transient import correct, projected_states
+from shadow_peft.update import Norm, ShadowUpdateModel, UpdateMaps, update
 
 
 class LayerPassage:
-    """Inject before a layer, update after it (see `attach.Passage`).
+    """What all passages share (see `attach.Passage`).
 
     Args:
         state: initial shadow state s, `[B, T, d]`.
         injection: the injection maps of the ridden layers.
-        updating: the update maps of all ridden layers but the last.
         alpha: factor of the injected correction.
         dropout: probability of dropping; 0 outside training.
-        drop_difference: where injection drops, see `injection.inject`.
         stream: how the base's residual stream is laid out.
         dtype: dtype that the base computes in; maps are cast to it once.
         catch_head_input: keep the base's final hidden state and hand its own head an empty one.
@@ -40,23 +43,18 @@ class LayerPassage:
         self,
         state: Tensor,
         injection: ShadowInjectionModel,
-        updating: ShadowUpdateModel,
         *,
         alpha: float,
         dropout: float,
-        drop_difference: bool,
         stream: Stream,
         dtype: torch.dtype,
         catch_head_input: bool = False,
     ) -> None:
-        self.state = stream.enter(state)
         self.head_input: Tensor | None = None
+        self._initial = state
         self._maps = injection.maps(dtype)
-        self._updates = updating.maps(dtype)
-        self._norm = updating.norm(dtype)
         self._alpha = alpha
         self._dropout = dropout
-        self._drop_difference = drop_difference
         self._stream = stream
         self._dtype = dtype
         self._device = injection.injection_downs.device
@@ -64,28 +62,15 @@ class LayerPassage:
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
-        wide, state = self._met(h)
-        down, up = self._maps[index]
-        if h.dtype != self._dtype or h.device != self._device:
-            down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
-        with _exactly(h):
-            return inject(wide, state, down, up, self._alpha, self._dropout, self._drop_difference).view_as(h)
+        raise NotImplementedError
 
-    def after(self, index: int, h: Tensor) -> None:
-        """Move the shadow state on with the output of ridden layer `index`."""
-        wide, state = self._met(h)
-        maps, norm = self._updates[index], self._norm
-        if h.dtype != self._dtype or h.device != self._device:
-            maps, norm = maps.to(h.device, h.dtype), _moved(norm, h)
-        with _exactly(h):
-            self.state = update(wide, state, maps, norm, self._dropout)
+    def after(self, index: int, h: Tensor) -> Tensor | None:
+        """Take notice of the output of ridden layer `index`; what is to stand in its place, or None."""
+        raise NotImplementedError
 
-    def _met(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
-        wide = self._stream.split(h, self.state.shape[-1])
-        if wide.shape[-2] < self.state.shape[-2]:
-            self.state = self.state[..., -wide.shape[-2] :, :]
-        return wide, self.state.to(h.device, h.dtype).expand_as(wide)
+    def at_end(self, h: Tensor) -> Tensor | None:
+        """What is to stand in the place of the final hidden state; None leaves it."""
+        return None
 
     def at_head(self, h: Tensor) -> Tensor | None:
         """Keep the final hidden state when it is wanted; the base's own head then computes no token."""
@@ -94,11 +79,148 @@ class LayerPassage:
         self.head_input = h
         return h[..., :0, :]
 
+    def _is_home(self, h: Tensor) -> bool:
+        return h.dtype == self._dtype and h.device == self._device
+
+    def _met(self, state: Tensor, h: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """A hidden state of `width` and a state per token `[.., T, n]` with the same leading dimensions.
+
+        Gemma 4 drops all but the last tokens midway if it needs no others.
+        """
+        wide = self._stream.split(h, width)
+        state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
+        return wide, state.to(h.device, h.dtype).expand(*wide.shape[:-1], state.shape[-1])
+
+
+class RestingPassage(LayerPassage):
+    """The variant "transient": the shadow state rests, corrections pass.
+
+    Args:
+        state, injection, **settings: see `LayerPassage`.
+        readout: the gate of the read-out.
+    """
+
+    def __init__(self, state: Tensor, injection: ShadowInjectionModel, readout: ShadowReadoutModel, **settings: Any) -> None:
+        super().__init__(state, injection, **settings)
+        self._readout = readout
+        self._width = state.shape[-1]
+        state = state.to(self._device, self._dtype)
+        with _exactly(state):
+            projected = projected_states(state, injection.injection_downs.to(self._dtype))
+        self._projected = [self._stream.enter(rows) for rows in projected.unbind(0)]
+        self._delta: Tensor | None = None
+
+    def before(self, index: int, h: Tensor) -> Tensor:
+        """What ridden layer `index` is to read, in the shape and dtype of `h`."""
+        wide, projected = self._met(self._projected[index], h, self._width)
+        down, up = self._maps[index]
+        if not self._is_home(h):
+            down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
+        with _exactly(h):
+            corrected, delta = correct(wide, projected, down, up, self._alpha, self._dropout)
+        self._delta = delta.view_as(h)
+        return corrected.view_as(h)
+
+    def after(self, index: int, h: Tensor) -> Tensor:
+        """What ridden layer `index` returned, without the correction that it read."""
+        assert self._delta is not None
+        delta, self._delta = self._delta, None
+        return h - delta.to(h.device, h.dtype)
+
+    def at_end(self, h: Tensor) -> Tensor:
+        """The final state with the shadow's blended in."""
+        state = self._initial[..., -h.shape[-2] :, :]
+        with _exactly(h):
+            return self._readout(h, state)
+
+
+class MovingPassage(LayerPassage):
+    """The variants "released" and "paper": the shadow state moves on behind every layer.
+
+    Where gradients are wanted, the update waits for the next layer, so that both are one step (see `between`); if the base
+    does something of its own between the two, they stay two.
+
+    Args:
+        state, injection, **settings: see `LayerPassage`.
+        updating: the update maps of all ridden layers but the last.
+        drop_difference: where injection drops, see `injection.inject`.
+    """
+
+    def __init__(
+        self,
+        state: Tensor,
+        injection: ShadowInjectionModel,
+        updating: ShadowUpdateModel,
+        *,
+        drop_difference: bool,
+        **settings: Any,
+    ) -> None:
+        super().__init__(state, injection, **settings)
+        self.state = self._stream.enter(state)
+        self._waiting: tuple[Tensor, int] | None = None
+        self._updates = updating.maps(self._dtype)
+        self._norm = updating.norm(self._dtype)
+        self._drop_difference = drop_difference
+
+    def before(self, index: int, h: Tensor) -> Tensor:
+        """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
+        together = self._is_untouched(h)
+        if self._waiting is not None and not together:
+            self._update(index - 1, self._waiting[0])
+        self._waiting = None
+        wide, state = self._beside(h)
+        down, up = self._maps[index]
+        if not self._is_home(h):
+            down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
+        settings = (self._alpha, self._dropout, self._drop_difference)
+        with _exactly(h):
+            if not torch.is_grad_enabled():
+                return inject(wide, state, down, up, *settings).view_as(h)
+            maps, norm = self._updating(index - 1, h) if together else (None, None)
+            corrected, self.state = between(wide, state, down, up, *settings, maps, norm)
+            return corrected.view_as(h)
+
+    def after(self, index: int, h: Tensor) -> None:
+        """Move the shadow state on with the output of ridden layer `index`, now or together with the next injection."""
+        if torch.is_grad_enabled():
+            self._waiting = h, _version(h)
+        else:
+            self._update(index, h)
+
+    def _update(self, index: int, h: Tensor) -> None:
+        if index == len(self._updates):
+            return
+        wide, state = self._beside(h)
+        maps, norm = self._updating(index, h)
+        with _exactly(h):
+            self.state = update(wide, state, maps, norm, self._dropout)
+
+    def _updating(self, index: int, h: Tensor) -> tuple[UpdateMaps, Norm | None]:
+        """The maps of an update where `h` is."""
+        maps, norm = self._updates[index], self._norm
+        return (maps, norm) if self._is_home(h) else (maps.to(h.device, h.dtype), _moved(norm, h))
+
+    def _is_untouched(self, h: Tensor) -> bool:
+        """Whether `h` is the output of the layer before, and not another tensor nor changed in place."""
+        return self._waiting is not None and self._waiting[0] is h and self._waiting[1] == _version(h)
+
+    def _beside(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state and shadow state in one shape."""
+        width = self.state.shape[-1]
+        wide, state = self._met(self.state, h, width)
+        self.state = self.state[..., -wide.shape[-2] :, :]
+        return wide, state
+
 
 def _exactly(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _version(h: Tensor) -> int:
+    """How often `h` was changed in place; a compiler cannot tell, and no base of transformers changes it between layers."""
+    return 0 if torch.compiler.is_compiling() else h._version
 
 
 def _moved(norm: Norm | None, h: Tensor) -> Norm | None:

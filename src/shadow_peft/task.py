@@ -17,9 +17,13 @@ from transformers import PreTrainedModel
 
 from shadow_peft.checkpoint import store
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.sharded import is_sharded
 from shadow_peft.twin import present
 
 InferenceMode = Literal["base_shadow", "shadow_only"]
+
+TRAINER_TAG = "shadow-peft"
+"""With this among its tags, a trainer of TRL says that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
 
 
 class ShadowTaskModel(PreTrainedModel):
@@ -47,6 +51,9 @@ class ShadowTaskModel(PreTrainedModel):
     head_names: ClassVar[tuple[str, str]]
     """Names of the base's and the shadow's head."""
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("shadow_loss_weight",)
+    """Arguments and attributes that shape the loss; they are stored with the adapter."""
+
     def __init__(
         self,
         peft_model: ShadowPeftModel,
@@ -66,6 +73,7 @@ class ShadowTaskModel(PreTrainedModel):
             )
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
+        self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
@@ -121,6 +129,32 @@ class ShadowTaskModel(PreTrainedModel):
         heads = self.peft_model.task_heads
         return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tag the model for the hub; refuse a trainer of TRL that would leave the shadow untrained.
+
+        TRL's trainers compute losses from the base's logits, or with a head of their own that passes the adapter by. None
+        of that reaches the shadow's loss, and by the calls alone they cannot be told from a training loop that knows what
+        it does. What they do in their constructors, and nobody else does, is to sign the model with their tags,
+        `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental asynchronous ones, which ask the base for
+        what it does not return). The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that passes
+        here and still drops the shadow's loss is what `GradientMonitor` reports.
+
+        Args:
+            tags: one or more tags.
+
+        Raises:
+            TypeError: tags of TRL without ours, and a shadow loss that would be dropped.
+        """
+        names = [tags] if isinstance(tags, str) else tags
+        if "trl" in names and TRAINER_TAG not in names and self.shadow_loss_weight > 0:
+            raise TypeError(
+                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped without a "
+                "word. Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
+                "shadow_peft.training; a trainer of your own that adds the shadow's loss says so by "
+                f"{TRAINER_TAG!r} in its _tag_names."
+            )
+        super().add_model_tags(tags)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """The base chose its experts' implementation already; transformers would look for experts in this file."""
@@ -147,12 +181,13 @@ class ShadowTaskModel(PreTrainedModel):
     # ---------------------------------------------------------------- files
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads under their names in the files."""
+        """The adapter's tensors and the trained heads under their names in the files; where sharded, see `sharded`."""
+        prefix += _INNER if is_sharded(self) else ""
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
-        return self.peft_model.load_state_dict(state_dict, strict, assign)
+        return self.peft_model.load_state_dict(_inner(state_dict), strict, assign)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
@@ -164,11 +199,14 @@ class ShadowTaskModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
-        self.peft_model.save_pretrained(save_directory, **kwargs)
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = _inner(kwargs["state_dict"])
+        training = {name: getattr(self, name) for name in self.loss_settings}
+        self.peft_model.save_pretrained(save_directory, **{"training": training, **kwargs})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload adapter and trained heads to the hub; the arguments are those of `ShadowPeftModel.push_to_hub`."""
-        return self.peft_model.push_to_hub(repo_id, **kwargs)
+        return self.peft_model.push_to_hub(repo_id, save=self.save_pretrained, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -185,7 +223,8 @@ class ShadowTaskModel(PreTrainedModel):
         """Attach a stored adapter with its heads to a base; see `ShadowPeftModel.from_pretrained` for the arguments.
 
         Args:
-            shadow_loss_weight: None takes what the checkpoint says, else 0.05.
+            shadow_loss_weight: None takes what the checkpoint says, else 0.05; whatever else shapes the loss is taken from
+                the checkpoint too.
         """
         stored = store.read(pretrained_shadow_path)
         foreign = set(stored.head_names) - set(cls.head_names)
@@ -199,9 +238,19 @@ class ShadowTaskModel(PreTrainedModel):
             autocast_adapter_dtype=autocast_adapter_dtype,
             make_head=cls._fresh_head,
         )
-        weight = stored.shadow_loss_weight if shadow_loss_weight is None else shadow_loss_weight
-        task = cls(peft_model, shadow_loss_weight=weight, inference_mode=inference_mode)
+        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
+        if shadow_loss_weight is not None:
+            settings["shadow_loss_weight"] = shadow_loss_weight
+        task = cls(peft_model, inference_mode=inference_mode, **settings)
         return task if is_trainable else task.requires_grad_(False).eval()
+
+
+_INNER = "peft_model."
+
+
+def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task model's state dict under the names that the adapted model inside has for it."""
+    return {name.removeprefix(_INNER): tensor for name, tensor in state.items()}
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:

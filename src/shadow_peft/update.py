@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shadow_peft.dropping import draw_kept, dropped
+
 NORM_EPS = 1e-5
 
 
@@ -62,16 +64,23 @@ def update(h: Tensor, s: Tensor, maps: UpdateMaps, norm: Norm | None, dropout: f
     Returns:
         The next shadow state, `[B, T, d]`.
     """
-    if norm is None:
-        z = F.gelu(F.linear(h, maps.down, maps.down_bias))
-    else:
-        z = F.silu(F.linear(F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, NORM_EPS), maps.down, maps.down_bias))
+    z = thin_input(h, maps, norm)
+    z = F.gelu(z) if norm is None else F.silu(z)
     z_gate, z_transform = z.chunk(2, dim=-1)
-    if dropout:
-        z_transform = F.dropout(z_transform, dropout)
+    z_transform = dropped(z_transform, draw_kept(tuple(z_transform.shape), h.device, dropout), dropout)
+    return torch.lerp(s, *transform_and_gate(z_gate, z_transform, maps))
+
+
+def thin_input(h: Tensor, maps: UpdateMaps, norm: Norm | None) -> Tensor:
+    """Down products of gate and transform side by side, `[B, T, 2k]`, before their activation."""
+    n = h if norm is None else F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, NORM_EPS)
+    return F.linear(n, maps.down, maps.down_bias)
+
+
+def transform_and_gate(z_gate: Tensor, z_transform: Tensor, maps: UpdateMaps) -> tuple[Tensor, Tensor]:
+    """t and g `[B, T, d]` of activated down products `[B, T, k]`, the transform's after its dropout."""
     gate = torch.sigmoid(F.linear(z_gate, maps.gate_up, maps.gate_up_bias))
-    transform = F.linear(z_transform, maps.transform_up, maps.transform_up_bias)
-    return torch.lerp(s, transform, gate)
+    return F.linear(z_transform, maps.transform_up, maps.transform_up_bias), gate
 
 
 class UpdateStack(nn.Module):

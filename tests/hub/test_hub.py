@@ -157,7 +157,7 @@ def test_a_private_repository_is_missing_without_a_token(hub: FakeHub) -> None:
 def test_a_save_that_fails_creates_no_repository(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal_lm(llama())
 
-    def fail(directory: str) -> None:
+    def fail(directory: str, **kwargs: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(model.peft_model, "save_pretrained", fail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from torch import Tensor
 
 
 @contextmanager
-def all_or_none(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def all_or_none(directory: str | os.PathLike[str], replacing: Collection[str] = ()) -> Iterator[Path]:
     """A staging directory whose files move into `directory` together at the end.
 
     Whatever fails before the end, the old files stay as they were; the move itself is undone if it fails half way.
+
+    Args:
+        directory: created when it is missing.
+        replacing: names of files that go from there, if they are not written anew.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -31,17 +35,22 @@ def all_or_none(directory: str | os.PathLike[str]) -> Iterator[Path]:
         fresh.mkdir()
         old.mkdir()
         yield fresh
-        _move_in(fresh, target, old)
+        _move_in(fresh, target, old, replacing)
 
 
-def _move_in(fresh: Path, target: Path, old: Path) -> None:
+def _move_in(fresh: Path, target: Path, old: Path, replacing: Collection[str]) -> None:
     done: list[str] = []
+    written = sorted(os.listdir(fresh))
     try:
-        for name in sorted(os.listdir(fresh)):
+        for name in written:
             if (target / name).exists():
                 os.link(target / name, old / name)
             done.append(name)
             os.replace(fresh / name, target / name)
+        for name in sorted(set(replacing) - set(written)):
+            if (target / name).exists():
+                done.append(name)
+                os.replace(target / name, old / name)
     except BaseException:
         for name in done:
             _put_back(name, target, old)

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
 ADAPTER_FILE = "shadow_adapter.safetensors"
+TRANSIENT_FILE = "shadow_adapter_transient.safetensors"
+"""Another name, so that `shadow-peft` 0.1.x finds no adapter where it could not compute it."""
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"
+
+
+def adapter_file(variant: str) -> str:
+    """Name of the file that holds an adapter's tensors."""
+    return TRANSIENT_FILE if variant == "transient" else ADAPTER_FILE
 
 
 def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
@@ -24,7 +31,7 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     Raises:
         ValueError: the adapter's mathematics has no place in this dialect.
     """
-    if model.shadow_config.variant != "released":
+    if model.shadow_config.variant == "paper":
         raise ValueError(
             f"An adapter of variant {model.shadow_config.variant!r} cannot be stored in the dialect of shadow-peft 0.1.x; "
             'save it with dialect="peft".'
@@ -35,8 +42,10 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     injection = model.shadow_injection_model
     views["shadow_injection_model.injection_downs"] = injection.injection_downs.detach()
     views["shadow_injection_model.injection_ups"] = injection.injection_ups.detach()
-    views |= {f"shadow_update_model.{name}": view for name, view in _update_views(model).items()}
-    return views
+    if model.shadow_readout_model is not None:
+        gate = model.shadow_readout_model.named_parameters()
+        return views | {f"shadow_readout_model.{name}": p.detach() for name, p in gate}
+    return views | {f"shadow_update_model.{name}": view for name, view in _update_views(model).items()}
 
 
 def head_views(model: ShadowPeftModel) -> dict[str, Tensor]:
@@ -56,6 +65,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _update_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: dropout stands at 2)."""
     updating, k = model.shadow_update_model, model.shadow_config.gate_hidden_size
+    assert updating is not None
     assert updating.hidden_norm is not None
     views = {f"hidden_norm.{name}": p.detach() for name, p in updating.hidden_norm.named_parameters()}
     for i, maps in enumerate(updating.all_maps()):

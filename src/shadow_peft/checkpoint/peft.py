@@ -66,6 +66,7 @@ def block_paths(model: ShadowPeftModel) -> list[str]:
 
 def _block_views(model: ShadowPeftModel, i: int) -> dict[str, Tensor]:
     injection, k = model.shadow_injection_model, model.shadow_config.gate_hidden_size
+    assert model.shadow_update_model is not None
     maps = model.shadow_update_model.all_maps()[i]
     assert maps.down_bias is not None
     assert maps.gate_up_bias is not None

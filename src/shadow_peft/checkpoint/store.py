@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,14 +18,25 @@ from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.checkpoint.hub import local_directory
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
+from shadow_peft.sharded import holding, is_sharded, own_state
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
 Dialect = Literal["native", "peft"]
 
+FILES = frozenset(
+    {native.ADAPTER_FILE, native.TRANSIENT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
+    | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
+)
+"""All names that an adapter's files can have; a save leaves none of an earlier one."""
+
 INDEX_FILE = "model.safetensors.index.json"
 """transformers' index of a checkpoint in several files; it lets a Trainer resume from ours as they are."""
+
+
+_PEFT_WEIGHT = ("auxiliary_loss_weight", "shadow_loss_weight")
+"""What peft's config calls the weight of the shadow's loss, and what we call it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class Checkpoint:
         heads: name -> tensor of the trained heads.
         provenance: what the file says about where it comes from; empty when it says nothing.
         directory: where it was read.
-        shadow_loss_weight: weight of the shadow's loss in training, where the file says it.
+        training: factors of the loss that it was trained with, by the names of the task models' arguments, where the file
+            says them.
     """
 
     config: ShadowConfig
@@ -47,7 +60,7 @@ class Checkpoint:
     heads: dict[str, Tensor]
     provenance: dict[str, Any]
     directory: Path
-    shadow_loss_weight: float = 0.05
+    training: dict[str, float] = field(default_factory=dict)
 
     @property
     def head_names(self) -> list[str]:
@@ -73,20 +86,23 @@ def read(path_or_repo: str | Path) -> Checkpoint:
 
 def _read_native(directory: Path) -> Checkpoint:
     stored = read_json(directory / CONFIG_FILE)
-    legacy = directory / native.LEGACY_ADAPTER_FILE
-    use_legacy = legacy.is_file() and not (directory / native.ADAPTER_FILE).is_file()
-    tensors = read_tensors(legacy) if use_legacy else _required(directory, native.ADAPTER_FILE)
+    config = ShadowConfig.from_dict(stored)
+    file, legacy = native.adapter_file(config.variant), directory / native.LEGACY_ADAPTER_FILE
+    use_legacy = legacy.is_file() and not (directory / file).is_file()
+    tensors = read_tensors(legacy) if use_legacy else _required(directory, file)
     heads_file = directory / native.HEADS_FILE
     heads = read_tensors(heads_file) if heads_file.is_file() else {}
-    return Checkpoint(ShadowConfig.from_dict(stored), "native", tensors, heads, stored.get("provenance", {}), directory)
+    origin = stored.get("provenance", {})
+    return Checkpoint(config, "native", tensors, heads, origin, directory, origin.get("training") or {})
 
 
 def _read_peft(directory: Path) -> Checkpoint:
     data = read_json(directory / peft.CONFIG_FILE)
     config = peft.config_from_peft(data)
     tensors = _required(directory, peft.ADAPTER_FILE)
-    weight = float(data.get("auxiliary_loss_weight", 0.05))
-    return Checkpoint(config, "peft", tensors, {}, data.get("provenance", {}), directory, weight)
+    origin = data.get("provenance", {})
+    training = {_PEFT_WEIGHT[1]: float(data.get(_PEFT_WEIGHT[0], 0.05)), **(origin.get("training") or {})}
+    return Checkpoint(config, "peft", tensors, {}, origin, directory, training)
 
 
 def _required(directory: Path, name: str) -> dict[str, Tensor]:
@@ -103,6 +119,7 @@ def save(
     include_shared_embeddings: bool = False,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, float] | None = None,
     **_: Any,
 ) -> None:
     """Save an adapter; an interrupted save leaves what was there before.
@@ -114,35 +131,70 @@ def save(
         include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
             implicit shadow whose class does not call its table `embed_tokens`.
         is_main_process: False writes nothing, as in transformers.
-        state_dict: what `model.state_dict()` returned, when a trainer has gathered it.
+        state_dict: what `model.state_dict()` returned, when a trainer has gathered it; needed where it is sharded.
+        training: factors of the loss, to be stored with where the adapter comes from.
         **_: further arguments of transformers' `save_pretrained`, which have no meaning here.
+
+    Raises:
+        ValueError: the parameters are sharded over processes, and `state_dict` does not hold them whole.
     """
     if not is_main_process:
         return
+    if is_sharded(model):
+        if include_shared_embeddings:
+            raise ValueError("include_shared_embeddings copies the base's table, which is sharded over processes here.")
+        with _gathered(model, state_dict):
+            return _save(model, save_directory, dialect, training)
+    _save(model, save_directory, dialect, training, include_shared_embeddings, state_dict)
+
+
+def _save(
+    model: ShadowPeftModel,
+    save_directory: str | Path,
+    dialect: Dialect | None,
+    training: Mapping[str, float] | None,
+    include_shared_embeddings: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     if (dialect or _dialect_of(model)) == "peft":
-        return _save_peft(model, save_directory)
+        return _save_peft(model, save_directory, training)
     adapter, heads = native.adapter_views(model), native.head_views(model)
     if state_dict is not None:
         adapter, heads = ({name: state_dict[name] for name in views} for views in (adapter, heads))
     if include_shared_embeddings:
         adapter |= shared_table(model)
-    with all_or_none(save_directory) as staging:
-        write_tensors(adapter, staging / native.ADAPTER_FILE)
+    file = native.adapter_file(model.shadow_config.variant)
+    with all_or_none(save_directory, replacing=FILES) as staging:
+        write_tensors(adapter, staging / file)
         if heads:
             write_tensors(heads, staging / native.HEADS_FILE)
-        write_json({**model.shadow_config.to_dict(), "provenance": provenance(model)}, staging / CONFIG_FILE)
-        files = {**dict.fromkeys(adapter, native.ADAPTER_FILE), **dict.fromkeys(heads, native.HEADS_FILE)}
+        write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
+        files = {**dict.fromkeys(adapter, file), **dict.fromkeys(heads, native.HEADS_FILE)}
         write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
 
 
-def _save_peft(model: ShadowPeftModel, save_directory: str | Path) -> None:
+def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+    """The model with whole parameters from a gathered state dict, for as long as a file is written."""
+    missing = [name for name in own_state(model, without="base_model") if name not in (state_dict or {})]
+    if state_dict is None or missing:
+        raise ValueError(
+            "The adapter's parameters are sharded over processes. Call accelerator.get_state_dict(model) on all of them and "
+            f"pass the result as state_dict; what was passed lacks {len(missing)} of its tensors."
+        )
+    return holding(model, {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")})
+
+
+def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
     if native.head_views(model):
         raise ValueError("peft's dialect has no place for trained heads.")
-    with all_or_none(save_directory) as staging:
+    with all_or_none(save_directory, replacing=FILES) as staging:
         adapter = peft.adapter_views(model)
         write_tensors(adapter, staging / peft.ADAPTER_FILE)
         base_name = model.base_model.name_or_path or None
-        write_json({**peft.peft_config(model, base_name), "provenance": provenance(model)}, staging / peft.CONFIG_FILE)
+        config = {**peft.peft_config(model, base_name), "provenance": provenance(model, training)}
+        if training is not None:
+            config[_PEFT_WEIGHT[0]] = training[_PEFT_WEIGHT[1]]
+        write_json(config, staging / peft.CONFIG_FILE)
         write_json({"metadata": {}, "weight_map": dict.fromkeys(adapter, peft.ADAPTER_FILE)}, staging / INDEX_FILE)
 
 
@@ -178,8 +230,8 @@ def shared_table(model: ShadowPeftModel) -> dict[str, Tensor]:
     return {f"shadow_model.{name}": model.base_model.get_input_embeddings().weight.detach()}
 
 
-def provenance(model: ShadowPeftModel) -> dict[str, Any]:
-    """Where an adapter comes from: versions, base, base sizes, seed."""
+def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Where an adapter comes from: versions, base, base sizes, seed, and the factors of the loss where they are known."""
     base = model.base_model
     return {
         "versions": {
@@ -191,6 +243,7 @@ def provenance(model: ShadowPeftModel) -> dict[str, Any]:
         "base_model_class": type(base).__name__,
         "base_sizes": base_sizes(model),
         "seed": torch.initial_seed(),
+        "training": None if training is None else dict(training),
         "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
     }
 

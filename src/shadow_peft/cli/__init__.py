@@ -1,4 +1,4 @@
-"""The command line: `shadow-peft demo`, `shadow-peft train`, `shadow-peft generate`; one file per verb."""
+"""The command line `shadow-peft`: demo, train, generate, eval; one file per verb."""
 
 from shadow_peft.cli.dispatch import main
 

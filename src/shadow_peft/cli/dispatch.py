@@ -9,9 +9,13 @@ from importlib import import_module
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
     "demo": "fine-tune an embedded model on an embedded task, offline, and race LoRA",
-    "train": "fine-tune any causal language model on your own JSON lines",
+    "train": "fine-tune any causal language model on data of yours or of the hub, with a shadow or LoRA",
     "generate": "let a model, with or without its shadow adapter, go on with a text",
+    "eval": "score a model, with its shadow or as the shadow alone, by lm-evaluation-harness",
 }
+
+#: Verb -> the extra of this package that it needs.
+EXTRAS = {"demo": "demo", "train": "train", "generate": "train", "eval": "eval"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +49,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
         module = import_module(f"shadow_peft.cli.{verb}")
     except ImportError as error:
-        print(f"shadow-peft {verb}: {error}; install the extras: pip install 'shadow-peft[demo]'", file=sys.stderr)
+        extra = EXTRAS[verb]
+        print(f"shadow-peft {verb}: {error}; install the extras: pip install 'shadow-peft[{extra}]'", file=sys.stderr)
         return 1
     try:
         module.run(arguments)

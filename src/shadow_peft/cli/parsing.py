@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
 
@@ -27,9 +28,9 @@ def parse(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
     """One object per dataclass, then, if the parser has positional arguments, their namespace.
 
     Raises:
-        UserError: a value that a dataclass refuses.
+        UserError: a value that a dataclass refuses, or a file of options that is no YAML.
     """
     try:
         return tuple(parser.parse_args_and_config(arguments))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(str(error)) from error

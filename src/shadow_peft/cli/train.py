@@ -1,37 +1,57 @@
-"""`shadow-peft train`: fine-tunes a causal language model with a shadow on the user's own JSON lines."""
+"""`shadow-peft train`: fine-tunes a causal language model with a shadow, or with LoRA as a baseline, on any data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, TrlParser
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.loading import load_model, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import get_shadow_model
-from shadow_peft.training.examples import BadDataError, kind_of, last_turn_as_completion, read_examples
+from shadow_peft.training.card import RunFacts, write_card
+from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sft import ShadowSFTTrainer
+from shadow_peft.training.sources import load_examples
+from shadow_peft.training.templates import Form
 
 DESCRIPTION = (
-    "Fine-tunes a causal language model with a shadow. --data is a file of JSON lines, either all "
-    '{"prompt": ..., "completion": ...} or all {"messages": [...]}; only completions (of messages: the last turn) are '
-    "learned. The options are those of this verb, of ShadowConfig and of TRL's SFTConfig."
+    "Fine-tunes a causal language model with a shadow. --data is a file (.jsonl, .json, .csv, .parquet), a folder or a "
+    'dataset of the hub; its rows are {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}, or become '
+    "prompts and completions by the templates --prompt and --completion over their columns. Only completions (of messages: "
+    "the last turn) are learned. Options are those of this verb, of ShadowConfig, and of TRL's SFTConfig and ModelConfig. "
+    "--use_peft trains TRL's LoRA instead of a shadow. --config FILE.yaml sets any of them."
 )
 EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
   shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
   shadow-peft train --model ./base --data d.jsonl --output out --num_shadow_layers 2 --learning_rate 5e-4 --max_steps 1000
-  shadow-peft train --config recipe.yaml
+  shadow-peft train --config recipes/gsm8k.yaml
+  shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
+  shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
+  shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
+  accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 
-#: Defaults of SFTConfig that suit an adapter; everything else is TRL's.
-DEFAULTS = {"learning_rate": 1e-3, "report_to": "none", "activation_checkpointing": False, "logging_steps": 10}
+#: Defaults of SFTConfig and ModelConfig that suit an adapter; everything else is TRL's. Every part of it gets a gradient in
+#: every step, so DDP need not look for parameters without one.
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "activation_checkpointing": False,
+    "logging_steps": 10,
+    "ddp_find_unused_parameters": False,
+    "dtype": "auto",
+}
 
 
 @dataclass
@@ -39,85 +59,200 @@ class TrainOptions:
     """Options of `shadow-peft train` itself."""
 
     model: str = field(metadata={"help": "Folder or hub id of the base."})
-    data: str = field(metadata={"help": "JSON lines to learn."})
-    output: str = field(metadata={"help": "Folder of the adapter, the tokenizer and the checkpoints."})
-    eval_data: str | None = field(default=None, metadata={"help": "JSON lines to evaluate on."})
+    data: str = field(metadata={"help": "File, folder or hub id of the data to learn."})
+    output: str = field(metadata={"help": "Folder of the adapter, the tokenizer, the model card and the checkpoints."})
+    data_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, such as main."})
+    data_split: str = field(default="train", metadata={"help": "Split to learn; slices such as train[:1000] work."})
+    eval_data: str | None = field(default=None, metadata={"help": "File, folder or hub id of data to evaluate on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of --eval_data or else --data."})
+    eval_fraction: float | None = field(default=None, metadata={"help": "Hold out this part of the data to evaluate on."})
     export: bool = field(default=False, metadata={"help": "Also save the shadow as a model of its own, OUTPUT/shadow."})
     shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better loss, and keep the best."}
+    )
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "A loss is better if it falls by more."})
+
+
+@dataclass
+class TemplateOptions:
+    """How rows become prompts and completions, see `training.templates`."""
+
+    prompt: str | None = field(default=None, metadata={"help": 'Template, such as "Question: {question}\\nAnswer:".'})
+    completion: str | None = field(default=None, metadata={"help": 'Template, such as " {answer}" or "{choices[0]}".'})
+    completion_if_missing: str | None = field(default=None, metadata={"help": "Completion where a list is empty."})
+    class_column: str | None = field(default=None, metadata={"help": "Column of class indices to show by name."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Name of each class."})
+    chat: bool = field(default=False, metadata={"help": "Prompt and completion are turns, for the chat template."})
 
 
 def run(arguments: list[str]) -> None:
     """Parses the options, checks all data, trains and saves."""
-    options, shadow, sft = parse(make_train_parser(), arguments)
-    if sft.output_dir != "trainer_output":
-        raise UserError("give the folder as --output, not as --output_dir")
+    options, templates, shadow, sft, peft = parse(make_train_parser(), arguments)
+    sft.resume_from_checkpoint = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
+    check_options(options, shadow, sft, peft)
     sft.output_dir = options.output
-    train_examples = _examples(options.data)
-    eval_examples = _examples(options.eval_data) if options.eval_data else None
+    train_set, eval_set = _data(options, _form(templates), sft.seed)
     tokenizer = load_tokenizer(options.model)
-    _check_template(tokenizer, train_examples, options.data)
+    check_template(tokenizer, train_set, options.data)
     set_seed(sft.seed)
-    model = build(options, shadow)
-    fit(model, tokenizer, sft, train_examples, eval_examples)
-    save(model, tokenizer, Path(options.output), options.export)
+    model = build(options, shadow, peft)
+    trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
+    trainer.facts = _facts(options, trainer, peft, arguments)
+    fit(trainer, sft.resume_from_checkpoint)
+    save(trainer, tokenizer, Path(options.output), options.export)
 
 
 def make_train_parser() -> TrlParser:
-    """The parser: this verb's options, ShadowConfig's and SFTConfig's with defaults that suit an adapter."""
-    parser = make_parser("train", [TrainOptions, ShadowConfig, SFTConfig], DESCRIPTION, EXAMPLES)
+    """The parser: this verb's options, ShadowConfig's and TRL's with defaults that suit an adapter."""
+    options = [TrainOptions, TemplateOptions, ShadowConfig, SFTConfig, ModelConfig]
+    parser = make_parser("train", options, DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 
 
-def build(options: TrainOptions, shadow: ShadowConfig) -> ShadowForCausalLM:
-    """The base with a fresh shadow."""
-    base: PreTrainedModel = load_model(options.model, dtype=options.dtype)
+def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> PreTrainedModel:
+    """The base with a fresh shadow; with `--use_peft` the base alone, to which TRL's trainer adds LoRA."""
+    kwargs: dict[str, Any] = {"revision": peft.model_revision, "dtype": peft.dtype}
+    if peft.attn_implementation is not None:
+        kwargs["attn_implementation"] = peft.attn_implementation
+    quantization = get_quantization_config(peft)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    base: PreTrainedModel = load_model(options.model, **kwargs)
+    if peft.use_peft:
+        return base
     try:
         return ShadowForCausalLM(get_shadow_model(base, shadow), shadow_loss_weight=options.shadow_loss_weight)
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot give {options.model!r} such a shadow: {error}") from error
 
 
-def fit(
-    model: ShadowForCausalLM,
+class _WithCard:
+    """A trainer whose model card is ours, wherever TRL writes one."""
+
+    facts: RunFacts | None = None
+    args: Any
+    state: Any
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the card with the figures so far; one process does."""
+        if self.facts is not None and self.state.is_world_process_zero:
+            write_card(Path(self.args.output_dir), self.facts, self.state.log_history)
+
+
+class _ShadowTrainer(_WithCard, ShadowSFTTrainer):
+    pass
+
+
+class _BaselineTrainer(_WithCard, SFTTrainer):
+    pass
+
+
+def make_trainer(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
     sft: SFTConfig,
-    train_examples: list[dict[str, object]],
-    eval_examples: list[dict[str, object]] | None,
-) -> None:
-    """Trains by TRL's supervised fine-tuning, with the model's own loss."""
-    trainer = ShadowSFTTrainer(
-        model,
-        sft,
-        train_dataset=Dataset.from_list(train_examples),
-        eval_dataset=None if eval_examples is None else Dataset.from_list(eval_examples),
-        processing_class=tokenizer,
-    )
-    trainer.train(resume_from_checkpoint=sft.resume_from_checkpoint)
+    peft: ModelConfig,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+) -> Any:
+    """TRL's supervised fine-tuning: of the shadow with the model's own loss, or of LoRA with TRL's.
 
-
-def save(model: ShadowForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
-    """Adapter and tokenizer into `output`; with `export`, the shadow as a model of its own into `output/shadow`."""
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    if export:
-        model.export_shadow().save_pretrained(output / "shadow")
-        tokenizer.save_pretrained(output / "shadow")
-
-
-def _examples(path: str) -> list[dict[str, object]]:
-    """The checked examples of a file as prompts and completions."""
+    Raises:
+        UserError: options that the trainer refuses, such as a tracker that is not installed.
+    """
+    arguments: dict[str, Any] = {
+        "train_dataset": train_set,
+        "eval_dataset": eval_set,
+        "processing_class": tokenizer,
+        "callbacks": _callbacks(options, sft),
+    }
     try:
-        examples = read_examples(path)
-    except BadDataError as error:
+        if peft.use_peft:
+            return _BaselineTrainer(model, sft, peft_config=get_peft_config(peft), **arguments)
+        return _ShadowTrainer(model, sft, **arguments)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"cannot train with these options: {error}") from error
+
+
+def fit(trainer: Any, checkpoint: str | None) -> None:
+    """Trains, evaluates once more at the end, and writes the metrics."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+
+
+def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
+    """Adapter, tokenizer and card into `output`; with `export`, the shadow as a model of its own into `output/shadow`."""
+    trainer.save_model(str(output), _internal_call=True)
+    if export and trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).export_shadow().save_pretrained(output / "shadow")
+        tokenizer.save_pretrained(output / "shadow")
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _data(options: TrainOptions, form: Form, seed: int) -> tuple[Dataset, Dataset | None]:
+    """The checked examples to learn and to evaluate on."""
+    try:
+        train_set = load_examples(options.data, form, name=options.data_name, split=options.data_split)
+        if options.eval_fraction is not None:
+            halves = train_set.train_test_split(options.eval_fraction, seed=seed)
+            return halves["train"], halves["test"]
+        if options.eval_data is None and options.eval_split is None:
+            return train_set, None
+        place, split = options.eval_data or options.data, options.eval_split or "train"
+        name = options.data_name if options.eval_data is None else None
+        return train_set, load_examples(place, form, name=name, split=split)
+    except (BadDataError, ValueError) as error:
         raise UserError(str(error)) from error
-    return [last_turn_as_completion(e) if kind_of(e) == "messages" else e for e in examples]
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, object]], path: str) -> None:
-    if isinstance(examples[0]["prompt"], list) and tokenizer.chat_template is None:
-        raise UserError(
-            f"{path} holds messages, but the tokenizer has no chat template; "
-            "use a model with one, or prompt/completion lines"
-        )
+def _form(templates: TemplateOptions) -> Form:
+    """The templates; the two characters \\n stand for a line break, which a shell cannot give."""
+    given: dict[str, Any] = {n: v.replace("\\n", "\n") if isinstance(v, str) else v for n, v in asdict(templates).items()}
+    try:
+        return Form(**given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
+    """Early stopping, if asked for; it keeps the best checkpoint, so both strategies must agree."""
+    if options.early_stopping_patience is None:
+        return []
+    sft.load_best_model_at_end = True
+    sft.metric_for_best_model = sft.metric_for_best_model or "eval_loss"
+    sft.greater_is_better = bool(sft.greater_is_better)
+    return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold)]
+
+
+def _parts(options: TrainOptions) -> str:
+    """What was learned and evaluated on, in words."""
+    learned = f"configuration {options.data_name}, " if options.data_name else ""
+    if options.eval_fraction is not None:
+        return f"{learned}split {options.data_split}, of which {options.eval_fraction:g} held out"
+    place = f" of `{options.eval_data}`" if options.eval_data else ""
+    evaluated = f"; evaluated on split {options.eval_split or 'train'}{place}" if place or options.eval_split else ""
+    return f"{learned}split {options.data_split}{evaluated}"
+
+
+def _facts(options: TrainOptions, trainer: Any, peft: ModelConfig, arguments: list[str]) -> RunFacts:
+    examples = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
+    return RunFacts(
+        name=Path(options.output).name,
+        method="ShadowPEFT" if not peft.use_peft else "DoRA" if peft.use_dora else "LoRA",
+        base=options.model,
+        data=options.data,
+        parts=_parts(options),
+        examples={purpose: len(rows) for purpose, rows in examples.items() if rows is not None},
+        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        seed=trainer.args.seed,
+        command=f"shadow-peft train {shlex.join(arguments)}",
+        processes=trainer.args.world_size,
+    )

@@ -181,7 +181,10 @@ def _head_scale(model: ShadowPeftModel) -> float:
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-    plain, full = (head(x).double(), TaskHead(model.base_model, model.stack.read_path)(x).double())
+    plain, full = (
+        head(x).double(),
+        TaskHead(model.base_model, model.stack.read_path, width=model.stack.hidden_size)(x).double(),
+    )
     if cap is not None:
         full = torch.atanh(full / cap) * cap
     scale = float((plain * full).sum() / plain.square().sum())

@@ -69,7 +69,7 @@ def kind_of(example: Example) -> Kind:
 def _take(line: bytes, examples: list[Example], problems: list[str], where: str) -> None:
     """Appends the example of a line, or its problem."""
     try:
-        example = _checked(_parsed(line))
+        example = checked(_parsed(line))
         if examples and kind_of(example) != kind_of(examples[0]):
             raise ValueError(f"a {kind_of(example)} line in a file of {kind_of(examples[0])} lines; use one kind per file")
         examples.append(example)
@@ -89,8 +89,12 @@ def _parsed(line: bytes) -> Example:
     return value
 
 
-def _checked(value: Example) -> Example:
-    """The keys of a well-formed example."""
+def checked(value: Example) -> Example:
+    """The keys of a well-formed example, `prompt` and `completion` or `messages`; other keys are dropped.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
     if "messages" in value:
         return {"messages": _checked_messages(value["messages"])}
     for key in ("prompt", "completion"):

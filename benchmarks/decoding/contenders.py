@@ -1,0 +1,126 @@
+"""Who decodes: bare base, PEFT's LoRA and DoRA, the two published shadows, ours, ours drafting.
+
+This file runs in two environments, ours and that of the published package of the same name; each contender imports what it
+needs when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+WIDTH, LAYERS, VOCABULARY, INTERMEDIATE = 512, 12, 8192, 1536
+SIZES: dict[str, Any] = {"num_shadow_layers": 1, "injection_hidden_size": 16, "gate_hidden_size": 10, "dropout": 0.0}
+
+
+def random_base() -> PreTrainedModel:
+    """A Llama of 46 M parameters with random weights that never ends a text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+        eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def bare() -> nn.Module:
+    """The base itself."""
+    return random_base()
+
+
+def lora(**options: Any) -> nn.Module:
+    """Unmerged LoRA on every linear layer but the head, as large as the shadow."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=34, lora_alpha=68, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return get_peft_model(random_base(), config).eval()
+
+
+def dora() -> nn.Module:
+    """LoRA with trained magnitudes."""
+    return lora(use_dora=True)
+
+
+def released() -> nn.Module:
+    """`shadow-peft` 0.1.1."""
+    from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+
+    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**SIZES))).eval()
+
+
+def tuner() -> nn.Module:
+    """The Shadow tuner of `peft`."""
+    from peft import ShadowConfig, get_peft_model
+
+    config = ShadowConfig(
+        r=SIZES["injection_hidden_size"], update_hidden_size=SIZES["gate_hidden_size"], shadow_num_hidden_layers=1,
+        shadow_dropout=0.0, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(random_base(), config).eval()
+
+
+def ours() -> nn.Module:
+    """This library."""
+    from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+
+    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**SIZES, shadow_init="random"))).eval()
+
+
+CONTENDERS: dict[str, Callable[[], nn.Module]] = {
+    "bare base": bare,
+    "LoRA": lora,
+    "DoRA": dora,
+    "shadow-peft 0.1.1": released,
+    "peft Shadow": tuner,
+    "ours": ours,
+}
+
+PUBLISHED = "shadow-peft 0.1.1"
+"""The contender that needs the environment of the peers."""
+
+
+def draft_with_oracle(model: Any, texts: Tensor, acceptance: float, seed: int) -> None:
+    """Let a model draft the token that it is going to write with probability `acceptance`, and another one else.
+
+    Backbone and head run as they do with a real shadow; only what they propose is replaced.
+
+    Args:
+        model: a `ShadowForCausalLM`.
+        texts: what it writes without drafting, `[B, M]`.
+        acceptance: in [0, 1].
+        seed: of what is proposed wrongly.
+    """
+    from shadow_peft import drafting, ragged
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def propose(logits: Tensor, places: Tensor) -> Tensor:
+        rows = torch.arange(len(texts))
+        right = texts[rows, places.clamp(max=texts.shape[1] - 1)]
+        wrong = torch.rand(len(texts), generator=generator) >= acceptance
+        return torch.full_like(logits, -30.0).scatter(1, ((right + wrong.long()) % logits.shape[-1])[:, None], 0.0)
+
+    class Oracle(drafting.ShadowCandidateGenerator):
+        def _logits(self, sequence: Tensor, state: Tensor) -> Tensor:
+            return propose(super()._logits(sequence, state), torch.tensor([sequence.shape[1]]))
+
+    class RaggedOracle(ragged.RaggedDecoding):
+        def _draft(self) -> ragged.Draft:
+            self._drafts = True
+            try:
+                return super()._draft()
+            finally:
+                self._drafts = False
+
+        def _processed(self, logits: Tensor, ahead: int) -> Tensor:
+            logits = super()._processed(logits, ahead)
+            return propose(logits, self._texts.lengths + ahead) if getattr(self, "_drafts", False) else logits
+
+    from shadow_peft import causal_lm
+
+    causal_lm.ShadowCandidateGenerator, causal_lm.RaggedDecoding = Oracle, RaggedOracle  # type: ignore[misc]

@@ -1,0 +1,126 @@
+"""Prefill and decoding: bare base, LoRA, DoRA, the published shadows, ours, ours drafting; one run, ratios to the bare base.
+
+    python -m benchmarks.decoding.run                    makes an environment of the peers first (some minutes)
+    python -m benchmarks.decoding.run --peer PYTHON      uses the interpreter of one that is there already
+
+On a random base of 46 M parameters (12 layers of width 512) all contenders have about 3.5 M trained parameters. Drafting
+there is an oracle's, right with a given probability: the ceiling. How well a trained shadow drafts is measured by
+`benchmarks.decoding.demo`. Every contender has a process and one thread; rounds are interleaved, and a ratio is the median
+of the rounds' ratios. Machines are noisy: compare ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decoding.contenders import CONTENDERS, PUBLISHED
+from tests.compat.run import make_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "decoding.json"
+ORACLES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Process:
+    """A worker that answers one request at a time."""
+
+    def __init__(self, python: str, name: str, acceptance: float | None = None) -> None:
+        command = [python, "-m", "benchmarks.decoding.worker", name, *([] if acceptance is None else [str(acceptance)])]
+        ours = name != PUBLISHED
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}" if ours else str(ROOT)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        self._answer()
+
+    def ask(self, what: str, **request: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        assert self._process.stdin is not None
+        print(json.dumps({"do": what, **request}), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"A worker ended: {self._process.args!r}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def start(peer: str) -> dict[str, Process]:
+    """A worker for every contender, drafting ones included."""
+    processes = {name: Process(peer if name == PUBLISHED else sys.executable, name) for name in CONTENDERS}
+    for acceptance in ORACLES:
+        processes[f"ours, drafts right {acceptance:.0%}"] = Process(sys.executable, "ours", acceptance)
+    return processes
+
+
+def measure(processes: dict[str, Process], rounds: int, prompt: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Contender -> median ratios to the bare base at batch 1 and 8, and counts."""
+    rows: dict[str, dict[str, float]] = {name: {} for name in processes}
+    for batch in (1, 8):
+        taken: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
+        for number in range(rounds + 1):
+            for name, process in processes.items():
+                answer = process.ask("time", batch=batch, prompt=prompt, tokens=tokens)
+                if number:  # the first round warms up
+                    taken[name].append(answer)
+        for name, answers in taken.items():
+            for what in ("prefill", "decode"):
+                pairs = zip(answers, taken["bare base"], strict=True)
+                rows[name][f"{what} b{batch}"] = round(statistics.median(a[what] / b[what] for a, b in pairs), 3)
+                rows[name][f"{what} b{batch} ms"] = round(1000 * statistics.median(a[what] for a in answers), 2)
+    for name, process in processes.items():
+        rows[name] |= process.ask("parameters")
+        rows[name] |= process.ask("drafts") if "drafts" in name else process.ask("operations", batch=1)
+    return rows
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The ratios in Markdown."""
+    head = ["prefill b1", "decode b1", "prefill b8", "decode b8", "operations", "acceptance", "tokens_per_base_pass"]
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in head) + " |", "|---|" + "---|" * len(head)]
+    for name, row in rows.items():
+        cells = [f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in head]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """Where figures were measured, and with what."""
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")), "")
+    packages = ("torch", "transformers", "peft")
+    return {"platform": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), **{p: version(p) for p in packages}}
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="interpreter of an environment with shadow-peft 0.1.1")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        peer = args.peer or make_environment(Path(folder) / "peer")
+        rows = measure(start(peer), args.rounds, args.prompt, args.tokens)
+    print(table(rows))
+    settings = {"rounds": args.rounds, "prompt": args.prompt, "tokens": args.tokens, "threads": 1}
+    args.output.write_text(json.dumps({"settings": settings, "machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Fine-tune with TRL's SFTTrainer: completions only, packed, the backbone at a rate of its own.
+
+python examples/sft.py
+"""
+
+import tempfile
+
+from datasets import Dataset
+from trl import SFTConfig
+
+from _tiny import causal_lm, tokenizer
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.training import ShadowSFTTrainer
+
+data = Dataset.from_list([{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(8) for b in range(8)])
+model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()), shadow_loss_weight=0.5)
+
+with tempfile.TemporaryDirectory() as directory:
+    args = SFTConfig(
+        directory,
+        max_steps=20,
+        learning_rate=1e-2,
+        packing=True,
+        max_length=64,
+        logging_steps=5,
+        report_to="none",
+        bf16=False,
+    )
+    trainer = ShadowSFTTrainer(
+        model,
+        args,
+        train_dataset=data,
+        processing_class=tokenizer(),
+        shadow_learning_rate_scale=0.5,  # about 0.05 for a backbone that is pretrained
+    )
+    trainer.train()
+
+losses = [row for row in trainer.state.log_history if "base_loss" in row]
+for row in losses:
+    print("step", row["step"], "loss of the adapted base", row["base_loss"], "and of the shadow", row["shadow_loss"])
+assert losses[-1]["shadow_loss"] < losses[0]["shadow_loss"]

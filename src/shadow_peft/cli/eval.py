@@ -1,0 +1,151 @@
+"""`shadow-peft eval`: scores a model by lm-evaluation-harness, attached, as the shadow alone, or bare."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
+from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.task import InferenceMode
+
+DESCRIPTION = (
+    "Scores a model by lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
+    "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
+)
+EXAMPLES = """examples:
+  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k
+  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
+  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
+"""
+PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
+
+
+@dataclass
+class EvalOptions:
+    """Options of `shadow-peft eval`; those of the harness have its names."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the model."})
+    tasks: list[str] = field(metadata={"help": "Names of tasks, groups or tags of the harness, or of --include_path."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
+    inference_mode: str = field(default="base_shadow", metadata={"help": "base_shadow, shadow_only, or both in turn."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task says by default."})
+    limit: float | None = field(default=None, metadata={"help": "Only so many examples of a task; below 1, that part."})
+    batch_size: str = field(default="1", metadata={"help": "A number, or auto."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Prompts are turns of the chat template."})
+    output: str | None = field(default=None, metadata={"help": "File for all results as JSON."})
+    log_samples: bool = field(default=False, metadata={"help": "Every example and answer in that file, too."})
+    device: str | None = field(default=None, metadata={"help": "Where to compute; a GPU where there is one."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the model: auto, float32, bfloat16, float16."})
+    seed: int = field(default=0, metadata={"help": "Seed of what the harness draws."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parses the options, scores every mode and prints the tables."""
+    (options,) = parse(make_parser("eval", [EvalOptions], DESCRIPTION, EXAMPLES), arguments)
+    modes = _modes(options)
+    manager = find_tasks(options.tasks, options.include_path)
+    tokenizer = load_tokenizer(options.adapter, options.model)
+    model = _model(options)
+    results = {}
+    for mode in modes:
+        results[mode] = score(model, tokenizer, mode, options, manager)
+        print(f"{options.model}{f' with {options.adapter}, {mode}' if options.adapter else ''}\n{make_table(results[mode])}")
+    if options.output is not None:
+        write_results(Path(options.output), results, options, arguments)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str, options: EvalOptions, manager: TaskManager
+) -> dict[str, Any]:
+    """What the harness measures of a model in one inference mode; "bare" is that of a model without a shadow."""
+    if mode != "bare":
+        model.set_inference_mode(mode)
+    results = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_batch(options.batch_size)),
+        tasks=options.tasks,
+        task_manager=manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        apply_chat_template=options.apply_chat_template,
+        log_samples=options.log_samples,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+    )
+    assert results is not None  # the harness gives None to processes other than the first
+    return dict(results)
+
+
+def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
+    """The harness's catalogue, read no further than to the tasks that are asked for.
+
+    Raises:
+        UserError: naming a task that nobody knows, or a folder that is not there.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include_path {include_path} is no folder")
+    for defaults in (False, True):
+        manager = TaskManager(include_path=include_path, include_defaults=defaults)
+        missing = [task for task in tasks if not manager.match_tasks([task])]
+        if not missing:
+            return manager
+    place = f" nor in {include_path}" if include_path else ""
+    raise UserError(f"there is no task {', '.join(missing)} in lm-evaluation-harness {version('lm_eval')}{place}")
+
+
+def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arguments: list[str]) -> None:
+    """Everything measured, mode by mode, with the command and the versions that made it, as JSON."""
+    provenance = {
+        "command": f"shadow-peft eval {shlex.join(arguments)}",
+        "model": options.model,
+        "adapter": options.adapter,
+        "seed": options.seed,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"provenance": provenance, "modes": results}, indent=1, default=handle_non_serializable)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _modes(options: EvalOptions) -> list[str]:
+    if options.inference_mode not in (*get_args(InferenceMode), "both"):
+        raise UserError(f"--inference_mode is base_shadow, shadow_only or both, got {options.inference_mode!r}")
+    if options.adapter is None:
+        if options.inference_mode != "base_shadow":
+            raise UserError(f"--inference_mode {options.inference_mode} needs --adapter: a bare model has no shadow")
+        return ["bare"]
+    return list(get_args(InferenceMode)) if options.inference_mode == "both" else [options.inference_mode]
+
+
+def _model(options: EvalOptions) -> PreTrainedModel:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base: PreTrainedModel = load_model(options.model, dtype=options.dtype).to(device).eval()
+    return base if options.adapter is None else load_adapted(base, options.adapter)
+
+
+def _batch(given: str) -> int | str:
+    """A number, or what the harness calls auto.
+
+    Raises:
+        UserError: neither.
+    """
+    if given.startswith("auto"):
+        return given
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    raise UserError(f"--batch_size is a number or auto, got {given!r}")

@@ -1,0 +1,348 @@
+"""Drafting for a batch: every row keeps its own accepted length.
+
+transformers' assisted generation takes one row. Here one pass of the base verifies the drafts of all rows, of which every
+row accepts another number. Afterwards each row is shifted to the right by what it lost, so that the tokens of all rows end
+together again, and the gap on the left is padding to the mask:
+
+    row 0   p p p a b c | x y z    all accepted      p p p a b c x y z
+    row 1   . p p a b c | x y z    one accepted      . . . p p a b c x
+
+So positions, sliding windows and attention kernels see nothing but a batch that is padded on the left, and the result is
+that of ordinary decoding of such a batch. Logits processors and stopping criteria see every row's text in the layout of
+ordinary decoding: the prompts as they were given, and behind them what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from shadow_peft.cache import Drafted, ShadowCache
+from shadow_peft.drafting import (
+    AcceptanceEstimate,
+    DraftedGenerateOutput,
+    DraftingGenerationConfig,
+    DraftLength,
+    adaptive_cost,
+)
+
+if TYPE_CHECKING:
+    from shadow_peft.causal_lm import ShadowForCausalLM
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the shadow proposes to B rows.
+
+    Attributes:
+        tokens: `[B, k]`.
+        logits: the processed logits `[B, k, V]` that they were chosen by.
+        confidences: the shadow's own probability of its likeliest token, `[B, k]`.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    confidences: Tensor
+
+
+def accept(draft: Draft, logits: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
+    """How much of each row's draft is kept, and the base's own token behind it.
+
+    Greedy keeps what the base would choose itself. Sampling keeps token x with probability min(1, p(x) / q(x)) and, at the
+    first rejection, draws from max(0, p - q), normalised (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+
+    Args:
+        draft: k tokens per row.
+        logits: the base's processed logits `[B, k + 1, V]`.
+        do_sample: sample instead of taking the likeliest token.
+
+    Returns:
+        Accepted tokens per row `[B]`, 0 to k, and the next token `[B]`.
+    """
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    if not do_sample:
+        choices = logits.argmax(-1)
+        accepted = draft.tokens.eq(choices[:, :-1]).cumprod(-1).sum(-1)
+        return accepted, choices[rows, accepted]
+    p, q = logits.softmax(-1), F.pad(draft.logits.softmax(-1), (0, 0, 0, 1))  # behind the draft q is 0, and p remains
+    chances = (p[:, :-1] / q[:, :-1]).gather(-1, draft.tokens[..., None])[..., 0]
+    accepted = torch.rand_like(chances).lt(chances).cumprod(-1).sum(-1)
+    rest = (p - q)[rows, accepted].clamp(min=0)
+    return accepted, torch.multinomial(rest, num_samples=1)[:, 0]
+
+
+class Texts:
+    """What B rows have written, in the layout of ordinary decoding.
+
+    Args:
+        prompts: token ids `[B, T]`, padded on the left.
+
+    Attributes:
+        tokens: `[B, M]`; behind a row's length stands what is being drafted, or nothing of meaning.
+        lengths: `[B]`.
+    """
+
+    def __init__(self, prompts: Tensor) -> None:
+        self.tokens = prompts
+        self.lengths = torch.full((prompts.shape[0],), prompts.shape[1], device=prompts.device)
+
+    @property
+    def last(self) -> Tensor:
+        """The last token of each row, `[B, 1]`."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1)
+
+    def put(self, tokens: Tensor, ahead: int | Tensor) -> None:
+        """Put a token `[B]` `ahead` places behind each row's text, which is not longer by that."""
+        places = self.lengths + ahead
+        missing = max(0, int(places.max()) + 1 - self.tokens.shape[1])
+        self.tokens = F.pad(self.tokens, (0, missing)).scatter(1, places[:, None], tokens[:, None])
+
+    def each(self, ahead: int, judge: Callable[[Tensor], Tensor]) -> Tensor:
+        """Every row's result `[B, ...]` of a function of texts `[B, length]`, given its text and `ahead` tokens more."""
+        lengths = self.lengths + ahead
+        results = [(lengths.eq(length), judge(self.tokens[:, :length])) for length in lengths.unique().tolist()]
+        whole = results[0][1].clone()
+        for rows, result in results[1:]:
+            whole[rows] = result[rows]
+        return whole
+
+
+class RaggedDecoding:
+    """One generation of several rows with the shadow as drafter.
+
+    Args:
+        model: the model whose base verifies.
+        config: lengths, drafting and sampling settings, and the statistics to fill: passes are counted for every row that
+            they advance.
+        processor: what is done to logits before a token is chosen.
+        criteria: what ends a row.
+        prompts: `[B, T]`, padded on the left.
+        model_kwargs: what travels with the generation.
+
+    Raises:
+        ValueError: a cache whose rows cannot be shifted, or something is asked for that a ragged batch does not have.
+    """
+
+    def __init__(
+        self,
+        model: ShadowForCausalLM,
+        config: DraftingGenerationConfig,
+        processor: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        prompts: Tensor,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        if config.output_attentions or config.output_hidden_states:
+            raise ValueError("A batch that drafts returns no attentions and no hidden states; generate row by row.")
+        self._cache = shiftable(model_kwargs.get("past_key_values"))
+        self._model, self._config, self._processor, self._criteria = model, config, processor, criteria
+        self._kwargs = model_kwargs
+        self._texts = Texts(prompts)
+        self._ends = torch.zeros_like(self._texts.lengths)
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._estimate = AcceptanceEstimate()
+        self._cost = adaptive_cost(model, config)
+        self._written: list[Written] = []
+
+    def run(self) -> Any:
+        """Decode every row to its end.
+
+        Returns:
+            The sequences `[B, M]`, rows that ended early padded on the right; as a `DraftedGenerateOutput` if the config
+            asks for one. It holds no cache, and the one that was used is emptied: its rows are aligned otherwise than the
+            sequences.
+        """
+        self._read_prompts()
+        while bool(self._live.any()):
+            self._verify(self._draft())
+        self._cache.reset()
+        length = int(self._ends.max())
+        sequences = self._texts.tokens[:, :length]
+        if self._pads:
+            behind = torch.arange(length, device=sequences.device) >= self._ends[:, None]
+            sequences = torch.where(behind, self._config._pad_token_tensor.to(sequences.device), sequences)
+        if not self._config.return_dict_in_generate:
+            return sequences
+        return DraftedGenerateOutput(
+            sequences=sequences,
+            scores=self._columns("scores", length) if self._config.output_scores else None,
+            logits=self._columns("logits", length) if self._config.output_logits else None,
+            draft_statistics=self._config.statistics,
+        )
+
+    @property
+    def _live(self) -> Tensor:
+        """Rows `[B]` that go on: those that have not ended. Where no token ends a text, all go on until the last has."""
+        if self._pads:
+            return self._ends.eq(0)
+        return self._texts.lengths < (self._ends.max() if bool(self._ends.all()) else self._config.max_length)
+
+    def _read_prompts(self) -> None:
+        """One pass of the base over the prompts; every row has its first token then."""
+        prompts, kwargs = self._texts.tokens, self._kwargs
+        outputs = self._model._prefill(prompts, self._config, kwargs)
+        self._cache.activate_past_recording()
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = prompts.new_ones(len(self._ends), self._cache.get_seq_length())
+        logits = outputs.logits[:, -1:].to(torch.float32)
+        self._take(Draft(prompts[:, :0], logits[:, :0], logits[:, :0, 0]), logits)
+        self._advance(outputs, mask, 1)
+
+    def _draft(self) -> Draft:
+        """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
+        config, live, texts = self._config, self._live, self._texts
+        room = int((config.max_length - texts.lengths[live]).max()) - 1
+        length = DraftLength(self._cost, self._estimate)
+        last, states, drafted = texts.last, [], []
+        for ahead in range(min(int(config.num_assistant_tokens), room) if length.may_begin else 0):
+            mask = F.pad(self._kwargs["attention_mask"], (0, ahead), value=1)
+            states.append(self._model.peft_model.shadow_step(last, mask, None, self._cache))
+            logits = self._processed(self._model.shadow_logits(states[-1])[:, -1], ahead)
+            confidence = logits.softmax(-1).amax(-1)
+            if not length.grows(confidence[live]):  # decided before a token is drawn, or sampling would be biased
+                break
+            last = self._chosen(logits)
+            texts.put(last[:, 0], ahead)
+            drafted.append((last[:, 0], logits, confidence))
+            if float(confidence[live].max()) < (config.assistant_confidence_threshold or 0.0):
+                break
+        self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
+        if not drafted:
+            nothing = torch.empty(len(live), 0, device=last.device)
+            return Draft(last[:, :0], nothing[..., None], nothing)
+        return Draft(*(torch.stack(column, 1) for column in zip(*drafted, strict=True)))
+
+    def _verify(self, draft: Draft) -> None:
+        """One pass of the base over all drafts; rows take what they accept and are shifted to end together again."""
+        count = draft.tokens.shape[1]
+        mask = F.pad(self._kwargs["attention_mask"], (0, count), value=1)
+        tokens = torch.cat([self._texts.last, draft.tokens], 1)
+        inputs = self._model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=count + 1, is_first_iteration=False, **{**self._kwargs, "attention_mask": mask}
+        )
+        outputs = self._model(**{**inputs, "logits_to_keep": 0}, return_dict=True)
+        live = self._live
+        rejected = count + 1 - self._take(draft, outputs.logits.to(torch.float32))
+        least = int(rejected[live].min())
+        lost = (rejected - least).masked_fill(~live, 0)
+        if bool(lost.any()):
+            mask = shifted(mask, lost)
+            shift_rows(self._cache, lost)
+        self._cache.crop(-least)
+        self._advance(outputs, mask[:, : mask.shape[1] - least], count + 1 - least)
+
+    def _take(self, draft: Draft, logits: Tensor) -> Tensor:
+        """Take what each row accepts and the base's token behind it, up to the row's end.
+
+        Args:
+            draft: k tokens per row.
+            logits: the base's logits `[B, k + 1, V]`, in float32.
+
+        Returns:
+            Tokens per row that it took, `[B]`, 1 to k + 1; of no meaning where a row is not live.
+        """
+        texts, live, count = self._texts, self._live, draft.tokens.shape[1]
+        processed = torch.stack([self._processed(logits[:, i], i) for i in range(count + 1)], 1)
+        if count == 0:
+            draft = Draft(draft.tokens, processed[:, :0], draft.confidences)
+        accepted, token = accept(draft, processed, bool(self._config.do_sample))
+        texts.put(token, accepted)
+        taken = self._until_ends(accepted + 1, live)
+        self._written.append(Written(texts.lengths, taken * live, processed, logits))
+        for row in live.nonzero()[:, 0].tolist():
+            kept = min(int(accepted[row]), int(taken[row]))
+            self._config.statistics.note(count, kept)
+            self._estimate.judge(draft.confidences[row].tolist(), kept)
+        texts.lengths = texts.lengths + taken * live
+        return taken
+
+    def _until_ends(self, taken: Tensor, live: Tensor) -> Tensor:
+        """Of newly put tokens `[B]` those up to each row's end, which is noted."""
+        lengths = self._texts.lengths
+        taken = torch.minimum(taken, (self._config.max_length - lengths).clamp(min=1))
+        for ahead in range(1, int(taken[live].max()) + 1):
+            ended = self._texts.each(ahead, lambda text: self._criteria(text, None))
+            ended = ended & live & self._ends.eq(0) & taken.ge(ahead)
+            self._ends = torch.where(ended, lengths + ahead, self._ends)
+            if self._pads:
+                taken = torch.where(ended, ahead, taken)
+        return taken
+
+    def _advance(self, outputs: Any, mask: Tensor, columns: int) -> None:
+        """What travels on: the mask `[B, W]` of the cached tokens and one more, and what else the base wants."""
+        update = self._model._update_model_kwargs_for_generation
+        kwargs = update(outputs, {**self._kwargs, "attention_mask": mask}, num_new_tokens=columns)
+        kwargs.pop("position_ids", None)  # they follow from the mask, row by row
+        self._kwargs = {**kwargs, "attention_mask": F.pad(mask, (0, 1), value=1)}
+
+    def _processed(self, logits: Tensor, ahead: int) -> Tensor:
+        """Logits `[B, V]` of the token `ahead` places behind each row's text, processed with the text up to there."""
+        logits = logits.to(torch.float32)
+        if not len(self._processor):
+            return logits
+        return self._texts.each(ahead, lambda text: self._processor(text, logits.clone()))
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """A token per row, `[B, 1]`."""
+        if self._config.do_sample:
+            return torch.multinomial(logits.softmax(-1), num_samples=1)
+        return logits.argmax(-1, keepdim=True)
+
+    def _columns(self, name: str, length: int) -> tuple[Tensor, ...]:
+        """Scores or logits `[B, V]` of every written place; zero where a row had ended."""
+        first = int(self._written[0].lengths[0])
+        whole = self._written[0].logits.new_zeros(len(self._ends), length - first, self._written[0].logits.shape[-1])
+        for written in self._written:
+            for row, (start, count) in enumerate(zip(written.lengths.tolist(), written.counts.tolist(), strict=True)):
+                places = slice(start - first, min(start + count, length) - first)
+                whole[row, places] = getattr(written, name)[row, : places.stop - places.start]
+        return whole.unbind(1)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one pass wrote: from each row's length `[B]` on `counts` `[B]` tokens, with scores and logits `[B, k + 1, V]`."""
+
+    lengths: Tensor
+    counts: Tensor
+    scores: Tensor
+    logits: Tensor
+
+
+def shiftable(cache: Any) -> ShadowCache:
+    """The cache itself, if the rows of all its layers can be shifted.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if (
+        isinstance(cache, ShadowCache)
+        and not any(part.offloading for part in (cache.base, cache.shadow) if part is not None)
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    ):
+        return cache
+    raise ValueError(f"use_shadow_draft for a batch needs a dynamic cache of attention layers alone, this is {cache!r}.")
+
+
+def shift_rows(cache: Cache, lost: Tensor) -> None:
+    """Shift the rows of a cache to the right by `lost` `[B]` tokens each; what falls off the end is gone."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = shifted(layer.keys, lost, -2), shifted(layer.values, lost, -2)
+
+
+def shifted(tensor: Tensor, lost: Tensor, dim: int = -1) -> Tensor:
+    """Rows moved to the right along `dim` by `lost` `[B]` places each, zeros behind them."""
+    places = torch.arange(tensor.shape[dim], device=tensor.device) - lost[:, None].to(tensor.device)
+    shape = [tensor.shape[0]] + [1] * (tensor.dim() - 1)
+    shape[dim] = tensor.shape[dim]
+    places = places.view(shape)
+    return tensor.take_along_dim(places.clamp(min=0), dim).masked_fill(places < 0, 0)

@@ -1,0 +1,61 @@
+"""Parameters that are sharded over processes: FSDP2 makes them DTensors, of which every process holds a part.
+
+A tensor of an adapter's file is a slice of a parameter, and a slice of a shard is no view of it. So as long as a model is
+sharded, its state dict has torch's own names, parameter by parameter, as torch's distributed checkpoints want it:
+
+    sharded     peft_model.shadow_update_model.live.down                   DTensor [M, 2k, d]
+    in a file   shadow_update_model.update_gates.0.0.weight                [k, d]
+
+Gathered on one process, the former become the latter: `holding` puts the whole tensors in the parameters' places while a
+file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters of a module are sharded over processes, be it that a forward has left them whole for the next."""
+    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(
+        isinstance(p, DTensor) for p in module.parameters()
+    )
+
+
+def own_state(module: nn.Module, without: str) -> dict[str, Tensor]:
+    """The state of a module under its own names, but for one child's; tensors are detached and share memory.
+
+    FSDP's hooks on `state_dict` shard again what a forward has left whole.
+    """
+    return {
+        f"{child}.{name}": tensor.detach()
+        for child, part in module.named_children()
+        if child != without
+        for name, tensor in part.state_dict(keep_vars=True).items()
+    }
+
+
+@contextmanager
+def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While the context lasts, the module's parameters of these names are these tensors; no forward may run.
+
+    Args:
+        module: a sharded module.
+        tensors: parameter name -> whole tensor.
+    """
+    shards: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    for name, shard in module.named_parameters():
+        if name in tensors:
+            place, _, leaf = name.rpartition(".")
+            shards.append((module.get_submodule(place)._parameters, leaf, shard))
+            module.get_submodule(place)._parameters[leaf] = nn.Parameter(tensors[name], requires_grad=shard.requires_grad)
+    try:
+        yield
+    finally:
+        for parameters, leaf, shard in shards:
+            parameters[leaf] = shard

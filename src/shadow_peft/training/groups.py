@@ -1,0 +1,73 @@
+"""Optimizer groups: the backbone at a rate of its own, and no weight decay where it does not belong.
+
+    backbone, projection      shadow_learning_rate_scale * learning_rate
+    everything else           learning_rate
+    norms, biases, vectors    no weight decay
+
+A backbone that was pretrained wants a far smaller rate than maps that start at zero (0.05 to 0.06 of theirs), a random one
+the same rate. Schedulers of torch and transformers multiply the rate of each group, so the ratio lasts for the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from shadow_peft.model import ShadowPeftModel
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, shadow_learning_rate_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters, each parameter in one of them, for any `torch.optim` optimizer.
+
+    Args:
+        model: a task model or a `ShadowPeftModel`, also inside a wrapper such as `DistributedDataParallel`.
+        learning_rate: rate of everything but the backbone and its projection.
+        weight_decay: decay of matrices; norms, biases and 1-d parameters have none.
+        shadow_learning_rate_scale: rate of the backbone and its projection, in units of `learning_rate`.
+
+    Returns:
+        At most four groups with `params`, `lr` and `weight_decay`, those at `learning_rate` first, as a log reads the first.
+
+    Raises:
+        TypeError: the model holds no shadow adapter.
+        ValueError: a scale that is not finite or negative, or no trainable parameter.
+    """
+    if not (math.isfinite(shadow_learning_rate_scale) and shadow_learning_rate_scale >= 0):
+        raise ValueError(f"shadow_learning_rate_scale must be a number of at least 0, got {shadow_learning_rate_scale}.")
+    shadow = {id(p) for part in _backbones(model) for p in part.parameters()}
+    bare = _undecayed(model)
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members.setdefault((id(parameter) in shadow, id(parameter) in bare), []).append(parameter)
+    if not members:
+        raise ValueError("No parameter is trainable. Load the adapter with is_trainable=True to train it.")
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (shadow_learning_rate_scale if in_shadow else 1.0),
+            "weight_decay": 0.0 if is_bare else weight_decay,
+        }
+        for (in_shadow, is_bare), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    adapted = [module for module in model.modules() if isinstance(module, ShadowPeftModel)]
+    if not adapted:
+        raise TypeError(f"{type(model).__name__} holds no shadow adapter; wrap the base with get_shadow_model first.")
+    return [part for m in adapted for part in (m.shadow_model, m.shadow_hidden_projection)]
+
+
+def _undecayed(model: nn.Module) -> set[int]:
+    """Parameters of norms, biases (the stacked ones too, which are matrices) and vectors."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim < 2 or name.endswith("bias") or "norm" in type(module).__name__.lower()
+    }

@@ -1,0 +1,144 @@
+"""What every trainer here adds to the trainer that it subclasses.
+
+- the model is one whose shadow this trainer trains, and keeps its own `forward`: TRL binds one to the instance that
+  computes log-probabilities from the base's head without the adapter;
+- optimizer groups, see `groups`; the monitor, see `monitor`;
+- `base_loss` and `shadow_loss` in the log of TRL's trainers.
+
+`shadow_learning_rate_scale` is an argument of the trainer: `ShadowConfig` says what an adapter is and is stored with it,
+while a rate belongs to a run; and as a field of the arguments it would need a subclass of each of `TrainingArguments`,
+`SFTConfig`, `DPOConfig` and so on.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_optimizer import is_optimizer_factory
+
+from shadow_peft.task import TRAINER_TAG, ShadowTaskModel
+from shadow_peft.training.groups import parameter_groups
+from shadow_peft.training.monitor import GradientMonitor
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["TRAINER_TAG", "ShadowTrainerMixin", "mean_over_step", "refuse", "without_dropout"]
+
+#: Keys by which an optimizer of transformers brings its own groups.
+_OWN_GROUPS = ("params", "model", "optimizer_dict")
+
+
+class ShadowTrainerMixin:
+    """Goes before a trainer among the bases of a class.
+
+    Args:
+        model: the task model.
+        *args: positional arguments of the trainer.
+        shadow_learning_rate_scale: rate of the backbone and its projection, in units of the learning rate.
+        **kwargs: keyword arguments of the trainer.
+
+    Raises:
+        TypeError: the model is of another class than `trains`.
+        ValueError: a model that answers with the shadow alone, where the trainer needs the base path; an optimizer in
+            `optimizers` together with a scale.
+    """
+
+    trains: type[ShadowTaskModel] = ShadowTaskModel
+    """The class of models that this trainer trains."""
+
+    needs_base_path = True
+    """Whether a model that answers with the shadow alone is refused."""
+
+    # what the trainer brings
+    model: Any
+    args: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    get_optimizer_cls_and_kwargs: Any
+    callback_handler: Any
+    add_callback: Any
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def __init__(self, model: ShadowTaskModel, *args: Any, shadow_learning_rate_scale: float = 1.0, **kwargs: Any) -> None:
+        if not isinstance(model, self.trains):
+            raise TypeError(f"{type(self).__name__} trains a {self.trains.__name__}, got {type(model).__name__}.")
+        if self.needs_base_path and model.inference_mode != "base_shadow":
+            raise ValueError(f'{type(self).__name__} trains base and shadow together: set_inference_mode("base_shadow").')
+        self.shadow_learning_rate_scale = shadow_learning_rate_scale
+        bound = {name: forward for name, forward in model.__dict__.items() if name == "forward"}
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(bound)
+        if self.optimizer is not None and shadow_learning_rate_scale != 1:
+            raise ValueError(
+                "An optimizer in `optimizers` has its own groups: make them with parameter_groups, without a scale."
+            )
+        if not any(isinstance(callback, GradientMonitor) for callback in self.callback_handler.callbacks):
+            self.add_callback(GradientMonitor())
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer that the arguments name, with the groups of `parameter_groups`.
+
+        Raises:
+            ValueError: an optimizer that brings its own groups, and a scale other than 1.
+        """
+        if self.optimizer is None:
+            self.optimizer_cls_and_kwargs = self._grouped(self.model if model is None else model)
+        return super().create_optimizer(model)  # type: ignore[misc]
+
+    def _grouped(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        args, given = self.args, self.optimizer_cls_and_kwargs
+        kind, options = self.get_optimizer_cls_and_kwargs(args, model) if given is None else given
+        if is_optimizer_factory(kind) or any(key in options for key in _OWN_GROUPS):
+            if self.shadow_learning_rate_scale != 1:
+                raise ValueError(
+                    f"shadow_learning_rate_scale is {self.shadow_learning_rate_scale}, but optim={args.optim!r} makes its "
+                    "own parameter groups; choose another optimizer, or leave the scale at 1."
+                )
+            return kind, options
+        rate = options.get("lr", args.learning_rate)
+        groups = parameter_groups(model, rate, args.weight_decay, self.shadow_learning_rate_scale)
+        return kind, {**options, "params": groups}
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Add to what the next line of a TRL trainer's log averages."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].setdefault(name, []).append(float(value))
+
+
+def refuse(args: Any, names: tuple[str, ...], why: str) -> None:
+    """Refuse options of the arguments that are set.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    asked = [name for name in names if args is not None and getattr(args, name)]
+    if asked:
+        raise ValueError(f"{' and '.join(asked)}: {why}")
+
+
+def without_dropout(model: ShadowTaskModel) -> None:
+    """What TRL's `disable_dropout` means for the adapter, whose dropout is no module; its config says 0 from here on."""
+    peft = model.peft_model
+    if peft.shadow_config.dropout:
+        logger.info("disable_dropout: the adapter's dropout of %s becomes 0.", peft.shadow_config.dropout)
+        peft.shadow_config = replace(peft.shadow_config, dropout=0.0)
+
+
+def mean_over_step(total: Tensor, count: Tensor | int, steps: int, processes: int) -> Tensor:
+    """A share of a mean over a whole optimizer step, for trainers that average micro-batches and processes evenly.
+
+    Args:
+        total: sum over this micro-batch.
+        count: number of items in all `steps` micro-batches of all `processes`.
+        steps: gradient accumulation steps.
+        processes: processes that average their gradients.
+
+    Returns:
+        `total * steps * processes / count`: its mean over micro-batches and processes is the mean over the items.
+    """
+    return total * steps * processes / torch.as_tensor(count, device=total.device).clamp(min=1)

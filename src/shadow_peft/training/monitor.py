@@ -1,0 +1,144 @@
+"""Says, once, which parts of an adapter a training loop leaves without a gradient.
+
+Two things are watched for the first optimizer steps:
+
+- **Parts.** Each of backbone, projection, injection, update and task heads that has trainable parameters must have
+  received a gradient that is not zero. One step is no evidence: the up maps of a fresh adapter are zero, so the base path
+  sends nothing to the other parts before the second step.
+- **The shadow's own loss.** The base path reaches the backbone too, so gradients of parameters cannot tell a loop that drops
+  the shadow's loss from one that keeps it. What can: during a backward pass a gradient arrives at the model's `loss` or at
+  its `shadow_logits`, or it does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+from transformers.utils import ModelOutput
+
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.task import ShadowTaskModel
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("shadow_model", "shadow_hidden_projection", "shadow_injection_model", "shadow_update_model")
+OWN_LOSS = "the shadow's own loss"
+
+
+class GradientWatch:
+    """What reached an adapter so far, for a training loop of one's own.
+
+    Create it before the first forward pass and call `step()` before each `optimizer.step()`.
+
+    Args:
+        model: a task model or a `ShadowPeftModel`, also inside a wrapper.
+        steps: number of optimizer steps after which `missing()` is a verdict.
+
+    Raises:
+        TypeError: the model holds no shadow adapter.
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 3) -> None:
+        self.steps, self.seen = steps, 0
+        self._parts = _trainable_parts(model)
+        self._reached: set[str] = set()
+        self._wanted = set(self._parts)
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            if isinstance(module, ShadowTaskModel) and module.shadow_loss_weight > 0:
+                self._wanted.add(OWN_LOSS)
+                self._handles.append(module.register_forward_hook(self._listen))
+
+    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, ModelOutput):  # a tuple does not say which of its tensors is which
+            self._wanted.discard(OWN_LOSS)
+            return
+        for tensor in (output.get("loss"), output.get("shadow_logits")):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._hear)
+
+    def _hear(self, gradient: Tensor) -> None:
+        self._reached.add(OWN_LOSS)
+
+    def step(self) -> bool:
+        """Look at the gradients of an optimizer step that is due; True when enough steps were seen."""
+        for name in self._wanted.intersection(self._parts) - self._reached:
+            if any(p.grad is not None and bool(p.grad.any()) for p in self._parts[name]):
+                self._reached.add(name)
+        self.seen += 1
+        return self.seen >= self.steps
+
+    def missing(self) -> list[str]:
+        """Parts that nothing has reached."""
+        return sorted(self._wanted - self._reached)
+
+    def close(self) -> None:
+        """Stop watching."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class GradientMonitor(TrainerCallback):
+    """Warns once, through logging, about adapter parts that received no gradient in the first optimizer steps.
+
+    The trainers of this package add it by themselves; a stock `transformers.Trainer` takes it in `callbacks=[...]`. A run
+    shorter than `steps` ends without a verdict, and so does one under DeepSpeed, which keeps gradients to itself.
+
+    Args:
+        steps: optimizer steps before the verdict, counted from the start of a run, also of a resumed one.
+
+    Raises:
+        ValueError: `steps` is smaller than 2: the first step of a fresh adapter proves nothing.
+    """
+
+    def __init__(self, steps: int = 3) -> None:
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, got {steps}: a fresh adapter's first step proves nothing.")
+        self.steps = steps
+        self._watch: GradientWatch | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Start to watch."""
+        self._end()
+        if args.deepspeed_plugin is not None:
+            logger.info("Gradients are not monitored under DeepSpeed, which keeps them to itself.")
+            return
+        self._watch = GradientWatch(model, self.steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients of the whole step, accumulated and clipped; report after the last watched one."""
+        if self._watch is not None and self._watch.step():
+            missing = self._watch.missing()
+            self._end()
+            if missing:
+                logger.warning(
+                    "No gradient reached %s of the shadow adapter in the first %d optimizer steps: it is not trained. "
+                    "Train with the trainers of shadow_peft.training, or use the `loss` that the model returns; "
+                    "freeze what shall not be trained.",
+                    " and ".join(missing),
+                    self.steps,
+                )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+
+def _trainable_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    adapted = [module for module in model.modules() if isinstance(module, ShadowPeftModel)]
+    if not adapted:
+        raise TypeError(f"{type(model).__name__} holds no shadow adapter to monitor.")
+    parts: dict[str, nn.Module] = {}
+    for m in adapted:
+        parts |= {name: m.get_submodule(name) for name in PARTS} | dict(m.task_heads.items())
+    trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+    return {name: parameters for name, parameters in trainable.items() if parameters}

@@ -1,0 +1,171 @@
+"""Rows of any columns as prompts and completions, declared by template strings over the columns.
+
+    prompt:      "Question: {question}\\nAnswer:"
+    completion:  " {answer}"                            {choices[0]} of a list, {answers[text][0]} inside a struct
+
+Class labels of a dataset stand for their names. Without templates, rows must have columns that are read as they are:
+`prompt` and `completion`, `messages`, or `text`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from shadow_peft.training.examples import BadDataError, Example, checked, last_turn_as_completion
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What becomes prompt and completion.
+
+    Args:
+        prompt: template of the prompt; None reads the columns as they are.
+        completion: template of the completion.
+        completion_if_missing: the completion where the template asks for an entry of an empty list.
+        class_column: a column of class indices to show as `class_names`.
+        class_names: name of each class.
+        chat: prompt and completion are a user's and an assistant's turn, for the chat template.
+
+    Raises:
+        ValueError: one template without the other, or names without a column.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    completion_if_missing: str | None = None
+    class_column: str | None = None
+    class_names: list[str] | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion are templates of one example: give both or neither")
+        if (self.class_column is None) != (self.class_names is None):
+            raise ValueError("class_column and class_names go together: give both or neither")
+        if not self.has_templates and (self.chat or self.class_names or self.completion_if_missing is not None):
+            raise ValueError("chat, class_names and completion_if_missing belong to the templates prompt and completion")
+
+    @property
+    def has_templates(self) -> bool:
+        """Whether prompt and completion are built from columns."""
+        return self.prompt is not None
+
+
+def formatted(rows: Dataset, form: Form, where: str) -> Dataset:
+    """The rows with the columns that a trainer reads.
+
+    Args:
+        rows: any columns.
+        form: templates.
+        where: name of the data for errors.
+
+    Returns:
+        A dataset with `prompt` and `completion`, or with `text`.
+
+    Raises:
+        BadDataError: naming a missing column, or every bad row with its number, counted from 1.
+    """
+    if form.has_templates:
+        _require_columns(rows, form, where)
+        return _mapped(_named_classes(rows, form, where), form, where)
+    columns = set(rows.column_names)
+    if {"prompt", "completion"} <= columns or "messages" in columns:
+        return _mapped(rows, form, where)
+    if "text" in columns:
+        return rows.select_columns(["text"])
+    raise BadDataError(
+        [f"{where}: no columns prompt and completion, messages or text among {', '.join(rows.column_names)}; give templates"]
+    )
+
+
+def _mapped(rows: Dataset, form: Form, where: str) -> Dataset:
+    problems: list[str] = []
+
+    def convert(row: Row, index: int) -> Example:
+        try:
+            return _filled(row, form) if form.has_templates else _as_it_is(row)
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            problems.append(f"{where}: row {index + 1}: {_said(error)}")
+            return {"prompt": None, "completion": None}
+
+    examples = rows.map(
+        convert, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"Reading {where}"
+    )
+    if not len(rows):
+        problems.append(f"{where}: no examples")
+    if problems:
+        raise BadDataError(problems)
+    return examples
+
+
+def _as_it_is(row: Row) -> Example:
+    example = checked(row)
+    return last_turn_as_completion(example) if "messages" in example else example
+
+
+def _filled(row: Row, form: Form) -> Example:
+    """Both templates over one row."""
+    assert form.prompt is not None
+    assert form.completion is not None
+    prompt = form.prompt.format_map(row)
+    try:
+        completion = form.completion.format_map(row)
+    except IndexError:
+        if form.completion_if_missing is None:
+            raise
+        completion = form.completion_if_missing
+    example = checked({"prompt": prompt, "completion": completion})
+    return _as_turns(example) if form.chat else example
+
+
+def _as_turns(example: Example) -> Example:
+    prompt = [{"role": "user", "content": example["prompt"]}]
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": example["completion"]}]}
+
+
+def _require_columns(rows: Dataset, form: Form, where: str) -> None:
+    wanted = {name for template in (form.prompt, form.completion) for name in _columns_of(str(template))}
+    wanted |= {form.class_column} if form.class_column else set()
+    missing = sorted(wanted - set(rows.column_names))
+    if missing:
+        raise BadDataError([f"{where}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}"])
+
+
+def _columns_of(template: str) -> set[str]:
+    """The columns that a template reads: `choices` of `{choices[0]}`."""
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise BadDataError([f"the template {template!r} is not well formed: {error}"]) from error
+    return {name.split("[")[0].split(".")[0] for name in fields}
+
+
+def _named_classes(rows: Dataset, form: Form, where: str) -> Dataset:
+    """The rows with names where they had indices of classes."""
+    names = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)}
+    if form.class_column is not None and form.class_names is not None:
+        names[form.class_column] = form.class_names
+    for column, chosen in names.items():
+        rows = _with_names(rows, column, chosen, where)
+    return rows
+
+
+def _with_names(rows: Dataset, column: str, names: list[str], where: str) -> Dataset:
+    indices = rows[column]
+    wrong = [f"{where}: row {i + 1}: {column} {v!r} is no index of {len(names)} names" for i, v in enumerate(indices)
+             if not (isinstance(v, int) and 0 <= v < len(names))]  # fmt: skip
+    if wrong:
+        raise BadDataError(wrong)
+    return rows.remove_columns(column).add_column(column, [names[index] for index in indices])
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"the template does not fit: {type(error).__name__}: {error}"

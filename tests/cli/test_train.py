@@ -1,0 +1,251 @@
+"""`shadow-peft train`: where data come from, evaluation, early stopping, resuming, the card, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from shadow_peft.cli import main
+from shadow_peft.cli.loading import load_model
+from shadow_peft.training.card import loss_curves
+from shadow_peft.training.examples import BadDataError
+from shadow_peft.training.sources import load_examples
+from shadow_peft.training.templates import Form
+from tests.cli.conftest import write_lines
+
+ROWS = [{"q": f"say {i}", "a": f"{i} {i}", "options": [f"{i}"] if i % 2 else []} for i in range(8)]
+FORM = Form(prompt="{q}:", completion=" {a}")
+QUIET = ["--disable_tqdm", "True", "--use_cpu", "--per_device_train_batch_size", "4"]
+
+
+def trained(model: Path, data: Path, output: Path, *options: str) -> dict[str, Any]:
+    """The state of a run of the command."""
+    places = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    assert main(["train", *places, *QUIET, *options]) == 0
+    state: dict[str, Any] = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What the command says where it refuses."""
+    assert main(["train", *options]) == 1
+    return capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "saved"])
+def test_data_of_every_kind_gives_the_same_examples(kind: str, tmp_path: Path) -> None:
+    rows, path = Dataset.from_list([{"q": row["q"], "a": row["a"]} for row in ROWS]), tmp_path / f"rows.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        rows.to_parquet(path / "train.parquet")
+    elif kind == "saved":
+        DatasetDict(train=rows).save_to_disk(str(path))
+    else:
+        getattr(rows, f"to_{kind.removesuffix('l')}")(path)
+    examples = load_examples(str(path), FORM)
+    assert examples[3] == {"prompt": "say 3:", "completion": " 3 3"}
+    assert len(examples) == len(ROWS)
+
+
+def test_split_may_be_a_slice(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", ROWS)
+    assert load_examples(str(path), FORM, split="train[:25%]")["prompt"] == ["say 0:", "say 1:"]
+
+
+def test_plain_text_is_left_as_it_is(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": "once", "id": 1}]).to_csv(tmp_path / "d.csv")
+    assert load_examples(str(tmp_path / "d.csv"), Form()).to_list() == [{"text": "once"}]
+
+
+def test_chat_turns_from_templates(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", ROWS)
+    example = load_examples(str(path), Form(prompt="{q}", completion="{a}", chat=True))[1]
+    assert example["prompt"] == [{"role": "user", "content": "say 1"}]
+    assert example["completion"] == [{"role": "assistant", "content": "1 1"}]
+
+
+def test_completion_where_a_list_is_empty(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", ROWS)
+    with pytest.raises(BadDataError, match="row 1: the template does not fit: IndexError"):
+        load_examples(str(path), Form(prompt="{q}", completion="{options[0]}"))
+    examples = load_examples(str(path), Form(prompt="{q}", completion="{options[0]}", completion_if_missing="none"))
+    assert examples["completion"][:2] == ["none", "1"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "said"),
+    [
+        (ROWS, Form(prompt="{question}", completion="{a}"), "no column question; it has q, a, options"),
+        (ROWS, Form(prompt="{q", completion="{a}"), "not well formed"),
+        (ROWS, Form(prompt="{q}", completion="{a}", class_column="a", class_names=["x"]), "row 1: a '0 0' is no index"),
+        ([{"q": "x", "a": " "}], FORM, "row 1: 'completion' is empty"),
+        ([{"messages": [{"role": "user", "content": "x"}] * 2}], Form(), "row 1: the last message must be"),
+        (ROWS, Form(), "no columns prompt and completion, messages or text among q, a, options; give templates"),
+    ],
+)
+def test_bad_rows_are_named(rows: list[Any], form: Form, said: str, tmp_path: Path) -> None:
+    Dataset.from_list(rows).to_json(tmp_path / "d.json")
+    with pytest.raises(BadDataError, match=f"d.json: .*{said}" if "well" not in said else said):
+        load_examples(str(tmp_path / "d.json"), form)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_file_that_cannot_be_read_is_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(BadDataError, match=r"d\.json: "):
+        load_examples(str(tmp_path / "d.json"), FORM)
+
+
+def test_half_a_form_is_refused() -> None:
+    for wrong in ({"prompt": "x"}, {"chat": True}, {"prompt": "x", "completion": "y", "class_names": ["a"]}):
+        with pytest.raises(ValueError, match=r"both or neither|belong to the templates"):
+            Form(**wrong)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_options_from_a_file_and_the_card(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model_folder}\ndata: {data_file}\noutput: {tmp_path / 'wrong'}\neval_fraction: 0.25\nmax_steps: 4\n"
+        "logging_steps: 1\ninjection_hidden_size: 4\nalpha: 0.3\nlearning_rate: 1e-2\nshadow_loss_weight: 0.5\nseed: 3\n"
+    )
+    out = tmp_path / "adapter"
+    assert main(["train", "--config", str(recipe), "--output", str(out), *QUIET]) == 0
+    config = json.loads((out / "shadow_config.json").read_text())
+    assert (config["injection_hidden_size"], config["alpha"]) == (4, 0.3)
+    results = json.loads((out / "all_results.json").read_text())
+    card = ModelCard.load(out / "README.md", ignore_metadata_errors=True)
+    assert card.data.library_name == "shadow-peft"
+    assert card.data.base_model is None  # a folder of this machine is no id
+    figures = [f"| eval loss | {results['eval_loss']:.6g} |", "| seed | 3 |", f"| torch | {torch.__version__} |"]
+    command = f"shadow-peft train --config {recipe} --output {out}"
+    for said in ("12 training, 4 evaluation", "0.25 held out", command, "losses.png", *figures):
+        assert said in card.text, said
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_curves_are_both_losses_over_the_steps() -> None:
+    log: list[dict[str, float]] = [
+        {"loss": 3.0, "base_loss": 2.0, "shadow_loss": 2.5, "step": 1},
+        {"loss": 2.0, "base_loss": 1.0, "shadow_loss": 2.0, "step": 2},
+        {"eval_loss": 9.0, "step": 2},
+        {"train_loss": 5.0, "step": 2},
+    ]
+    curves = {"base_loss": [(1, 2.0), (2, 1.0)], "shadow_loss": [(1, 2.5), (2, 2.0)], "eval_loss": [(2, 9.0)]}
+    assert loss_curves(log) == curves
+
+
+def test_resumed_run_ends_where_the_whole_one_does(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    options = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
+    whole = trained(model_folder, data_file, tmp_path / "whole", *options)
+    cut = tmp_path / "cut"
+    trained(model_folder, data_file, cut, *options[2:], "--max_steps", "2")
+    resumed = trained(model_folder, data_file, cut, *options, "--resume_from_checkpoint", "last")
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, resumed)]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+    one, other = (load_file(tmp_path / run / "shadow_adapter.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_early_stopping_keeps_the_best(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    often = ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    options = ["--eval_fraction", "0.25", "--max_steps", "20", "--early_stopping_patience", "2", "--learning_rate", "30"]
+    state = trained(model_folder, data_file, tmp_path / "out", *often, *options, "--lr_scheduler_type", "constant")
+    losses = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    assert state["global_step"] < 20
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
+def test_lora_is_trained_by_the_same_command(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    trained(model_folder, data_file, tmp_path / "lora", "--max_steps", "2", "--use_peft", "--lora_r", "3", "--use_dora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"]) == (3, True)
+    assert "adapted with DoRA" in (tmp_path / "lora" / "README.md").read_text()
+    loaded = load_model(str(tmp_path / "lora"))  # as `shadow-peft eval --model` takes it
+    assert any("lora_magnitude_vector" in name for name in loaded.state_dict())
+
+
+def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    options = [
+        "--max_steps",
+        "1",
+        "--packing",
+        "--packing_strategy",
+        "wrapped",
+        "--max_length",
+        "16",
+        "--logging_steps",
+        "1",
+    ]
+    state = trained(model_folder, data_file, tmp_path / "packed", *options)
+    assert state["log_history"][0]["num_tokens"] == 4 * 16
+
+
+# ---------------------------------------------------------------- what is refused, before anything is written
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--eval_fraction", "0.1", "--eval_split", "test"], "--eval_fraction holds out a part"),
+        (["--eval_fraction", "1.5"], "must lie between 0 and 1, got 1.5"),
+        (["--eval_strategy", "steps"], "--eval_strategy needs --eval_data"),
+        (["--early_stopping_patience", "2", "--eval_fraction", "0.1"], "give --eval_strategy and --save_strategy"),
+        (["--early_stopping_patience", "2", "--eval_fraction", "0.1", "--eval_strategy", "steps", "--eval_steps", "3",
+          "--save_steps", "4"], "must be a multiple of --eval_steps"),
+        (["--lora_r", "8"], "--lora_r belongs to LoRA; add --use_peft"),
+        (["--use_peft", "--num_shadow_layers", "2"], "--num_shadow_layers belongs to a shadow"),
+        (["--use_peft", "--export"], "--export belongs to a shadow"),
+        (["--model_name_or_path", "x"], "give the base as --model"),
+        (["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "/nowhere"], "is no checkpoint of a trainer"),
+        (["--prompt", "{q}"], "give both or neither"),
+        (["--data_split", "test"], 'Unknown split "test"'),
+        (["--report_to", "a_diary"], "a_diary is not supported"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_one_message(
+    options: list[str], said: str, model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(out)]
+    assert said in refused(capsys, *places, *QUIET, *options)
+    assert not out.exists()
+
+
+def test_file_of_options_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [")
+    (tmp_path / "unknown.yaml").write_text("model: m\ndata: d\noutput: o\ninjection_size: 3\n")
+    assert "nowhere.yaml" in refused(capsys, "--config", str(tmp_path / "nowhere.yaml"))
+    assert "broken.yaml" in refused(capsys, "--config", str(tmp_path / "broken.yaml"))
+    assert "injection_size" in refused(capsys, "--config", str(tmp_path / "unknown.yaml"))
+
+
+def test_what_fsdp_cannot_do_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    places = ["--model", "m", "--data", "d", "--output", "o"]
+    assert "--export needs the base in one process" in refused(capsys, *places, "--export")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert "fsdp_cpu_ram_efficient_loading: false" in refused(capsys, *places)
+
+
+def test_output_that_is_a_file_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in refused(capsys, "--model", "m", "--data", "d", "--output", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"

@@ -1,0 +1,195 @@
+"""Drafting for a batch: every row keeps what it accepts, and every text is that of ordinary decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.ragged import Draft, accept, shifted
+from tests.test_drafting import DRAFT, LONG, EndsWith, agreeing, count_tokens
+from tests.test_generation import CROPPABLE, FAMILIES
+from tests.tiny_models import causal_lm, llama, stirred, tokens
+
+
+def padded(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths, padded on the left."""
+    ids = tokens(rows, length)
+    for row in range(rows):
+        ids[row, : 2 * row] = 0
+    return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+@pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])
+def test_fake_drafters_change_nothing(agreement: str) -> None:
+    model, batch = agreeing(agreement), padded()
+    expected = model.generate(**batch, **LONG)
+    output = model.generate(**batch, return_dict_in_generate=True, **LONG, **DRAFT)
+    assert torch.equal(output.sequences, expected)
+    statistics = output.draft_statistics
+    assert statistics.accepted + statistics.base_passes == 4 * 24
+    assert {"always": statistics.acceptance_rate == 1, "never": statistics.accepted == 0}.get(agreement, True)
+    assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("name", CROPPABLE)
+def test_the_real_shadow_of_every_family(name: str) -> None:
+    model, batch = causal_lm(FAMILIES[name](), num_shadow_layers=2), padded()
+    expected = model.generate(**batch, **LONG)
+    assert torch.equal(model.generate(**batch, **LONG, **DRAFT), expected)
+    assert torch.equal(model.generate(**batch, **LONG, use_shadow_draft=True), expected)
+
+
+def test_rows_accept_different_numbers() -> None:
+    """The point of it: rows need different numbers of passes, and no row waits for another's rejections."""
+    model, batch = agreeing("sometimes"), padded()
+    together = model.generate(**batch, return_dict_in_generate=True, **LONG, **DRAFT).draft_statistics
+    alone = [
+        model.generate(ids[None], attention_mask=mask[None], return_dict_in_generate=True, **LONG, **DRAFT).draft_statistics
+        for ids, mask in zip(*batch.values(), strict=True)
+    ]
+    assert len({one.base_passes for one in alone}) > 1
+    assert together.base_passes == sum(one.base_passes for one in alone)
+    assert together.accepted == sum(one.accepted for one in alone)
+
+
+def test_rows_end_on_their_own() -> None:
+    model, batch = agreeing("sometimes"), padded()
+    whole = model.generate(**batch, **LONG)[:, 9:]
+    for cut in range(1, 20, 3):
+        ends: dict[str, dict[str, Any]] = {
+            "eos": {"eos_token_id": [int(whole[0, cut]), int(whole[2, cut // 2])], "pad_token_id": 0},
+            "length": {"max_new_tokens": cut},
+            "criteria": {"stopping_criteria": StoppingCriteriaList([EndsWith(whole[1, cut - 1 : cut + 1].tolist())])},
+        }
+        for name, end in ends.items():
+            settings = {**LONG, **end}
+            expected = model.generate(**batch, **settings)
+            assert torch.equal(model.generate(**batch, **settings, **DRAFT), expected), (name, cut)
+
+
+class Biased(LogitsProcessor):
+    """Depends on the row, on the length and on the whole text."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, input_ids.shape[1] % 7] += 3 * torch.arange(len(scores)) / len(scores)
+        return scores.scatter_add(1, input_ids, torch.full_like(scores.gather(1, input_ids), -0.5))
+
+
+def test_logits_processors_see_every_rows_own_text() -> None:
+    model, batch = agreeing("sometimes"), padded()
+    settings = {**LONG, "repetition_penalty": 1.3, "logits_processor": LogitsProcessorList([Biased()])}
+    assert torch.equal(model.generate(**batch, **settings, **DRAFT), model.generate(**batch, **settings))
+
+
+def test_scores_and_logits_of_every_place() -> None:
+    model, batch = agreeing("sometimes"), padded()
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
+    drafted, plain = (model.generate(**batch, **LONG, **wanted, **how) for how in (DRAFT, {}))
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(drafted[name]), torch.stack(plain[name]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])
+def test_no_token_passes_the_backbone_twice(agreement: str) -> None:
+    model = agreeing(agreement)
+    counts: dict[nn.Module, list[int]] = {model.peft_model.shadow_model: [], model.peft_model.base_model: []}
+    for module, counted in counts.items():
+        count_tokens(module, counted)
+    model.generate(**padded(), **LONG, **DRAFT)
+    backbone, base = map(sum, counts.values())
+    assert backbone == base
+
+
+def test_several_samples_of_one_prompt_keep_the_bases_distribution() -> None:
+    """The third sampled token's distribution over a small vocabulary, 600 rows in one batch; chi square."""
+    torch.manual_seed(1)
+    base = llama(vocab_size=6)
+    config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
+    model = ShadowForCausalLM(stirred(get_shadow_model(base, config))).eval()
+    with torch.no_grad():
+        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(1.5)
+        base.lm_head.weight.mul_(8)
+    prompt, draws = torch.tensor([[3, 4, 5]]), 600
+    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "num_return_sequences": draws, "eos_token_id": None}
+    output = model.generate(prompt, return_dict_in_generate=True, **settings, **DRAFT)
+    assert 0.2 < output.draft_statistics.acceptance_rate < 0.95
+    counts = torch.bincount(output.sequences[:, 4], minlength=6)
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].softmax(-1)
+        pairs = torch.cat([prompt.expand(6, -1), torch.arange(6)[:, None]], 1)
+        expected = (first[:, None] * model(pairs).logits[:, -1].softmax(-1)).sum(0) * draws
+    assert ((counts - expected).square() / expected).sum() < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_the_rule_of_acceptance_by_enumeration() -> None:
+    """Accepted or redrawn, a token has the base's probability: 200,000 rows of one position."""
+    torch.manual_seed(0)
+    p, q = torch.tensor([0.5, 0.3, 0.15, 0.05]), torch.tensor([0.1, 0.6, 0.05, 0.25])
+    rows = 200_000
+    drafted = torch.multinomial(q, rows, replacement=True)[:, None]
+    logits = torch.stack([p.log(), torch.tensor([0.7, 0.1, 0.1, 0.1]).log()]).expand(rows, -1, -1)
+    accepted, token = accept(Draft(drafted, q.log().expand(rows, 1, -1), torch.ones(rows, 1)), logits, do_sample=True)
+    first = torch.where(accepted.bool(), drafted[:, 0], token)
+    torch.testing.assert_close(torch.bincount(first) / rows, p, rtol=0, atol=0.005)
+    torch.testing.assert_close(accepted.float().mean(), torch.minimum(p, q).sum(), rtol=0, atol=0.005)
+    after = torch.bincount(token[accepted.bool()]) / accepted.sum()
+    torch.testing.assert_close(after, logits[0, 1].exp(), rtol=0, atol=0.005)
+
+
+def test_adaptive_drafts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model: 0.2)
+    adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True, "num_assistant_tokens": 8}
+    right, wrong = agreeing("always"), agreeing("never")
+    for model in (right, wrong):
+        with torch.no_grad():
+            for head in (model.peft_model.base_model.lm_head, model.peft_model.task_heads["shadow_lm_head"]):
+                head.weight.mul_(60)
+    output = right.generate(**padded(), max_new_tokens=60, do_sample=False, **adaptive)
+    assert output.draft_statistics.tokens_per_base_pass > 4
+    output = wrong.generate(**padded(), max_new_tokens=60, do_sample=False, **adaptive)
+    assert 0 < output.draft_statistics.drafted * 0.2 <= 0.1 * output.draft_statistics.base_passes
+
+
+def test_a_batch_continues_from_a_cached_prefix_and_empties_the_cache() -> None:
+    model, ids = agreeing("sometimes"), tokens(3, 12)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    produced = model.generate(ids, past_key_values=cache, **LONG, **DRAFT)
+    assert torch.equal(produced, model.generate(ids, **LONG))
+    assert cache.get_seq_length() == 0
+
+
+def test_embedded_prompts_and_chunks() -> None:
+    model, batch = agreeing("sometimes"), padded()
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    assert torch.equal(model.generate(**given, **LONG, **DRAFT), model.generate(**given, **LONG))
+    chunks = {**batch, "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(**chunks, **LONG, **DRAFT), model.generate(**batch, **LONG))
+
+
+class Stream(BaseStreamer):
+    def put(self, value: torch.Tensor) -> None: ...
+    def end(self) -> None: ...
+
+
+def test_what_a_batch_cannot_draft_is_said() -> None:
+    model, batch = agreeing("always"), padded()
+    with pytest.raises(ValueError, match="dynamic cache of attention layers"):
+        model.generate(**batch, cache_implementation="offloaded", **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="no attentions"):
+        model.generate(**batch, output_hidden_states=True, return_dict_in_generate=True, **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="streamer"):
+        model.generate(**batch, streamer=Stream(), **LONG, **DRAFT)
+
+
+def test_rows_are_shifted() -> None:
+    rows = torch.arange(1, 9).view(2, 4)
+    assert shifted(rows, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [0, 0, 0, 5]]
+    states = rows[:, None, :, None].expand(-1, 2, -1, 3)
+    assert shifted(states, torch.tensor([1, 2]), -2)[:, 1, :, 2].tolist() == [[0, 1, 2, 3], [0, 0, 5, 6]]

@@ -1,0 +1,133 @@
+"""The variant "transient": layers read a correction that the stream does not keep, and a gate reads the shadow out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.readout import ShadowReadoutModel, read_out
+from shadow_peft.transient import correct, projected_states
+from tests.test_formulas import D, R, draw
+from tests.tiny_models import causal_lm, gpt2, llama, qwen3, tokens
+
+
+def reference(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    delta = alpha * torch.einsum("btd,dr,re->bte", h - s, down, up)
+    return h + delta, delta
+
+
+def inputs() -> tuple[Tensor, ...]:
+    return draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_correct_is_the_formula(grad: bool) -> None:
+    h, s, down, up = inputs()
+    with torch.set_grad_enabled(grad):
+        found = correct(h, s @ down, down, up, 0.4)
+    for value, expected in zip(found, reference(h, s, down, up, 0.4), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_correct(dropout: float) -> None:
+    def seeded(h: Tensor, s: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return correct(h, s @ down, down, up, 0.4, dropout)
+
+    assert torch.autograd.gradcheck(seeded, inputs())
+
+
+def test_what_is_dropped_is_z() -> None:
+    h, s, down, up = draw(64, 64, D, seed=1), draw(64, 64, D, seed=2), draw(D, 1), draw(1, D)
+    torch.manual_seed(0)
+    ratio = (correct(h, s @ down, down, up, 1.0, 0.25)[1] / reference(h, s, down, up, 1.0)[1])[..., 0]
+    assert set(ratio.round(decimals=6).unique().tolist()) == {0.0, round(1 / 0.75, 6)}
+    assert abs((ratio == 0).double().mean().item() - 0.25) < 0.03
+
+
+def test_states_are_projected_for_all_layers_at_once() -> None:
+    s, downs = draw(2, 3, D), draw(4, D, R)
+    expected = torch.stack([s @ down for down in downs])
+    torch.testing.assert_close(projected_states(s, downs), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_read_out_is_the_formula() -> None:
+    h, s, down, up, bias = draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D), draw(D)
+    expected = h + torch.tanh(h @ down @ up + bias) * (s - h)
+    torch.testing.assert_close(read_out(h, s, down, up, bias), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fresh_read_out_and_a_fresh_adapter_change_no_bit() -> None:
+    h, s = torch.randn(2, 3, D), torch.randn(2, 3, D)
+    assert torch.equal(ShadowReadoutModel(D, R)(h, s), h)
+    base, ids = llama(), tokens()
+    expected = base(ids).logits
+    assert torch.equal(get_shadow_model(base, ShadowConfig())(ids).logits, expected)
+
+
+def test_every_part_of_a_fresh_adapter_learns_soon() -> None:
+    """The maps behind zeros get a gradient with the second step."""
+    torch.manual_seed(0)
+    model, ids = ShadowForCausalLM(get_shadow_model(llama(), ShadowConfig())).train(), tokens()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert not [name for name, p in parameters.items() if not p.grad.any()]
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps, every storage once, parameters apart."""
+    known, kept = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(size for size, _ in kept.values())
+
+
+def test_a_layer_keeps_its_thin_product_alone() -> None:
+    """Per token and layer: r numbers, since h + delta is kept by the layer's norm anyway."""
+
+    def kept(layers: int, rank: int) -> int:
+        model = causal_lm(llama(num_hidden_layers=layers), injection_hidden_size=rank).train()
+        ids = tokens(2, 16)
+        return saved_bytes(lambda: model(ids, labels=ids, use_cache=False).loss, [*model.parameters(), *model.buffers()])
+
+    def per_layer(rank: int) -> float:
+        return (kept(6, rank) - kept(4, rank)) / 2 / 32
+
+    assert per_layer(24) - per_layer(8) == 4 * 16
+
+
+@pytest.mark.parametrize("family", [llama, qwen3, gpt2])
+def test_cached_steps_equal_the_full_forward(family: Callable[[], object]) -> None:
+    model, ids = causal_lm(family()), tokens(2, 9)
+    with torch.no_grad():
+        full, cache, rows = model(ids).logits, None, []
+        for place in range(9):
+            output = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(output.logits)
+    torch.testing.assert_close(torch.cat(rows, 1), full, rtol=0, atol=2e-5)
+
+
+def test_the_bare_base_stays_bare() -> None:
+    base, ids = llama(), tokens()
+    expected, model = base(ids).logits, causal_lm(base)
+    assert not torch.equal(model(ids).logits, expected)
+    assert torch.equal(base(ids).logits, expected)
+    assert torch.equal(model.peft_model.unload()(ids).logits, expected)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in base.modules())

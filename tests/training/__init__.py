@@ -1,0 +1,1 @@
+"""Every trainer against steps written by hand."""
