@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.quality.sweep --peer /path/to/python/with/shadow-peft-0.1.1
     ... --methods lora ours --tasks robot --stages rates seeds
 
-Stage `rates` runs the whole grid with seed 0; stage `seeds` runs the other seeds at the rate that had the lowest loss on
-dev for that method and task.
+Stage `rates` runs the whole grid on two of the tasks with seed 0; stage `seeds` runs every task and seed at the rate that had
+the lowest mean loss on dev of those two, for each method.
 """
 
 from __future__ import annotations
@@ -24,29 +24,34 @@ from benchmarks.quality.tasks import DATA, ROOT, TASKS
 
 GRID = (3e-3, 1e-2, 1e-3)
 SEEDS = (0, 1, 2)
+CHOOSING = ("robot", "signature")
 PEER = "shadow-peft-0.1.1"
 
 Run: TypeAlias = tuple[str, str, int, float]
 
 
-def chosen_rate(method: str, task: str, folder: Path = RESULTS) -> float | None:
-    """The rate of the grid with the lowest loss on dev at seed 0; None where nothing was run."""
-    losses = {}
-    for rate in GRID:
-        path = path_of(method, task, SEEDS[0], rate, folder)
-        if path.exists():
-            losses[rate] = json.loads(path.read_text(encoding="utf-8"))["dev"]["loss"]
-    return min(losses, key=lambda rate: losses[rate]) if losses else None
+def dev_losses(method: str, rate: float, folder: Path) -> list[float]:
+    """Losses on dev at a rate, of the tasks on which rates are chosen, as far as they were run."""
+    paths = [path_of(method, task, SEEDS[0], rate, folder) for task in CHOOSING]
+    return [json.loads(path.read_text(encoding="utf-8"))["dev"]["loss"] for path in paths if path.exists()]
+
+
+def chosen_rate(method: str, folder: Path = RESULTS) -> float | None:
+    """The rate of the grid with the lowest mean loss on dev, among those that were run on most tasks; None of none."""
+    losses = {rate: dev_losses(method, rate, folder) for rate in GRID}
+    most = max(map(len, losses.values()))
+    complete = {rate: sum(found) for rate, found in losses.items() if len(found) == most}
+    return min(complete, key=lambda rate: complete[rate]) if most else None
 
 
 def runs(stage: str, methods: list[str], tasks: list[str]) -> Iterator[Run]:
-    """The runs of a stage, those of one task after another, so that a stop leaves whole columns."""
-    for task in tasks:
-        for method in methods:
-            if stage == "rates":
-                yield from ((method, task, SEEDS[0], rate) for rate in GRID)
-            elif (rate := chosen_rate(method, task)) is not None:
-                yield from ((method, task, seed, rate) for seed in SEEDS[1:])
+    """The runs of a stage, seed after seed and task after task, so that a stop leaves whole columns."""
+    if stage == "rates":
+        yield from ((m, task, SEEDS[0], rate) for task in tasks if task in CHOOSING for m in methods for rate in GRID)
+        return
+    for seed in SEEDS:
+        for task in tasks:
+            yield from ((m, task, seed, rate) for m in methods if (rate := chosen_rate(m)) is not None)
 
 
 def start(run: Run, peer: str | None) -> None:

@@ -26,7 +26,7 @@ COSTS = {"trainable": "trained", "cpu_seconds": "CPU s", "peak_memory_mb": "peak
 
 def results(method: str, task: str) -> list[Result]:
     """The runs of a method on a task at its chosen rate, one for each seed that was run."""
-    rate = chosen_rate(method, task)
+    rate = chosen_rate(method)
     paths = [] if rate is None else [path_of(method, task, seed, rate) for seed in SEEDS]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
