@@ -111,12 +111,16 @@ class Shadowed(nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
 
             targets = "all-linear" if o.lora_targets == "all-linear" else o.lora_targets.split(",")
-            base = inject_adapter_in_model(LoraConfig(r=o.lora, lora_alpha=2 * o.lora, target_modules=targets, task_type="CAUSAL_LM"), base)
+            base = inject_adapter_in_model(
+                LoraConfig(r=o.lora, lora_alpha=2 * o.lora, target_modules=targets, task_type="CAUSAL_LM"), base
+            )
         self.base = base
         layers = base.model.layers[o.start :]
         n, inputs = len(layers), 2 if o.inject in ("untied", "glu") else 1
         count = 1 if o.share else n
-        self.downs = nn.ParameterList([nn.Parameter(torch.empty(inputs * d, o.rank).normal_(std=o.down_std)) for _ in range(count)])
+        self.downs = nn.ParameterList(
+            [nn.Parameter(torch.empty(inputs * d, o.rank).normal_(std=o.down_std)) for _ in range(count)]
+        )
         wide = o.rank // 2 if o.inject == "glu" else o.rank
         self.ups = nn.ParameterList([nn.Parameter(torch.zeros(wide, d)) for _ in range(n)])
         self.alphas = nn.Parameter(torch.full((n,), o.alpha), requires_grad=o.learn_alpha)
@@ -124,7 +128,9 @@ class Shadowed(nn.Module):
             self.taken = nn.Parameter(torch.full((n, d if o.learn_transient == "vector" else 1), o.transient))
         self.norm = nn.LayerNorm(d) if o.update != "none" else None
         self.h_norm = nn.ModuleList([nn.RMSNorm(d) for _ in range(n)]) if o.inject in ("norm", "silu") or o.normed else None
-        self.updates = nn.ModuleList([Update(d, o.gate, o.update, o.gate_bias) for _ in range(n - 1)] if o.update != "none" else [])
+        self.updates = nn.ModuleList(
+            [Update(d, o.gate, o.update, o.gate_bias) for _ in range(n - 1)] if o.update != "none" else []
+        )
         if o.readout == "vector":
             self.readout_gate: Any = nn.Parameter(torch.zeros(d))
         elif o.readout != "none":
@@ -189,7 +195,9 @@ class Shadowed(nn.Module):
         if o.readout == "vector":
             g = torch.tanh(self.readout_gate)
         else:
-            z = self.readout_gate(torch.cat([h, s0], -1) if o.readout_input == "hs" else (s0 if o.readout_input == "s" else h))
+            z = self.readout_gate(
+                torch.cat([h, s0], -1) if o.readout_input == "hs" else (s0 if o.readout_input == "s" else h)
+            )
             g = torch.tanh(z) if o.readout == "tanh" else torch.sigmoid(z)
         out = torch.lerp(h, ride, g)
         return (out + self.final(h - s0) if o.final_rank else out), s0
@@ -206,7 +214,9 @@ class Shadowed(nn.Module):
         loss = F.cross_entropy(logits, targets) + self.o.weight * F.cross_entropy(shadow_logits, targets)
         if self.o.distill:
             teacher = logits.detach().log_softmax(-1)
-            loss = loss + self.o.distill * F.kl_div(shadow_logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+            loss = loss + self.o.distill * F.kl_div(
+                shadow_logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean"
+            )
         return CausalLMOutput(loss=loss)
 
 
@@ -219,7 +229,9 @@ def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
     if ids is None and o.cut != "random":
         ids = [int(i) for i in o.cut.split("-")]
     config = ShadowConfig(
-        num_shadow_layers=o.layers, shadow_intermediate_size=o.mlp or None, shadow_init="random" if o.cut == "random" else "base"
+        num_shadow_layers=o.layers,
+        shadow_intermediate_size=o.mlp or None,
+        shadow_init="random" if o.cut == "random" else "base",
     )
     with mock.patch.object(twin, "chosen_layers", lambda stack, config: list(ids or [])):
         return get_shadow_model(base, config).shadow_model

@@ -45,7 +45,9 @@ def load_base() -> PreTrainedModel:
 
 def text_rows(tokenizer: Any) -> list[Row]:
     """Blocks of text that is like the pretraining's, every token a target."""
-    stream = [i for text in read("forgetting") for i in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]]
+    stream = [
+        i for text in read("forgetting") for i in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    ]
     starts = range(0, min(len(stream) - FORGETTING_TOKENS, FORGETTING_ROWS * FORGETTING_TOKENS), FORGETTING_TOKENS)
     blocks = [stream[start : start + FORGETTING_TOKENS] for start in starts]
     return [{"input_ids": block, "labels": block} for block in blocks]

@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=sorted(METHODS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--stages", nargs="+", default=["rates", "seeds"], choices=["rates", "seeds"])
-    parser.add_argument("--peer", help="Python of an environment with shadow-peft 0.1.1, torch, transformers and accelerate.")
+    parser.add_argument(
+        "--peer", help="Python of an environment with shadow-peft 0.1.1, torch, transformers and accelerate."
+    )
     parser.add_argument("--list", action="store_true", help="Only name the runs that are missing.")
     asked = parser.parse_args()
     if not DATA.exists():

@@ -1,6 +1,6 @@
 """The table of the comparison, Markdown: every method at the rate chosen on dev, mean and deviation over seeds, on test.
 
-    python -m benchmarks.quality.table
+python -m benchmarks.quality.table
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def mean_table(tasks: Sequence[str]) -> str:
 
 
 def main() -> None:
-    print("Loss in nats per completion token, exact match of the whole completion, both on test; forgetting is the rise of the")
+    print(
+        "Loss in nats per completion token, exact match of the whole completion, both on test; forgetting is the rise of the"
+    )
     print("loss on text like the pretraining's. Mean ± standard deviation over seeds; rate chosen on dev.\n")
     print(f"### Mean over {', '.join(TASKS)}\n\n{mean_table(TASKS)}\n")
     for task in TASKS:

@@ -88,7 +88,9 @@ def signature(node: Function, package: str, cut: Shortener) -> Example | None:
 def summary(node: Function, package: str, cut: Shortener) -> Example | None:
     """Code in, first line of the docstring out."""
     line, code = first_line(node), code_of(node)
-    return {"prompt": f"{cut.head(code, CODE_TOKENS)}\n# summary: ", "completion": line} if len(line) >= 15 and code else None
+    return (
+        {"prompt": f"{cut.head(code, CODE_TOKENS)}\n# summary: ", "completion": line} if len(line) >= 15 and code else None
+    )
 
 
 def module(node: Function, package: str, cut: Shortener) -> Example | None:
@@ -148,12 +150,16 @@ def largest_packages(files: list[Path], root: Path) -> set[str]:
 
 def without_leaks(splits: Splits, name: str) -> Splits:
     """Dev and test without what train has too: prompts, and completions where those are a docstring."""
-    seen = {e["prompt"] for e in splits["train"]} | {e["prompt"].partition("\n")[0] for e in splits["train"] if name == "signature"}
+    seen = {e["prompt"] for e in splits["train"]} | {
+        e["prompt"].partition("\n")[0] for e in splits["train"] if name == "signature"
+    }
     if name == "summary":
         seen |= {e["completion"] for e in splits["train"]}
     keys = {"signature": lambda e: e["prompt"].partition("\n")[0], "summary": lambda e: e["completion"]}
     key = keys.get(name, lambda e: e["prompt"])
-    return {s: [e for e in es if s == "train" or (e["prompt"] not in seen and key(e) not in seen)] for s, es in splits.items()}
+    return {
+        s: [e for e in es if s == "train" or (e["prompt"] not in seen and key(e) not in seen)] for s, es in splits.items()
+    }
 
 
 def sized(splits: Splits, balanced: bool) -> Splits:
@@ -164,7 +170,11 @@ def sized(splits: Splits, balanced: bool) -> Splits:
         if balanced:
             counts: dict[str, int] = defaultdict(int)
             limit = PER_PACKAGE * SIZES[split] // SIZES["train"]
-            examples = [e for e in examples if (counts.__setitem__(e["completion"], counts[e["completion"]] + 1)) or counts[e["completion"]] <= limit]
+            examples = [
+                e
+                for e in examples
+                if (counts.__setitem__(e["completion"], counts[e["completion"]] + 1)) or counts[e["completion"]] <= limit
+            ]
         result[split] = examples[: SIZES[split]]
     return result
 
