@@ -233,7 +233,7 @@ def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
         shadow_intermediate_size=o.mlp or None,
         shadow_init="random" if o.cut == "random" else "base",
     )
-    with mock.patch.object(twin, "chosen_layers", lambda stack, config: list(ids or [])):
+    with mock.patch.object(twin, "chosen_layers", return_value=list(ids or [])):
         return get_shadow_model(base, config).shadow_model
 
 

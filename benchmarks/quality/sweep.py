@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.quality.sweep --peer /path/to/python/with/shadow-peft-0.1.1
     ... --methods lora ours --tasks robot --stages rates seeds
 
-Stage `rates` runs the whole grid on two of the tasks with seed 0; stage `seeds` runs every task and seed at the rate that had
-the lowest mean loss on dev of those two, for each method.
+Stage `rates` runs the whole grid on two of the tasks with seed 0; stage `seeds` runs every task and seed at the rate that
+had the lowest mean loss on dev of those two, for each method.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.run import RESULTS, path_of
+from benchmarks.quality.run import path_of
 from benchmarks.quality.sweep import SEEDS, chosen_rate
 from benchmarks.quality.tasks import TASKS
 
@@ -34,7 +34,7 @@ def results(method: str, task: str) -> list[Result]:
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± deviation; the mean alone of one value, a dash of none."""
     if not values:
-        return "–"
+        return "-"
     mean = f"{statistics.mean(values):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -71,7 +71,7 @@ def mean_table(tasks: Sequence[str]) -> str:
         means = []
         for key in SCORES:
             per_task = [statistics.mean(r["test"][key] for r in rs) for rs in found.values() if key in rs[0]["test"]]
-            means.append(f"{statistics.mean(per_task):.3f}" if per_task else "–")
+            means.append(f"{statistics.mean(per_task):.3f}" if per_task else "-")
         every = [r for rs in found.values() for r in rs]
         forgotten = statistics.mean(r["forgetting"]["after"] - r["forgetting"]["before"] for r in every)
         costs = [f"{statistics.mean(r[key] for r in every):,.0f}" for key in COSTS]
