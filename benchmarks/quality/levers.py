@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--full", action="store_true", help="Score test and forgetting too.")
     parser.add_argument("options", nargs="*")
     asked = parser.parse_args()
     path = asked.out / f"{asked.name}--{asked.task}--s{asked.seed}--lr{asked.lr:g}.json"
@@ -274,10 +275,10 @@ def main() -> None:
     quiet()
     o = parsed(asked.options)
     make = lambda b: contender(b, o, asked.lr, asked.seed)  # noqa: E731
-    result = run(asked.task, asked.seed, asked.lr, make, Settings(steps=asked.steps), dev_only=True)
+    result = run(asked.task, asked.seed, asked.lr, make, Settings(steps=asked.steps), dev_only=not asked.full)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"name": asked.name, "options": asdict(o), **result}, indent=1) + "\n", encoding="utf-8")
-    show = {k: round(v, 3) for k, v in result["dev"].items()}
+    show = {k: round(v, 3) for k, v in (result["dev"] | {f"test_{k}": v for k, v in result.get("test", {}).items()}).items()}
     print("RESULT", path.stem, json.dumps(show), f"{result['trainable']:,} {result['seconds']:.0f} s", flush=True)
 
 
