@@ -20,6 +20,7 @@ BUDGET, TOLERANCE = 467_000, 0.03
 LORA_RANK = 22
 OURS: dict[str, Any] = {"num_shadow_layers": 2, "shadow_init_layers": "even", "shadow_intermediate_size": 96}
 OURS_LOSS_WEIGHT = 0.5
+MIXED: dict[str, Any] = {"shadow_intermediate_size": 32, "injection_hidden_size": 55, "alpha": 0.1}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,24 @@ def ours(base: PreTrainedModel) -> Contender:
     return native(base, OURS, {"shadow_loss_weight": OURS_LOSS_WEIGHT})
 
 
+def ours_with_lora(base: PreTrainedModel) -> Contender:
+    """This library and LoRA inside the base, trained together, half of the budget each."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    contender = native(base, MIXED, {"shadow_loss_weight": OURS_LOSS_WEIGHT})
+    rank = LORA_RANK // 2
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_maps(base)), base)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return contender
+
+
+def linear_maps(base: PreTrainedModel) -> list[str]:
+    """Names of every linear layer but the head."""
+    head = base.get_output_embeddings()
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
 def native(base: PreTrainedModel, config: dict[str, Any], task: dict[str, Any]) -> Contender:
     """A shadow by the names that both versions of the package have."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
@@ -105,6 +124,7 @@ METHODS: dict[str, Callable[[PreTrainedModel], Contender]] = {
     "peft-shadow": peft_shadow,
     "shadow-peft-0.1.1": published,
     "ours": ours,
+    "ours+lora": ours_with_lora,
 }
 
 

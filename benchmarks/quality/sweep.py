@@ -22,7 +22,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.run import RESULTS, path_of
 from benchmarks.quality.tasks import DATA, ROOT, TASKS
 
-GRID = (3e-3, 1e-2, 1e-3)
+GRID = (3e-3, 5e-3, 1e-2, 1e-3)
 SEEDS = (0, 1, 2)
 CHOOSING = ("robot", "signature")
 PEER = "shadow-peft-0.1.1"
