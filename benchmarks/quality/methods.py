@@ -1,0 +1,137 @@
+"""The contenders, each with about as many trained parameters as shadow-peft 0.1.1 has by default on this base.
+
+A contender is a model that returns `loss` where labels are given, and a way to ask it for the logits of the attached model
+and of the shadow. `ours` needs this library, `shadow-peft-0.1.1` the published package of the same name; the others `peft`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.quality.scoring import Inputs, Logits
+
+BUDGET, TOLERANCE = 467_000, 0.03
+LORA_RANK = 22
+OURS: dict[str, Any] = {"num_shadow_layers": 2, "shadow_init_layers": "even", "shadow_intermediate_size": 96}
+OURS_LOSS_WEIGHT = 0.5
+MIXED: dict[str, Any] = {"shadow_intermediate_size": 32, "injection_hidden_size": 55, "alpha": 0.1}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to train, how to read it, and parameter groups where parts have rates of their own."""
+
+    model: nn.Module
+    logits: Logits
+    groups: Any = None
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def attached_only(model: nn.Module) -> Logits:
+    """Logits of a model without a shadow."""
+    return lambda inputs: (model(**inputs).logits, None)
+
+
+def lora(base: PreTrainedModel, **options: Any) -> Contender:
+    """LoRA on every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**{**sizes, **options}))
+    return Contender(model, attached_only(model))
+
+
+def rslora(base: PreTrainedModel) -> Contender:
+    """LoRA with the scale alpha / sqrt(r)."""
+    return lora(base, use_rslora=True, lora_alpha=16)
+
+
+def dora(base: PreTrainedModel) -> Contender:
+    """LoRA with trained magnitudes, which cost about one rank."""
+    return lora(base, use_dora=True)
+
+
+def peft_shadow(base: PreTrainedModel) -> Contender:
+    """peft's Shadow tuner, its own defaults."""
+    from peft import ShadowConfig, get_peft_model
+
+    model = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM"))
+
+    def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        tuner = model.base_model
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        state = tuner.shadow_backbone["default"](inputs_embeds=embeds, attention_mask=inputs["attention_mask"])[0]
+        return model(**inputs).logits, model.get_output_embeddings()(tuner.shadow_projection["default"](state))
+
+    return Contender(model, logits)
+
+
+def published(base: PreTrainedModel) -> Contender:
+    """shadow-peft 0.1.1, its own defaults."""
+    return native(base, {}, {})
+
+
+def ours(base: PreTrainedModel) -> Contender:
+    """This library's defaults for new adapters, with two thin layers in place of a whole one to fit the budget."""
+    return native(base, OURS, {"shadow_loss_weight": OURS_LOSS_WEIGHT})
+
+
+def ours_with_lora(base: PreTrainedModel) -> Contender:
+    """This library and LoRA inside the base, trained together, half of the budget each."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    contender = native(base, MIXED, {"shadow_loss_weight": OURS_LOSS_WEIGHT})
+    rank = LORA_RANK // 2
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_maps(base)), base)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return contender
+
+
+def linear_maps(base: PreTrainedModel) -> list[str]:
+    """Names of every linear layer but the head."""
+    head = base.get_output_embeddings()
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def native(base: PreTrainedModel, config: dict[str, Any], task: dict[str, Any]) -> Contender:
+    """A shadow by the names that both versions of the package have."""
+    from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+
+    model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**config)), **task)
+
+    def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        outputs = model(**inputs)
+        return outputs.logits, outputs.shadow_logits
+
+    return Contender(model, logits)
+
+
+METHODS: dict[str, Callable[[PreTrainedModel], Contender]] = {
+    "lora": lora,
+    "rslora": rslora,
+    "dora": dora,
+    "peft-shadow": peft_shadow,
+    "shadow-peft-0.1.1": published,
+    "ours": ours,
+    "ours+lora": ours_with_lora,
+}
+
+
+def build(method: str, base: PreTrainedModel, seed: int) -> Contender:
+    """A fresh contender on a base that is its own."""
+    torch.manual_seed(seed)
+    contender = METHODS[method](base)
+    if abs(contender.trainable / BUDGET - 1) > TOLERANCE:
+        raise ValueError(f"{method} trains {contender.trainable:,} parameters, not {BUDGET:,} within {TOLERANCE:.0%}.")
+    return contender
