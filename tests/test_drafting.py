@@ -72,7 +72,7 @@ def sure(agreement: str) -> ShadowForCausalLM:
 
 
 def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model: 0.2)
+    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model, rows: 0.2)
     ids, settings = tokens(1, 7), {"max_new_tokens": 60, "do_sample": False}
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
     right, wrong = sure("always"), sure("never")
@@ -87,7 +87,7 @@ def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_estimate_follows_what_is_judged() -> None:
     estimate = AcceptanceEstimate()
-    assert estimate.trust == 1
+    assert estimate.trust == 0.75
     for _ in range(50):
         estimate.judge([0.5, 0.5, 0.5], 3)
     assert estimate.trust == pytest.approx(2.0, abs=0.02)
@@ -104,7 +104,7 @@ def test_an_estimate_follows_what_is_judged() -> None:
 def test_a_draft_ends_where_its_rate_is_best(chance: float, cost: float) -> None:
     """Against every length: tokens won per base pass, counted out."""
     rates = [sum(chance**i for i in range(n + 1)) / (1 + n * cost) for n in range(60)]
-    length, grown = DraftLength(cost, AcceptanceEstimate()), 0
+    length, grown = DraftLength(cost, AcceptanceEstimate(1.0, 1.0)), 0
     while length.grows(torch.tensor([chance])):
         grown += 1
     assert rates[grown] == pytest.approx(max(rates))
@@ -116,8 +116,10 @@ def test_a_draft_that_cannot_pay_is_not_begun() -> None:
 
 
 def test_the_cost_of_a_draft_is_counted_in_weights() -> None:
-    assert drafting_cost(agreeing("always")) == pytest.approx(1.0)
-    assert 0.25 < drafting_cost(causal_lm(llama())) < 0.45
+    verifying = 1 / 13  # of one row on a CPU
+    assert drafting_cost(agreeing("always")) == pytest.approx(1.0 + verifying)
+    assert 0.25 + verifying < drafting_cost(causal_lm(llama())) < 0.45 + verifying
+    assert drafting_cost(causal_lm(llama()), rows=12) == pytest.approx(drafting_cost(causal_lm(llama())) - verifying + 0.5)
 
 
 def count_tokens(module: nn.Module, counts: list[int]) -> None:

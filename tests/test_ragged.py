@@ -143,7 +143,7 @@ def test_the_rule_of_acceptance_by_enumeration() -> None:
 
 
 def test_adaptive_drafts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model: 0.2)
+    monkeypatch.setattr("shadow_peft.drafting.drafting_cost", lambda model, rows: 0.2)
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True, "num_assistant_tokens": 8}
     right, wrong = agreeing("always"), agreeing("never")
     for model in (right, wrong):

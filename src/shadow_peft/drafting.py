@@ -122,11 +122,11 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; both start as if one token had been judged right.
+        accepted: decaying number of them that were accepted; they start as if of two tokens one and a half had been right.
     """
 
-    confident: float = 1.0
-    accepted: float = 1.0
+    confident: float = 2.0
+    accepted: float = 1.5
 
     @property
     def trust(self) -> float:
@@ -205,7 +205,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._length = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
         self._estimate = AcceptanceEstimate()
-        self._cost = adaptive_cost(model, config)
+        self._cost = adaptive_cost(model, config, rows=1)
         self._prompt_is_read = False
         self._confidences: list[float] = []
 
@@ -262,17 +262,26 @@ class ShadowCandidateGenerator(CandidateGenerator):
         return logits.argmax(dim=-1, keepdim=True)
 
 
-def adaptive_cost(model: ShadowForCausalLM, config: GenerationConfig) -> float:
+SATURATION = {"cpu": 12}
+"""Tokens in one pass whose arithmetic takes as long as reading the weights; 256 on other devices."""
+
+
+def adaptive_cost(model: ShadowForCausalLM, config: GenerationConfig, rows: int) -> float:
     """The cost that decides how long drafts get; 0 where they do not adapt."""
-    return 0.0 if config.num_assistant_tokens_schedule == "constant" else drafting_cost(model)
+    return 0.0 if config.num_assistant_tokens_schedule == "constant" else drafting_cost(model, rows)
 
 
-def drafting_cost(model: ShadowForCausalLM) -> float:
-    """Cost of drafting a token as a share of a base pass, by the weights that either reads."""
+def drafting_cost(model: ShadowForCausalLM, rows: int = 1) -> float:
+    """Cost of drafting a token for every row and verifying it, as a share of a base pass over one token per row.
+
+    A pass over n tokens takes 1 + n / S, in the time that reading its weights takes, S being the device's saturation.
+    Drafting reads the weights of backbone and head; verifying adds tokens to a pass that is made anyway.
+    """
     peft = model.peft_model
     head = _weights(model.peft_model.base_model.get_output_embeddings())
     draft, base = (_weights(m) - _weights(input_embeddings(m)) for m in (peft.shadow_model, peft.stack.backbone))
-    return (draft + head) / (base + head)
+    saturation = SATURATION.get(model.device.type, 256)
+    return (draft + head) / (base + head) + rows / (saturation + rows)
 
 
 def _weights(module: nn.Module | None) -> int:

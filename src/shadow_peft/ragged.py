@@ -148,7 +148,7 @@ class RaggedDecoding:
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._estimate = AcceptanceEstimate()
-        self._cost = adaptive_cost(model, config)
+        self._cost = adaptive_cost(model, config, rows=len(prompts))
         self._written: list[Written] = []
 
     def run(self) -> Any:
