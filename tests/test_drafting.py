@@ -95,7 +95,7 @@ def test_an_estimate_follows_what_is_judged() -> None:
         estimate.judge([0.9, 0.9], 0)
     low = estimate.trust
     assert low < 0.05
-    for _ in range(10):
+    for _ in range(40):
         estimate.judge([], 0)
     assert low < estimate.trust < 0.3
 

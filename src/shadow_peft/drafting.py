@@ -122,11 +122,11 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; they start as if of two tokens one and a half had been right.
+        accepted: decaying number of them that were accepted; they start as if a token had been judged, right by three quarters.
     """
 
-    confident: float = 2.0
-    accepted: float = 1.5
+    confident: float = 1.0
+    accepted: float = 0.75
 
     @property
     def trust(self) -> float:
@@ -136,7 +136,7 @@ class AcceptanceEstimate:
     def judge(self, confidences: list[float], accepted: int) -> None:
         """Take notice of a pass: tokens behind the first rejected one were not judged. Without a draft, trust comes back."""
         if not confidences:
-            self.accepted += (self.confident - self.accepted) / 100
+            self.accepted += (self.confident - self.accepted) / 400
             return
         self.confident = 0.9 * self.confident + sum(confidences[: accepted + 1])
         self.accepted = 0.9 * self.accepted + accepted

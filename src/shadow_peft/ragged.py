@@ -340,9 +340,11 @@ def shift_rows(cache: Cache, lost: Tensor) -> None:
 
 
 def shifted(tensor: Tensor, lost: Tensor, dim: int = -1) -> Tensor:
-    """Rows moved to the right along `dim` by `lost` `[B]` places each, zeros behind them."""
-    places = torch.arange(tensor.shape[dim], device=tensor.device) - lost[:, None].to(tensor.device)
-    shape = [tensor.shape[0]] + [1] * (tensor.dim() - 1)
-    shape[dim] = tensor.shape[dim]
-    places = places.view(shape)
-    return tensor.take_along_dim(places.clamp(min=0), dim).masked_fill(places < 0, 0)
+    """Rows moved to the right along `dim` by `lost` `[B]` places each, zeros behind them; whole blocks are copied."""
+    result = tensor.clone()
+    for row, count in enumerate(lost.tolist()):
+        if count:
+            kept = tensor.shape[dim] - count
+            result[row].narrow(dim, 0, count).zero_()
+            result[row].narrow(dim, count, kept).copy_(tensor[row].narrow(dim, 0, kept))
+    return result
