@@ -122,7 +122,7 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; they start as if a token had been judged, right by three quarters.
+        accepted: decaying number of them that were accepted; they start as if one token had been judged, three quarters right.
     """
 
     confident: float = 1.0
