@@ -122,7 +122,7 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; they start as if one token had been judged, three quarters right.
+        accepted: decaying number of them that were accepted; both start as if one token had been judged, right by 3/4.
     """
 
     confident: float = 1.0
