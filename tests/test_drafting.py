@@ -87,7 +87,7 @@ def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_estimate_follows_what_is_judged() -> None:
     estimate = AcceptanceEstimate()
-    assert estimate.trust == 0.75
+    assert estimate.trust == 0.9
     for _ in range(50):
         estimate.judge([0.5, 0.5, 0.5], 3)
     assert estimate.trust == pytest.approx(2.0, abs=0.02)

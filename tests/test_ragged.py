@@ -181,7 +181,7 @@ class Stream(BaseStreamer):
 def test_what_a_batch_cannot_draft_is_said() -> None:
     model, batch = agreeing("always"), padded()
     with pytest.raises(ValueError, match="dynamic cache of attention layers"):
-        model.generate(**batch, cache_implementation="offloaded", **LONG, **DRAFT)
+        model.generate(**batch, cache_implementation="quantized", cache_config={"backend": "fp8"}, **LONG, **DRAFT)
     with pytest.raises(ValueError, match="no attentions"):
         model.generate(**batch, output_hidden_states=True, return_dict_in_generate=True, **LONG, **DRAFT)
     with pytest.raises(ValueError, match="streamer"):

@@ -122,11 +122,11 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; both start as if one token had been judged, right by 3/4.
+        accepted: decaying number of them that were accepted; both start as if one token had been judged, right by 9/10.
     """
 
     confident: float = 1.0
-    accepted: float = 0.75
+    accepted: float = 0.9
 
     @property
     def trust(self) -> float:

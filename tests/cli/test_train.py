@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_options_from_a_file_and_the_card(model_folder: Path, data_file: Path, t
     card = ModelCard.load(out / "README.md", ignore_metadata_errors=True)
     assert card.data.library_name == "shadow-peft"
     assert card.data.base_model is None  # a folder of this machine is no id
-    figures = [f"| eval loss | {results['eval_loss']:.6g} |", "| seed | 3 |", f"| torch | {torch.__version__} |"]
+    figures = [f"| eval loss | {results['eval_loss']:.6g} |", "| seed | 3 |", f"| torch | {version('torch')} |"]
     command = f"shadow-peft train --config {recipe} --output {out}"
     for said in ("12 training, 4 evaluation", "0.25 held out", command, "losses.png", *figures):
         assert said in card.text, said

@@ -83,9 +83,17 @@ def settings(**changes: Any) -> ShadowConfig:
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Give a fresh adapter weights that show: an up map of ones' size, an update that is not symmetric."""
+    """Give a fresh adapter weights that show: up maps that are not zero, an update that is not symmetric."""
     generator = torch.Generator().manual_seed(3)
-    for part, size in ((model.shadow_injection_model.injection_ups, 1.0), (model.shadow_update_model.hidden_norm.bias, 0.3)):
+    ups, updating, readout = (
+        model.shadow_injection_model.injection_ups,
+        model.shadow_update_model,
+        model.shadow_readout_model,
+    )
+    parts = (
+        [(ups, 1.0), (updating.hidden_norm.bias, 0.3)] if updating else [(ups, 0.05), (readout.up, 0.3), (readout.bias, 0.3)]
+    )
+    for part, size in parts:
         part.copy_(torch.randn(part.shape, generator=generator) * size)
 
 
@@ -178,8 +186,9 @@ def gradients(model_type: str) -> None:
     assert not any(p.grad is not None for p in model.peft_model.base_model.parameters()), "the base has gradients"
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient: {', '.join(missing)}"
-    coupling = (model.peft_model.shadow_injection_model, model.peft_model.shadow_update_model)
-    zero = [n for part in coupling for n, p in part.named_parameters() if p.requires_grad and not p.grad.any()]
+    peft = model.peft_model
+    coupling = (peft.shadow_injection_model, peft.shadow_update_model, peft.shadow_readout_model)
+    zero = [n for part in filter(None, coupling) for n, p in part.named_parameters() if p.requires_grad and not p.grad.any()]
     assert not zero, f"gradient zero: {', '.join(zero)}"
 
 
