@@ -26,6 +26,7 @@ from shadow_peft.heads import TaskHead
 from tests.tiny_models import SIZES, adapted, causal_lm, llama, tokens
 
 WEIGHTS = {"shadow_loss_weight": 0.4, "distillation_weight": 0.7, "distillation_temperature": 2.0}
+STORED = {**WEIGHTS, "distillation_warmup_ratio": 0.25}
 
 
 def softcapped() -> PreTrainedModel:
@@ -205,7 +206,7 @@ def test_terms_are_per_target_of_the_batch_whatever_the_step_counts() -> None:
     torch.testing.assert_close(part.loss * 1000 / labels[:, 1:].ne(-100).sum(), alone.loss)
 
 
-@pytest.mark.parametrize("name", ["shadow_loss_weight", "distillation_weight", "distillation_temperature"])
+@pytest.mark.parametrize("name", ShadowForCausalLM.loss_settings)
 def test_a_factor_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ShadowForCausalLM(adapted(llama()), **{name: -1.0})
@@ -213,7 +214,7 @@ def test_a_factor_out_of_range_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_the_factors_travel_with_the_checkpoint(variant: str, tmp_path: Path) -> None:
-    ShadowForCausalLM(adapted(llama(), variant=variant), **WEIGHTS).save_pretrained(tmp_path)
+    ShadowForCausalLM(adapted(llama(), variant=variant), **STORED).save_pretrained(tmp_path)
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
-    assert {name: getattr(loaded, name) for name in WEIGHTS} == WEIGHTS
+    assert {name: getattr(loaded, name) for name in ShadowForCausalLM.loss_settings} == STORED
     assert ShadowForCausalLM.from_pretrained(llama(), tmp_path, shadow_loss_weight=0.1).shadow_loss_weight == 0.1

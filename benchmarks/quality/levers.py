@@ -60,6 +60,8 @@ class Options:
     transient: float = 0.0  # share of the injection that is taken back after the layer
     learn_transient: str = "none"  # none, scalar, vector
     lora_targets: str = "all-linear"
+    out_rank: int = 0  # a low-rank change of what a layer adds to the stream
+    out_alpha: float = 1.0
 
 
 class Low(nn.Module):
@@ -138,11 +140,13 @@ class Shadowed(nn.Module):
             self.readout_gate = Low(d * len(o.readout_input), d, o.readout_rank, bias)
         if o.final_rank:
             self.final = Low(d, d, o.final_rank)
+        if o.out_rank:
+            self.outs = nn.ModuleList([Low(d, d, o.out_rank) for _ in range(n)])
         if o.readout_state == "last":
             self.out_norm = nn.LayerNorm(d)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda m, a, k, i=i: self.before(i, a, k), with_kwargs=True)
-            if i < n - 1 or o.transient:
+            if i < n - 1 or o.transient or o.out_rank:
                 layer.register_forward_hook(lambda m, a, out, i=i: self.after(i, out))
 
     def before(self, i: int, args: Any, kwargs: Any) -> Any:
@@ -173,10 +177,13 @@ class Shadowed(nn.Module):
             raise ValueError(o.inject)
         z = F.dropout(z, o.dropout, self.training)
         self.delta = self.alphas[i] * (z @ self.ups[i])
-        return h + self.delta
+        self.read = h + self.delta
+        return self.read
 
     def after(self, i: int, out: Tensor) -> Tensor:
         """Take back, update."""
+        if self.o.out_rank:
+            out = out + self.o.out_alpha * self.outs[i](out - self.read)
         if self.o.transient:
             out = out - (self.o.transient if self.o.learn_transient == "none" else self.taken[i]) * self.delta
         if self.o.update != "none" and i < len(self.updates):

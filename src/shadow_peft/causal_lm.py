@@ -70,13 +70,24 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         inference_mode: "base_shadow" or "shadow_only".
         distillation_weight: factor of the shadow's distance from the adapted base, see `loss`.
         distillation_temperature: softens both distributions for that distance.
+        distillation_warmup_ratio: first part of a training in which `distillation_weight` rises linearly from 0, since an
+            adapted base that has learned nothing yet is no teacher; the trainers of `shadow_peft.training` say how far a
+            training is (`training_progress`).
 
     Raises:
         ValueError: the base is no causal LM, or a weight or temperature out of range; see also `ShadowTaskModel`.
     """
 
     head_names = ("lm_head", "shadow_lm_head")
-    loss_settings = ("shadow_loss_weight", "distillation_weight", "distillation_temperature")
+    loss_settings = (
+        "shadow_loss_weight",
+        "distillation_weight",
+        "distillation_temperature",
+        "distillation_warmup_ratio",
+    )
+
+    training_progress: float = 1.0
+    """Done part of the training that runs, in [0, 1]; a trainer's `ProgressCallback` sets it."""
 
     def __init__(
         self,
@@ -86,10 +97,14 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         inference_mode: InferenceMode = "base_shadow",
         distillation_weight: float = 0.0,
         distillation_temperature: float = 1.0,
+        distillation_warmup_ratio: float = 0.0,
     ) -> None:
         super().__init__(peft_model, shadow_loss_weight=shadow_loss_weight, inference_mode=inference_mode)
         LossWeights(shadow_loss_weight, distillation_weight, distillation_temperature)
+        if not 0 <= distillation_warmup_ratio <= 1:
+            raise ValueError(f"distillation_warmup_ratio must lie in [0, 1], got {distillation_warmup_ratio}.")
         self.distillation_weight, self.distillation_temperature = distillation_weight, distillation_temperature
+        self.distillation_warmup_ratio = distillation_warmup_ratio
         if peft_model.base_model.get_output_embeddings() is None:
             raise ValueError(f"{type(peft_model.base_model).__name__} has no output embedding: it is no causal LM.")
         self.generation_config = copy.deepcopy(peft_model.base_model.generation_config)
@@ -113,8 +128,10 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """The factors of the loss."""
-        return LossWeights(self.shadow_loss_weight, self.distillation_weight, self.distillation_temperature)
+        """The factors of the loss as far as the training is."""
+        ratio, progress = self.distillation_warmup_ratio, self.training_progress
+        risen = progress / ratio if progress < ratio else 1.0
+        return LossWeights(self.shadow_loss_weight, risen * self.distillation_weight, self.distillation_temperature)
 
     def forward(
         self,

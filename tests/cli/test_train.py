@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from shadow_peft import ShadowForCausalLM
 from shadow_peft.cli import main
 from shadow_peft.cli.loading import load_model
 from shadow_peft.training.card import loss_curves
@@ -198,6 +199,19 @@ def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_pa
     assert state["log_history"][0]["num_tokens"] == 4 * 16
 
 
+def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    weights = {"distillation_weight": 0.5, "distillation_temperature": 2.0, "distillation_warmup_ratio": 1.0}
+    options = [word for name, value in weights.items() for word in (f"--{name}", str(value))]
+    where = model_folder, data_file, tmp_path / "out"
+    state = trained(*where, "--max_steps", "2", "--logging_steps", "1", "--shadow_learning_rate_scale", "0", *options)
+    rows = [row for row in state["log_history"] if "distillation_loss" in row]
+    for row, risen in zip(rows, (0.5, 1.0), strict=True):
+        parts = row["base_loss"] + 0.05 * row["shadow_loss"] + risen * 0.5 * row["distillation_loss"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-3)
+    fresh = ShadowForCausalLM.from_pretrained(load_model(str(model_folder)), tmp_path / "out")
+    assert {name: getattr(fresh, name) for name in weights} == weights
+
+
 # ---------------------------------------------------------------- what is refused, before anything is written
 
 
@@ -213,6 +227,8 @@ def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_pa
         (["--lora_r", "8"], "--lora_r belongs to LoRA; add --use_peft"),
         (["--use_peft", "--num_shadow_layers", "2"], "--num_shadow_layers belongs to a shadow"),
         (["--use_peft", "--export"], "--export belongs to a shadow"),
+        (["--use_peft", "--distillation_weight", "1"], "--distillation_weight belongs to a shadow"),
+        (["--distillation_warmup_ratio", "2"], "distillation_warmup_ratio must lie in [0, 1], got 2.0"),
         (["--model_name_or_path", "x"], "give the base as --model"),
         (["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
         (["--resume_from_checkpoint", "/nowhere"], "is no checkpoint of a trainer"),

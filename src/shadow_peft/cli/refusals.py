@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
+from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
 from shadow_peft.config import ShadowConfig
 
@@ -45,8 +46,11 @@ def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig
         given = [name for name in lora if getattr(peft, name) != getattr(ModelConfig(), name) and name not in neutral]
         if given:
             raise UserError(f"--{given[0]} belongs to LoRA; add --use_peft to train LoRA instead of a shadow")
-    elif shadow != ShadowConfig() or options.export:
-        given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(ShadowConfig(), f.name)] or ["export"]
+        return
+    of_shadow = ("export", "shadow_learning_rate_scale", *ShadowForCausalLM.loss_settings)
+    given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(ShadowConfig(), f.name)]
+    given += [f.name for f in fields(options) if f.name in of_shadow and getattr(options, f.name) != f.default]
+    if given:
         raise UserError(f"--{given[0]} belongs to a shadow, and --use_peft trains LoRA instead; drop one of them")
 
 

@@ -68,6 +68,16 @@ class TrainOptions:
     eval_fraction: float | None = field(default=None, metadata={"help": "Hold out this part of the data to evaluate on."})
     export: bool = field(default=False, metadata={"help": "Also save the shadow as a model of its own, OUTPUT/shadow."})
     shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
+    shadow_learning_rate_scale: float = field(
+        default=1.0, metadata={"help": "Rate of the backbone, in units of --learning_rate; about 0.05 for a pretrained one."}
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the shadow's distance from the adapted base, which teaches it."}
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions for that."})
+    distillation_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "First part of the training in which that weight rises from 0."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better loss, and keep the best."}
     )
@@ -123,7 +133,8 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> Pre
     if peft.use_peft:
         return base
     try:
-        return ShadowForCausalLM(get_shadow_model(base, shadow), shadow_loss_weight=options.shadow_loss_weight)
+        weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
+        return ShadowForCausalLM(get_shadow_model(base, shadow), **weights)
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot give {options.model!r} such a shadow: {error}") from error
 
@@ -172,7 +183,8 @@ def make_trainer(
     try:
         if peft.use_peft:
             return _BaselineTrainer(model, sft, peft_config=get_peft_config(peft), **arguments)
-        return _ShadowTrainer(model, sft, **arguments)
+        scale = options.shadow_learning_rate_scale
+        return _ShadowTrainer(model, sft, shadow_learning_rate_scale=scale, **arguments)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"cannot train with these options: {error}") from error
 

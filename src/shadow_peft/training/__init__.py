@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shadow_peft.training.grpo import ShadowGRPOTrainer
     from shadow_peft.training.mixin import ShadowTrainerMixin
     from shadow_peft.training.monitor import GradientMonitor, GradientWatch
+    from shadow_peft.training.progress import ProgressCallback
     from shadow_peft.training.reward import ShadowRewardTrainer
     from shadow_peft.training.sft import ShadowSFTTrainer
     from shadow_peft.training.trainer import ShadowTrainer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GradientMonitor",
     "GradientWatch",
+    "ProgressCallback",
     "ShadowDPOTrainer",
     "ShadowGRPOTrainer",
     "ShadowRewardTrainer",
@@ -31,6 +33,7 @@ __all__ = [
 _ROOMS = {
     "GradientMonitor": "monitor",
     "GradientWatch": "monitor",
+    "ProgressCallback": "progress",
     "ShadowDPOTrainer": "dpo",
     "ShadowGRPOTrainer": "grpo",
     "ShadowRewardTrainer": "reward",

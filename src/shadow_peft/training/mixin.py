@@ -2,7 +2,7 @@
 
 - the model is one whose shadow this trainer trains, and keeps its own `forward`: TRL binds one to the instance that
   computes log-probabilities from the base's head without the adapter;
-- optimizer groups, see `groups`; the monitor, see `monitor`;
+- optimizer groups, see `groups`; the monitor, see `monitor`; the progress of the training, see `progress`;
 - `base_loss` and `shadow_loss` in the log of TRL's trainers.
 
 `shadow_learning_rate_scale` is an argument of the trainer: `ShadowConfig` says what an adapter is and is stored with it,
@@ -23,6 +23,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from shadow_peft.task import TRAINER_TAG, ShadowTaskModel
 from shadow_peft.training.groups import parameter_groups
 from shadow_peft.training.monitor import GradientMonitor
+from shadow_peft.training.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,9 @@ class ShadowTrainerMixin:
             raise ValueError(
                 "An optimizer in `optimizers` has its own groups: make them with parameter_groups, without a scale."
             )
-        if not any(isinstance(callback, GradientMonitor) for callback in self.callback_handler.callbacks):
-            self.add_callback(GradientMonitor())
+        for kind in (GradientMonitor, ProgressCallback):
+            if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
+                self.add_callback(kind())
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, with the groups of `parameter_groups`.
