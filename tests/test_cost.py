@@ -119,7 +119,7 @@ def operations(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize(
     ("variant", "most"),
     [
-        ("transient", 5),  # sub, 2 mm, add; sub
+        ("transient", 8),  # sub, 2 mm, add; 2 sub, mm, addmm
         ("released", 10),  # sub, mm, addmm; norm, mm, silu, 2 mm, sigmoid, lerp
         ("paper", 11),  # no norm, but biases and another dropout
     ],

@@ -98,7 +98,9 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
         delta = alpha * (h - s) @ down @ up
         if peft.shadow_config.variant == "transient":
-            h = layer(h + delta, **run) - delta
+            added = layer(h + delta, **run) - delta - h
+            down, up = (get(f"shadow_output_model.output_{n}")[i] for n in ("downs", "ups"))
+            h = h + added + added @ down @ up
             continue
         h = layer(h + delta, **run)
         n = F.layer_norm(
@@ -110,8 +112,9 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
         s = s + g * (t - s)
     final = base.model.norm(h)
     if peft.shadow_config.variant == "transient":
-        down, up, bias = (get(f"shadow_readout_model.{n}") for n in ("down", "up", "bias"))
-        final = final + torch.tanh(final @ down @ up + bias) * (s0 - final)
+        names = ("gate_down", "gate_up", "gate_bias", "down", "up")
+        a, b, bias, down, up = (get(f"shadow_readout_model.{n}") for n in names)
+        final = final + torch.tanh(final @ a @ b + bias) * (s0 - final) + (final - s0) @ down @ up
     loss = torch.zeros((), dtype=x.dtype)
     for state, factor in ((final, 1.0), (s0, weight)):
         logits = base.lm_head(state)[:, :-1]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import BASES, adapted, causal_lm, llama, tokens
+from tests.tiny_models import BASES, adapted, causal_lm, llama, tokens, zeros_at_the_end
 
 bases = pytest.mark.parametrize("name", BASES)
 
@@ -135,8 +135,7 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
     model, ids = causal_lm(llama()), tokens()
     before, copied = model(ids).logits, copy.deepcopy(model)
     with torch.no_grad():
-        readout = copied.peft_model.shadow_readout_model
-        for tensor in (copied.peft_model.shadow_injection_model.injection_ups, readout.up, readout.bias):
+        for tensor in (copied.peft_model.shadow_injection_model.injection_ups, *zeros_at_the_end(copied.peft_model)):
             tensor.zero_()
     assert torch.equal(copied(ids).logits, llama()(ids).logits)
     assert torch.equal(model(ids).logits, before)

@@ -1,4 +1,4 @@
-"""The variant "transient": layers read a correction that the stream does not keep, and a gate reads the shadow out."""
+"""The variant "transient": what layers read and what they add is corrected, and a read-out blends the shadow in."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.readout import ShadowReadoutModel, read_out
-from shadow_peft.transient import correct
+from shadow_peft.readout import ReadoutMaps, ShadowReadoutModel, read_out
+from shadow_peft.transient import correct, settle
 from tests.test_formulas import D, R, draw
 from tests.tiny_models import causal_lm, gpt2, llama, qwen3, tokens
 
@@ -50,15 +50,41 @@ def test_what_is_dropped_is_z() -> None:
     assert abs((ratio == 0).double().mean().item() - 0.25) < 0.03
 
 
-def test_read_out_is_the_formula() -> None:
-    h, s, down, up, bias = draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D), draw(D)
-    expected = h + torch.tanh(h @ down @ up + bias) * (s - h)
-    torch.testing.assert_close(read_out(h, s, down, up, bias), expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("grad", [True, False])
+def test_settle_is_the_formula(grad: bool) -> None:
+    h, delta, down, up = inputs()
+    out = draw(2, 3, D, seed=3)
+    added = out - delta - h
+    with torch.set_grad_enabled(grad):
+        found = settle(out, delta, h, down, up)
+    torch.testing.assert_close(found, h + added + added @ down @ up, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_settle() -> None:
+    h, delta, down, up = inputs()
+    assert torch.autograd.gradcheck(settle, (draw(2, 3, D, seed=3), delta, h, down, up))
+
+
+def readout_inputs() -> tuple[Tensor, ...]:
+    return draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D), draw(D), draw(D, 2), draw(2, D)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_read_out_is_the_formula(grad: bool) -> None:
+    h, s, a, b, bias, down, up = readout_inputs()
+    expected = h + torch.tanh(h @ a @ b + bias) * (s - h) + (h - s) @ down @ up
+    with torch.set_grad_enabled(grad):
+        found = read_out(h, s, ReadoutMaps(a, b, bias, down, up))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_read_out() -> None:
+    assert torch.autograd.gradcheck(lambda h, s, *maps: read_out(h, s, ReadoutMaps(*maps)), readout_inputs())
 
 
 def test_a_fresh_read_out_and_a_fresh_adapter_change_no_bit() -> None:
     h, s = torch.randn(2, 3, D), torch.randn(2, 3, D)
-    assert torch.equal(ShadowReadoutModel(D, R)(h, s), h)
+    assert torch.equal(ShadowReadoutModel(D, R, 2)(h, s), h)
     base, ids = llama(), tokens()
     expected = base(ids).logits
     assert torch.equal(get_shadow_model(base, ShadowConfig())(ids).logits, expected)
@@ -92,11 +118,12 @@ def saved_bytes(run: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def test_a_layer_keeps_its_thin_product_alone() -> None:
-    """Per token and layer: r numbers, since h + delta is kept by the layer's norm anyway."""
+@pytest.mark.parametrize("name", ["injection_hidden_size", "output_hidden_size"])
+def test_a_layer_keeps_thin_products_alone(name: str) -> None:
+    """Per token and layer r + q numbers and what the layer added; h + delta is kept by the layer's norm anyway."""
 
     def kept(layers: int, rank: int) -> int:
-        model = causal_lm(llama(num_hidden_layers=layers), injection_hidden_size=rank).train()
+        model = causal_lm(llama(num_hidden_layers=layers), **{name: rank}).train()
         ids = tokens(2, 16)
         return saved_bytes(lambda: model(ids, labels=ids, use_cache=False).loss, [*model.parameters(), *model.buffers()])
 

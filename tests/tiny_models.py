@@ -72,10 +72,17 @@ def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
         ups.copy_(torch.randn(ups.shape, generator=generator) * (0.3 if published else 0.01))
         if published:
             model.shadow_injection_model.injection_downs.mul_(10)
-        else:
-            for zero in (model.shadow_readout_model.up, model.shadow_readout_model.bias):
-                zero.copy_(torch.randn(zero.shape, generator=generator) * 0.3)
+        for zero in zeros_at_the_end(model):
+            zero.copy_(torch.randn(zero.shape, generator=generator) * 0.3)
     return model
+
+
+def zeros_at_the_end(model: ShadowPeftModel) -> list[torch.Tensor]:
+    """What starts at zero behind the layers, in the variant "transient"."""
+    output, readout = model.shadow_output_model, model.shadow_readout_model
+    if output is None or readout is None:
+        return []
+    return [output.output_ups, readout.gate_up, readout.gate_bias, readout.up]
 
 
 def adapted(

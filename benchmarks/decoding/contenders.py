@@ -19,7 +19,9 @@ BACKBONE: dict[str, int] = {
 }  # fmt: skip
 """One layer with half the heads and a thin MLP: every contender then trains about 1.17 M parameters, 2.5 % of the base."""
 PUBLISHED_SIZES: dict[str, Any] = {**BACKBONE, "injection_hidden_size": 16, "gate_hidden_size": 10, "dropout": 0.0}
-OUR_SIZES: dict[str, Any] = {**BACKBONE, "injection_hidden_size": 32}
+OUR_SIZES: dict[str, Any] = {
+    **BACKBONE, "injection_hidden_size": 20, "output_hidden_size": 10, "readout_hidden_size": 16
+}  # fmt: skip
 
 
 def random_base() -> PreTrainedModel:

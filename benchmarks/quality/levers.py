@@ -62,6 +62,8 @@ class Options:
     lora_targets: str = "all-linear"
     out_rank: int = 0  # a low-rank change of what a layer adds to the stream
     out_alpha: float = 1.0
+    stop: bool = False  # the base's loss does not reach the backbone
+    final_std: float = 1.0  # of the down map of the linear read-out, times 1 / sqrt(d)
 
 
 class Low(nn.Module):
@@ -140,6 +142,7 @@ class Shadowed(nn.Module):
             self.readout_gate = Low(d * len(o.readout_input), d, o.readout_rank, bias)
         if o.final_rank:
             self.final = Low(d, d, o.final_rank)
+            self.final.down.data.mul_(o.final_std)
         if o.out_rank:
             self.outs = nn.ModuleList([Low(d, d, o.out_rank) for _ in range(n)])
         if o.readout_state == "last":
@@ -194,10 +197,12 @@ class Shadowed(nn.Module):
         """Final states of base and shadow, before the head."""
         o = self.o
         s0 = self.backbone(inputs_embeds=self.base.model.embed_tokens(input_ids), attention_mask=attention_mask)[0]
+        own = s0
+        s0 = s0.detach() if o.stop else s0
         self.s = s0
         h = self.base.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         if o.readout == "none":
-            return h, s0
+            return h, own
         ride = s0 if o.readout_state == "s0" else self.out_norm(self.s)
         if o.readout == "vector":
             g = torch.tanh(self.readout_gate)
@@ -207,7 +212,7 @@ class Shadowed(nn.Module):
             )
             g = torch.tanh(z) if o.readout == "tanh" else torch.sigmoid(z)
         out = torch.lerp(h, ride, g)
-        return (out + self.final(h - s0) if o.final_rank else out), s0
+        return (out + self.final(h - s0) if o.final_rank else out), own
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """Loss over the labels at hand, or all logits."""

@@ -3,7 +3,8 @@
 The mathematics an adapter uses is part of its config (`variant`), so a stored adapter keeps its meaning when the
 defaults for new adapters change; a stored config that names none is of `shadow-peft` 0.1.x, that is "released":
 
-    "transient"  layer 0 untouched; layers read a correction that the stream does not keep; no update; a gated read-out
+    "transient"  layer 0 untouched; layers read a correction that the stream does not keep, and what they add is corrected
+                 too; no update; a read-out at the end
     "released"   what the package `shadow-peft` 0.1.x computes: layer 0 untouched, LayerNorm and SiLU in the update
     "paper"      what the Shadow tuner of `peft` computes: every layer injected and updated, GELU and biases, no norm
 """
@@ -39,6 +40,9 @@ class ShadowConfig:
         injection_hidden_size: rank r of the injection, at least 1; None means 64, or 16 in the other variants.
         gate_hidden_size: width k of the read-out's gate, or of the update's gate and transform, at least 2; None means 16,
             or 10 in the other variants.
+        output_hidden_size: rank q of the correction of what a layer adds, at least 1; None means 32. Only in the variant
+            "transient", like the next.
+        readout_hidden_size: rank m of the read-out's map, at least 1; None means 32.
         alpha: factor of the injected correction; None means 1, or 0.1 in the other variants.
         dropout: probability in [0, 1) inside injection and update, active in training only; None means 0, or 0.2 in the
             other variants.
@@ -76,6 +80,8 @@ class ShadowConfig:
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
     variant: Variant = "transient"
+    output_hidden_size: int = None  # type: ignore[assignment]  # stays None in the other variants
+    readout_hidden_size: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _check_choice("variant", self.variant, get_args(Variant))
@@ -129,7 +135,14 @@ class ShadowConfig:
 
 _PUBLISHED = {"injection_hidden_size": 16, "gate_hidden_size": 10, "alpha": 0.1, "dropout": 0.2}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "transient": {"injection_hidden_size": 64, "gate_hidden_size": 16, "alpha": 1.0, "dropout": 0.0},
+    "transient": {
+        "injection_hidden_size": 64,
+        "output_hidden_size": 32,
+        "gate_hidden_size": 16,
+        "readout_hidden_size": 32,
+        "alpha": 1.0,
+        "dropout": 0.0,
+    },
     "released": _PUBLISHED,
     "paper": _PUBLISHED,
 }
@@ -139,6 +152,8 @@ _LEAST: dict[str, int | tuple[None, int]] = {
     "num_shadow_layers": 1,
     "injection_hidden_size": 1,
     "gate_hidden_size": 2,
+    "output_hidden_size": (None, 1),
+    "readout_hidden_size": (None, 1),
     "shadow_hidden_size": (None, 1),
     "shadow_intermediate_size": (None, 1),
     "shadow_num_attention_heads": (None, 1),

@@ -42,6 +42,7 @@ from shadow_peft.passage import LayerPassage, MovingPassage, RestingPassage
 from shadow_peft.readout import ShadowReadoutModel
 from shadow_peft.recomputing import keeping_products
 from shadow_peft.sharded import is_sharded
+from shadow_peft.transient import ShadowOutputModel
 from shadow_peft.twin import build_twin
 from shadow_peft.update import ShadowUpdateModel
 
@@ -76,7 +77,8 @@ class ShadowPeftModel(AdapterFiles):
         shadow_hidden_projection: P, a linear map or the identity.
         shadow_injection_model: the maps of all ridden layers.
         shadow_update_model: the same; None in the variant "transient".
-        shadow_readout_model: the gate at the end; None in the other variants.
+        shadow_output_model: the maps of what the layers add; None in the other variants.
+        shadow_readout_model: the maps at the end; None in the other variants.
         recompute_backbone: in training, keep of the backbone's values its matrix products alone, see `recomputing`.
         task_heads: trained heads that a task model has put here; saved beside the adapter.
 
@@ -113,7 +115,10 @@ class ShadowPeftModel(AdapterFiles):
         self.shadow_injection_model = ShadowInjectionModel(len(ridden), width, shadow_config.injection_hidden_size, variant)
         transient = variant == "transient"
         self.shadow_update_model = None if transient else ShadowUpdateModel(len(ridden), width, k, variant == "paper")
-        self.shadow_readout_model = ShadowReadoutModel(width, k) if transient else None
+        self.shadow_output_model = self.shadow_readout_model = None
+        if transient:
+            self.shadow_output_model = ShadowOutputModel(len(ridden), width, shadow_config.output_hidden_size)
+            self.shadow_readout_model = ShadowReadoutModel(width, k, shadow_config.readout_hidden_size)
         self.task_heads = nn.ModuleDict()
         self._base_signature, self._shadow_signature = Signature.of(base_model), Signature.of(backbone)
         self._stack_signature = Signature.of(stack.backbone)
@@ -295,8 +300,9 @@ class ShadowPeftModel(AdapterFiles):
             "dtype": self.base_model.dtype,
             "catch_head_input": catch_head_input,
         }
-        if self.shadow_readout_model is not None:
-            return RestingPassage(state, self.shadow_injection_model, self.shadow_readout_model, **settings)
+        if self.shadow_output_model is not None and self.shadow_readout_model is not None:
+            resting = self.shadow_injection_model, self.shadow_output_model, self.shadow_readout_model
+            return RestingPassage(state, *resting, **settings)
         assert self.shadow_update_model is not None
         drop_difference = config.variant == "paper"
         maps = self.shadow_injection_model, self.shadow_update_model
@@ -535,6 +541,7 @@ class ShadowPeftModel(AdapterFiles):
             self.shadow_hidden_projection,
             self.shadow_injection_model,
             self.shadow_update_model,
+            self.shadow_output_model,
             self.shadow_readout_model,
         ):
             if part is not None:

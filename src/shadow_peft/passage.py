@@ -1,7 +1,7 @@
 """One forward pass of an attached adapter: the shadow state on its way through the base's layers.
 
     variants "released", "paper":   h = inject(h, s)   h = layer_l(h)   s = update(h, s)      for each ridden layer l
-    variant "transient":            h = layer_l(h + delta_l) - delta_l                        and, at the end, read_out(h, s)
+    variant "transient":            h = settle(layer_l(h + delta_l))                          and, at the end, read_out(h, s)
 
 A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
 bf16, a residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would
@@ -22,7 +22,7 @@ from shadow_peft.between import between
 from shadow_peft.injection import ShadowInjectionModel, inject
 from shadow_peft.layouts import Stream
 from shadow_peft.readout import ShadowReadoutModel
-from shadow_peft.transient import correct
+from shadow_peft.transient import ShadowOutputModel, correct, settle
 from shadow_peft.update import Norm, ShadowUpdateModel, UpdateMaps, update
 
 
@@ -82,6 +82,11 @@ class LayerPassage:
     def _is_home(self, h: Tensor) -> bool:
         return h.dtype == self._dtype and h.device == self._device
 
+    def _maps_at(self, h: Tensor, maps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A pair of maps where `h` is, and in its dtype."""
+        down, up = maps
+        return maps if self._is_home(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
+
     def _met(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
         wide = self._stream.split(h, state.shape[-1])
@@ -94,31 +99,42 @@ class RestingPassage(LayerPassage):
 
     Args:
         state, injection, **settings: see `LayerPassage`.
-        readout: the gate of the read-out.
+        output: the maps of what the layers add.
+        readout: the maps of the read-out.
     """
 
-    def __init__(self, state: Tensor, injection: ShadowInjectionModel, readout: ShadowReadoutModel, **settings: Any) -> None:
+    def __init__(
+        self,
+        state: Tensor,
+        injection: ShadowInjectionModel,
+        output: ShadowOutputModel,
+        readout: ShadowReadoutModel,
+        **settings: Any,
+    ) -> None:
         super().__init__(state, injection, **settings)
         self._readout = readout
+        self._outputs = output.maps(self._dtype)
         self._state = self._stream.enter(state)
-        self._delta: Tensor | None = None
+        self._read: tuple[Tensor, Tensor] | None = None
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """What ridden layer `index` is to read, in the shape and dtype of `h`."""
         wide, state = self._met(self._state, h)
-        down, up = self._maps[index]
-        if not self._is_home(h):
-            down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
+        down, up = self._maps_at(h, self._maps[index])
         with _exactly(h):
             corrected, delta = correct(wide, state, down, up, self._alpha, self._dropout)
-        self._delta = delta.view_as(h)
+        self._read = wide, delta
         return corrected.view_as(h)
 
     def after(self, index: int, h: Tensor) -> Tensor:
-        """What ridden layer `index` returned, without the correction that it read."""
-        assert self._delta is not None
-        delta, self._delta = self._delta, None
-        return h - delta.to(h.device, h.dtype)
+        """What the stream keeps of what ridden layer `index` returned."""
+        assert self._read is not None
+        (before, delta), self._read = self._read, None
+        down, up = self._maps_at(h, self._outputs[index])
+        with _exactly(h):
+            before, delta = (tensor.to(h.device, h.dtype) for tensor in (before, delta))
+            settled = settle(h.view_as(delta), delta, before, down, up)
+        return settled if settled.shape == h.shape else settled.view_as(h)  # a view would trouble FSDP
 
     def at_end(self, h: Tensor) -> Tensor:
         """The final state with the shadow's blended in."""
@@ -162,9 +178,7 @@ class MovingPassage(LayerPassage):
             self._update(index - 1, self._waiting[0])
         self._waiting = None
         wide, state = self._beside(h)
-        down, up = self._maps[index]
-        if not self._is_home(h):
-            down, up = down.to(h.device, h.dtype), up.to(h.device, h.dtype)
+        down, up = self._maps_at(h, self._maps[index])
         settings = (self._alpha, self._dropout, self._drop_difference)
         with _exactly(h):
             if not torch.is_grad_enabled():

@@ -1,42 +1,101 @@
-"""Read-out: token by token, a gate blends the shadow's state into the base's final state.
+"""Read-out: at the end the shadow's state is blended into the base's, token by token, and what parts them is mapped.
 
-    h' = h + tanh(h @ A @ B + b) * (s - h)               variant "transient"
+    h' = h + tanh(h @ A @ B + b) * (s - h) + (h - s) @ F @ G          variant "transient"
 
     h, s   [B, T, d]  final hidden state of the base, after its last norm; initial shadow state
-    A      [d, k]     down map of the gate, drawn from N(0, 1 / d)
-    B, b   [k, d] [d] up map and bias, zero at the start: a fresh adapter changes nothing
+    A, F   [d, k] [d, m]  down maps, drawn from N(0, 1 / d)
+    B, b, G  [k, d] [d] [m, d]  up maps and bias, zero at the start: a fresh adapter changes nothing
 
 Both states are what a head reads, so what the shadow alone has learned need not find its way through the base's layers.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
-def read_out(h: Tensor, s: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    """Blend the shadow's state into the base's final one; A, B and b are `down`, `up` and `bias`; result `[B, T, d]`."""
-    flat = h.flatten(0, -2)
-    gate = torch.tanh(torch.addmm(bias, flat @ down, up))
-    return torch.lerp(flat, s.flatten(0, -2), gate).view_as(h)
+class ReadoutMaps(NamedTuple):
+    """A, B and b of the gate, F and G of the map."""
+
+    gate_down: Tensor
+    gate_up: Tensor
+    gate_bias: Tensor
+    down: Tensor
+    up: Tensor
+
+
+def read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> Tensor:
+    """h' `[B, T, d]` of h and s, `[B, T, d]`."""
+    if torch.is_grad_enabled():
+        result: Tensor = _ReadOut.apply(h, s, *maps)
+        return result
+    return _read_out(h, s, maps)[0]
+
+
+def _read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> tuple[Tensor, Tensor, Tensor]:
+    """h', which is no view of anything, and both thin products, flat."""
+    gate_z, z = h.flatten(0, -2) @ maps.gate_down, (h - s).flatten(0, -2) @ maps.down
+    result = torch.lerp(h, s, _gate(gate_z, maps).view_as(h))
+    result.flatten(0, -2).addmm_(z, maps.up)
+    return result, gate_z, z
+
+
+def _gate(z: Tensor, maps: ReadoutMaps) -> Tensor:
+    return torch.addmm(maps.gate_bias, z, maps.gate_up).tanh_()
+
+
+class _ReadOut(torch.autograd.Function):
+    """`read_out`; kept are h, s and the thin products. The gradients can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, s: Tensor, *maps: Tensor) -> Tensor:
+        result, gate_z, z = _read_out(h, s, ReadoutMaps(*maps))
+        ctx.save_for_backward(h, s, gate_z, z, *maps)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        h, s, gate_z, z, *tensors = ctx.saved_tensors
+        maps = ReadoutMaps(*tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            flat, gate, difference = grad.flatten(0, -2), _gate(gate_z, maps), (h - s).flatten(0, -2)
+            grad_bias = -flat * difference * (1 - gate * gate)
+            grad_gate_z, grad_z = grad_bias @ maps.gate_up.T, flat @ maps.up.T
+            grad_difference = grad_z @ maps.down.T - flat * gate
+            return (
+                (flat + grad_difference + grad_gate_z @ maps.gate_down.T).view_as(grad),
+                -grad_difference.view_as(grad),
+                h.flatten(0, -2).T @ grad_gate_z,
+                gate_z.T @ grad_bias,
+                grad_bias.sum(0),
+                difference.T @ grad_z,
+                z.T @ flat,
+            )
 
 
 class ShadowReadoutModel(nn.Module):
-    """The gate of the read-out: `down` `[d, k]`, `up` `[k, d]`, `bias` `[d]`.
+    """The maps of the read-out: `gate_down` `[d, k]`, `gate_up` `[k, d]`, `gate_bias` `[d]`, `down` `[d, m]`, `up` `[m, d]`.
 
     Args:
         hidden_size: d, the width of the base.
         gate_hidden_size: k.
+        map_hidden_size: m.
     """
 
-    def __init__(self, hidden_size: int, gate_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, gate_hidden_size: int, map_hidden_size: int) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.empty(hidden_size, gate_hidden_size).normal_(std=hidden_size**-0.5))
-        self.up = nn.Parameter(torch.zeros(gate_hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.gate_down = nn.Parameter(torch.empty(hidden_size, gate_hidden_size).normal_(std=hidden_size**-0.5))
+        self.gate_up = nn.Parameter(torch.zeros(gate_hidden_size, hidden_size))
+        self.gate_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.down = nn.Parameter(torch.empty(hidden_size, map_hidden_size).normal_(std=hidden_size**-0.5))
+        self.up = nn.Parameter(torch.zeros(map_hidden_size, hidden_size))
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h' `[B, T, d]`, in dtype and on the device of `h`."""
-        maps = (tensor.to(h.device, h.dtype) for tensor in (self.down, self.up, self.bias))
-        return read_out(h, s.to(h.device, h.dtype), *maps)
+        maps = (getattr(self, name).to(h.device, h.dtype) for name in ReadoutMaps._fields)
+        return read_out(h, s.to(h.device, h.dtype), ReadoutMaps(*maps))

@@ -1,16 +1,17 @@
-"""Transient correction: a layer reads a corrected state, and the residual stream keeps nothing of the correction.
+"""Transient correction: a layer reads a corrected state, and the stream keeps what the layer made of it, corrected as well.
 
     delta = alpha * drop((h - s) @ D) @ U
-    h'    = layer(h + delta) - delta                     variant "transient"
+    c     = layer(h + delta) - delta - h                 what the layer adds to the residual stream
+    h'    = h + c + c @ E @ V                            variant "transient"
 
     h, h'  [B, T, d]  hidden state of the base before and after a layer
     s      [B, T, d]  shadow state, the same at every layer
-    D      [d, r]     down map, drawn from N(0, 1 / d)
-    U      [r, d]     up map, zero at the start: a fresh adapter changes nothing
+    D, E   [d, r] [d, q]  down maps, drawn from N(0, 1 / d)
+    U, V   [r, d] [q, d]  up maps, zero at the start: a fresh adapter changes nothing
 
-So what a layer adds to the stream is what it would add if it had read the corrected state; that is what a low-rank change of
-all maps that read the stream does, too, but with what the shadow knows. Corrections that stay in the stream pile up over the
-layers (LOG.md has what either form reaches).
+The first is what a low-rank change of all maps that read the stream does, with what the shadow knows; the second is that of
+the maps that write to it. The injected correction itself does not stay: such corrections pile up over the layers (LOG.md has
+what either form reaches).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from shadow_peft.dropping import draw_kept, dropped
@@ -45,6 +46,53 @@ def correct(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropou
     else:
         corrected, delta = _added(flat, _delta((flat - state) @ down, up, alpha))
     return corrected.view_as(h), delta.view_as(h)
+
+
+def settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """What the stream keeps of a layer.
+
+    Args:
+        out: what the layer returned, `[B, T, d]`.
+        delta: what was added to its input, `[B, T, d]`.
+        h: hidden state before the layer, without delta, `[B, T, d]`.
+        down: E, `[d, q]`.
+        up: V, `[q, d]`.
+
+    Returns:
+        h', `[B, T, d]`.
+    """
+    if torch.is_grad_enabled():
+        settled: Tensor = _Settle.apply(out, delta, h, down, up)
+        return settled
+    return _settle(out, delta, h, down, up)[0]
+
+
+def _settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h', which is no view of anything, c and its thin product, both flat."""
+    settled = out - delta
+    added = (settled - h).flatten(0, -2)
+    z = added @ down
+    settled.flatten(0, -2).addmm_(z, up)
+    return settled, added, z
+
+
+class ShadowOutputModel(nn.Module):
+    """The maps of what N layers add: `output_downs` `[N, d, q]` and `output_ups` `[N, q, d]`.
+
+    Args:
+        num_layers: N, the number of injected layers.
+        hidden_size: d, the width of the base.
+        rank: q.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.output_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank).normal_(std=hidden_size**-0.5))
+        self.output_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
+
+    def maps(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """(E, V) of every injected layer in the dtype of the computation."""
+        return list(zip(self.output_downs.to(dtype).unbind(0), self.output_ups.to(dtype).unbind(0), strict=True))
 
 
 def _delta(z: Tensor, up: Tensor, alpha: float) -> Tensor:
@@ -86,3 +134,24 @@ class _Correct(torch.autograd.Function):
             grad_z = dropped(alpha * (onto_delta @ up.T), keep, dropout)
             through = grad_z @ down.T
             return grad + through, -through, difference.T @ grad_z, grad_up, None, None, None
+
+
+class _Settle(torch.autograd.Function):
+    """`settle`; kept are c and its thin product. The gradients can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        settled, *kept = _settle(out, delta, h, down, up)
+        ctx.save_for_backward(*kept, down, up)
+        return settled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        added, z, down, up = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            flat = grad.flatten(0, -2)
+            grad_z = flat @ up.T
+            through = (grad_z @ down.T).view_as(grad)
+            onto_out = grad + through
+            return onto_out, -onto_out, -through, added.T @ grad_z, z.T @ flat

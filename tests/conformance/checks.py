@@ -24,6 +24,7 @@ from shadow_peft.layouts import FEWEST_EXPORTED
 from tests.conformance import base_facts as facts
 from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
 from tests.conformance.tiny import tiny_model
+from tests.tiny_models import zeros_at_the_end
 
 VISIBLE = 1e-3
 """The least change of logits that a random adapter must make."""
@@ -85,14 +86,11 @@ def settings(**changes: Any) -> ShadowConfig:
 def stir(model: nn.Module) -> None:
     """Give a fresh adapter weights that show: up maps that are not zero, an update that is not symmetric."""
     generator = torch.Generator().manual_seed(3)
-    ups, updating, readout = (
-        model.shadow_injection_model.injection_ups,
-        model.shadow_update_model,
-        model.shadow_readout_model,
-    )
-    parts = (
-        [(ups, 1.0), (updating.hidden_norm.bias, 0.3)] if updating else [(ups, 0.05), (readout.up, 0.3), (readout.bias, 0.3)]
-    )
+    ups, updating = model.shadow_injection_model.injection_ups, model.shadow_update_model
+    if updating:
+        parts = [(ups, 1.0), (updating.hidden_norm.bias, 0.3)]
+    else:
+        parts = [(ups, 0.05), *((zero, 0.3) for zero in zeros_at_the_end(model))]
     for part, size in parts:
         part.copy_(torch.randn(part.shape, generator=generator) * size)
 
@@ -187,7 +185,7 @@ def gradients(model_type: str) -> None:
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient: {', '.join(missing)}"
     peft = model.peft_model
-    coupling = (peft.shadow_injection_model, peft.shadow_update_model, peft.shadow_readout_model)
+    coupling = (peft.shadow_injection_model, peft.shadow_update_model, peft.shadow_output_model, peft.shadow_readout_model)
     zero = [n for part in filter(None, coupling) for n, p in part.named_parameters() if p.requires_grad and not p.grad.any()]
     assert not zero, f"gradient zero: {', '.join(zero)}"
 

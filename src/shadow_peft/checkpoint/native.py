@@ -42,9 +42,9 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     injection = model.shadow_injection_model
     views["shadow_injection_model.injection_downs"] = injection.injection_downs.detach()
     views["shadow_injection_model.injection_ups"] = injection.injection_ups.detach()
-    if model.shadow_readout_model is not None:
-        gate = model.shadow_readout_model.named_parameters()
-        return views | {f"shadow_readout_model.{name}": p.detach() for name, p in gate}
+    if model.shadow_config.variant == "transient":
+        parts = ("shadow_output_model", "shadow_readout_model")
+        return views | {f"{part}.{n}": t for part in parts for n, t in saved_tensors(getattr(model, part)).items()}
     return views | {f"shadow_update_model.{name}": view for name, view in _update_views(model).items()}
 
 

@@ -34,7 +34,7 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 Curve = list[tuple[int, float]]
 
 #: The shadow that is raced, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(shadow_intermediate_size=256, injection_hidden_size=96, shadow_init="base")
+SHADOW = ShadowConfig(shadow_intermediate_size=256, injection_hidden_size=60, output_hidden_size=32, shadow_init="base")
 
 
 @dataclass(frozen=True)
