@@ -18,11 +18,11 @@ model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()), shadow_
 with tempfile.TemporaryDirectory() as directory:
     args = SFTConfig(
         directory,
-        max_steps=20,
+        max_steps=60,
         learning_rate=1e-2,
         packing=True,
         max_length=64,
-        logging_steps=5,
+        logging_steps=15,
         report_to="none",
         bf16=False,
     )

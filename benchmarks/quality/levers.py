@@ -63,6 +63,8 @@ class Options:
     out_rank: int = 0  # a low-rank change of what a layer adds to the stream
     out_alpha: float = 1.0
     stop: bool = False  # the base's loss does not reach the backbone
+    heads: int = 0  # attention heads and KV heads of the backbone; 0: the base's
+    kv: int = 0
     final_std: float = 1.0  # of the down map of the linear read-out, times 1 / sqrt(d)
 
 
@@ -243,6 +245,8 @@ def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
     config = ShadowConfig(
         num_shadow_layers=o.layers,
         shadow_intermediate_size=o.mlp or None,
+        shadow_num_attention_heads=o.heads or None,
+        shadow_num_key_value_heads=o.kv or None,
         shadow_init="random" if o.cut == "random" else "base",
     )
     with mock.patch.object(twin, "chosen_layers", return_value=list(ids or [])):
