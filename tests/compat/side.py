@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, classification": {"base": ("Qwen3", "SequenceClassification")},
     "qwen3, both heads saved": {"base": ("Qwen3", "CausalLM"), "config": {"modules_to_save": ["lm_head", "shadow_lm_head"]}},
     "gpt2, implicit": {"base": ("GPT2", "CausalLM")},
+    "llama, not of 0.1.x": {"base": ("Llama", "CausalLM"), "config": {"variant": "transient"}, "refused": True},
     "peft: llama, mirror": {"base": ("Llama", "CausalLM"), "peft": {}},
     "peft: llama, narrow mirror": {
         "base": ("Llama", "CausalLM"),
@@ -119,7 +120,8 @@ def save_native(side: str, case: dict[str, Any], folder: Path) -> tuple[dict[str
         shadow = make_shadow(base, case["shadow_width"])
         shadow.save_pretrained(folder / "shadow_model")
     paper = {"variant": "paper", **paper_names(case["peft"])} if "peft" in case else {}
-    config = ShadowConfig(**{**ADAPTER, **case.get("config", {}), **paper})
+    published = {"variant": "released"} if side == "ours" else {}  # 0.1.x has no other
+    config = ShadowConfig(**{**ADAPTER, **published, **case.get("config", {}), **paper})
     adapted = get_shadow_model(base, config, shadow_model=shadow)
     model = task_class(case)(adapted)
     inputs = batch(case)
@@ -217,7 +219,7 @@ def computed_by_peft(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, t
 def save(side: str, root: Path, names: list[str]) -> None:
     """Write every case below `root`."""
     for index, name in enumerate(CASES):
-        if name not in names:
+        if name not in names or (side == "peer" and "refused" in CASES[name]):
             continue
         torch.manual_seed(index)
         folder, case = root / str(index), CASES[name]
@@ -232,15 +234,20 @@ def load(side: str, root: Path, names: list[str]) -> dict[str, dict[str, float] 
     results: dict[str, dict[str, float] | str] = {}
     for index, name in enumerate(CASES):
         folder, case = root / str(index), CASES[name]
-        if name not in names:
+        if name not in names or not folder.exists():
             continue
         inputs, expected = (load_file(folder / f"{part}.safetensors") for part in ("inputs", "expected"))
         try:
             seen = (load_peft if by_peft(side, case) else load_native)(case, folder, inputs)
             results[name] = {key: float((seen[key] - value).abs().max()) for key, value in expected.items()}
+            if "refused" in case:
+                results[name] = "loaded, though this package cannot compute it"
         except Exception as error:  # any failure of the other side is a result of the comparison
-            traceback.print_exc()
             results[name] = f"{type(error).__name__}: {error}"
+            if "refused" in case:
+                results[name] = {f"refused ({type(error).__name__})": 0.0}
+            else:
+                traceback.print_exc()
     return results
 
 
