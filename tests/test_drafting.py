@@ -132,7 +132,6 @@ def weights_read(model: PreTrainedModel) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
 
 
-
 def count_tokens(module: nn.Module, counts: list[int]) -> None:
     def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
         counts.append(kwargs["inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"].shape[1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
+from shadow_peft import base_adapters
 from shadow_peft.checkpoint import native, peft, store
 from shadow_peft.checkpoint.files import fill
 from shadow_peft.checkpoint.hub import push
@@ -78,9 +79,12 @@ class AdapterFiles(nn.Module):
         return _IncompatibleKeys([name for name in views if name not in state_dict], [])
 
     def _state_views(self) -> dict[str, Tensor]:
-        if is_sharded(self):
-            return own_state(self, without="base_model")
-        return {**self._adapter_views(), **native.head_views(self._model)}
+        model = self._model
+        if not is_sharded(self):
+            return {**self._adapter_views(), **native.head_views(model), **base_adapters.views(model.base_model)}
+        if model.shadow_config.train_base_adapters:
+            raise ValueError("Adapters of the base cannot be trained while parameters are sharded over processes.")
+        return own_state(self, without="base_model")
 
     def _adapter_views(self) -> dict[str, Tensor]:
         if is_sharded(self):

@@ -58,6 +58,7 @@ class ShadowConfig:
             "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
         shadow_init_layers: which base layers "base" cuts: the "first" ones or "even"ly spaced ones.
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
+        train_base_adapters: train the PEFT adapters that the base carries together with the shadow.
         variant: the mathematics between the layers, see the module's docstring.
 
     Raises:
@@ -79,6 +80,7 @@ class ShadowConfig:
     shadow_init: ShadowInit = "auto"
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
+    train_base_adapters: bool = False
     variant: Variant = "transient"
     output_hidden_size: int = None  # type: ignore[assignment]  # stays None in the other variants
     readout_hidden_size: int = None  # type: ignore[assignment]

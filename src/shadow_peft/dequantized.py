@@ -1,4 +1,4 @@
-"""The weights of a quantized base as plain numbers, for a shadow that is cut from them and is itself never quantized."""
+"""The weights of a base as plain numbers, for a shadow that is cut from them: neither quantized nor below adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CannotCut(ValueError):
 
 
 def dequantized(module: nn.Module) -> nn.Module:
-    """A view of a module whose quantized weights are floats of their logical shape; it shares all else with the module.
+    """A view of a module without PEFT adapters, its quantized weights floats of their logical shape; the rest is shared.
 
     bitsandbytes (4 and 8 bit) and torchao are known; other weights are what they are.
 
@@ -21,7 +21,8 @@ def dequantized(module: nn.Module) -> nn.Module:
         CannotCut: bitsandbytes has packed 4 bit weights anew for inference on this CPU, which it can't undo exactly.
     """
     view = copy.copy(module)
-    view._modules = {name: None if child is None else dequantized(child) for name, child in module._modules.items()}
+    parts = {name: getattr(child, "base_layer", child) for name, child in module._modules.items()}  # below peft's adapters
+    view._modules = {name: None if part is None else dequantized(part) for name, part in parts.items()}
     view._parameters = {name: None if p is None else _plain(module, p) for name, p in module._parameters.items()}
     return view
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft import base_adapters
 from shadow_peft.adapter_files import AdapterFiles
 from shadow_peft.attach import Attachment
 from shadow_peft.backbone import (
@@ -67,7 +68,8 @@ class ShadowPeftModel(AdapterFiles):
     this model is the adapted one. Unknown attributes are looked up on the base. `state_dict()` holds the adapter alone.
 
     Args:
-        base_model: a transformers model with at least two decoder layers. Its parameters are frozen.
+        base_model: a transformers model with at least two decoder layers, or a `peft.PeftModel` of one, see `base_adapters`.
+            Its parameters are frozen, but for adapters that `train_base_adapters` trains.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `twin`).
         autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
@@ -97,6 +99,8 @@ class ShadowPeftModel(AdapterFiles):
         _cut: bool = True,
     ) -> None:
         super().__init__()
+        self._given = (base_model,)  # in a tuple, or it would be a part of this model
+        base_model = base_adapters.given_base(base_model)
         stack = find_stack(base_model)
         ridden, width = stack.layers[shadow_config.first_injected_layer :], stack.hidden_size
         if shadow_model is None:
@@ -108,7 +112,9 @@ class ShadowPeftModel(AdapterFiles):
         self.shared_table_name = shared_table_name
         self.stack = stack
         self._unfrozen = [name for name, p in base_model.named_parameters() if p.requires_grad]
-        self.base_model = base_model.requires_grad_(False)
+        base_adapters.freeze(base_model, but_adapters=shadow_config.train_base_adapters)
+        self.base_model = base_model
+        self._put_in: Any = ()
         self.shadow_model = backbone
         self.shadow_hidden_projection = make_projection(backbone, width)
         variant, k = shadow_config.variant, shadow_config.gate_hidden_size
@@ -369,14 +375,21 @@ class ShadowPeftModel(AdapterFiles):
             yield
 
     def unload(self) -> PreTrainedModel:
-        """Take the adapter off and give the base back as it was, trainable parameters included."""
+        """Take the adapter off and give back what was wrapped as it was, trainable parameters included.
+
+        PEFT adapters that came with the base stay in it, as trained as they are; those that a checkpoint brought leave it.
+        """
         self.attachment.detach()
         self._attachment = None
         if self._checkpointing:
             self.gradient_checkpointing_disable()
+        self.base_model.requires_grad_(False)
         for name in self._unfrozen:
             self.base_model.get_parameter(name).requires_grad_(True)
-        return self.base_model
+        for wrapped in self._put_in:
+            base_adapters.take_out(self.base_model, wrapped)
+        given: PreTrainedModel = self._given[0]
+        return given
 
     def get_base_model(self) -> PreTrainedModel:
         """The base, still attached; calling it is calling the bare base."""
@@ -493,13 +506,20 @@ class ShadowPeftModel(AdapterFiles):
         """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
         if shadow_model is None:
             shadow_model = rebuilt_shadow(stored.provenance.get("shadow_model_config"))
-        peft_model = cls(
-            model,
-            stored.config,
-            shadow_model=shadow_model,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            _cut=False,
-        )
+        base = base_adapters.given_base(model)
+        put_in = base_adapters.put_in(base, stored.provenance.get("base_adapters") or {})
+        try:
+            peft_model = cls(
+                model,
+                stored.config,
+                shadow_model=shadow_model,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                _cut=False,
+            )
+        except BaseException:
+            base_adapters.take_out(base, put_in)
+            raise
+        peft_model._put_in = () if put_in is None else (put_in,)
         try:
             if make_head is not None:
                 for name in stored.head_names:

@@ -18,6 +18,7 @@ TRANSIENT_FILE = "shadow_adapter_transient.safetensors"
 """Another name, so that `shadow-peft` 0.1.x finds no adapter where it could not compute it."""
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"
+BASE_ADAPTER_FILE = "base_adapter.safetensors"
 
 
 def adapter_file(variant: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from shadow_peft import base_adapters
 from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.checkpoint.hub import local_directory
@@ -23,10 +25,13 @@ from shadow_peft.sharded import holding, is_sharded, own_state
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
+logger = logging.getLogger(__name__)
+
 Dialect = Literal["native", "peft"]
 
 FILES = frozenset(
     {native.ADAPTER_FILE, native.TRANSIENT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
+    | {native.BASE_ADAPTER_FILE}
     | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
 )
 """All names that an adapter's files can have; a save leaves none of an earlier one."""
@@ -48,6 +53,7 @@ class Checkpoint:
         dialect: which files it was read from.
         tensors: name -> tensor of the adapter.
         heads: name -> tensor of the trained heads.
+        base_adapters: name -> tensor of the PEFT adapters that the base carried.
         provenance: what the file says about where it comes from; empty when it says nothing.
         directory: where it was read.
         training: factors of the loss that it was trained with, by the names of the task models' arguments, where the file
@@ -61,6 +67,7 @@ class Checkpoint:
     provenance: dict[str, Any]
     directory: Path
     training: dict[str, float] = field(default_factory=dict)
+    base_adapters: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def head_names(self) -> list[str]:
@@ -90,10 +97,13 @@ def _read_native(directory: Path) -> Checkpoint:
     file, legacy = native.adapter_file(config.variant), directory / native.LEGACY_ADAPTER_FILE
     use_legacy = legacy.is_file() and not (directory / file).is_file()
     tensors = read_tensors(legacy) if use_legacy else _required(directory, file)
-    heads_file = directory / native.HEADS_FILE
-    heads = read_tensors(heads_file) if heads_file.is_file() else {}
+    heads, base = (_if_there(directory / name) for name in (native.HEADS_FILE, native.BASE_ADAPTER_FILE))
     origin = stored.get("provenance", {})
-    return Checkpoint(config, "native", tensors, heads, origin, directory, origin.get("training") or {})
+    return Checkpoint(config, "native", tensors, heads, origin, directory, origin.get("training") or {}, base)
+
+
+def _if_there(file: Path) -> dict[str, Tensor]:
+    return read_tensors(file) if file.is_file() else {}
 
 
 def _read_peft(directory: Path) -> Checkpoint:
@@ -158,18 +168,21 @@ def _save(
 ) -> None:
     if (dialect or _dialect_of(model)) == "peft":
         return _save_peft(model, save_directory, training)
-    adapter, heads = native.adapter_views(model), native.head_views(model)
+    contents = {
+        native.adapter_file(model.shadow_config.variant): native.adapter_views(model),
+        native.HEADS_FILE: native.head_views(model),
+        native.BASE_ADAPTER_FILE: base_adapters.views(model.base_model),
+    }
     if state_dict is not None:
-        adapter, heads = ({name: state_dict[name] for name in views} for views in (adapter, heads))
+        contents = {file: {name: state_dict[name] for name in views} for file, views in contents.items()}
     if include_shared_embeddings:
-        adapter |= shared_table(model)
-    file = native.adapter_file(model.shadow_config.variant)
+        contents[native.adapter_file(model.shadow_config.variant)] |= shared_table(model)
     with all_or_none(save_directory, replacing=FILES) as staging:
-        write_tensors(adapter, staging / file)
-        if heads:
-            write_tensors(heads, staging / native.HEADS_FILE)
+        for file, tensors in contents.items():
+            if tensors:
+                write_tensors(tensors, staging / file)
         write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
-        files = {**dict.fromkeys(adapter, file), **dict.fromkeys(heads, native.HEADS_FILE)}
+        files = {name: file for file, tensors in contents.items() for name in tensors}
         write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
 
 
@@ -185,8 +198,8 @@ def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -
 
 
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
-    if native.head_views(model):
-        raise ValueError("peft's dialect has no place for trained heads.")
+    if native.head_views(model) or base_adapters.views(model.base_model):
+        raise ValueError("peft's dialect has no place for trained heads, nor for adapters of the base.")
     with all_or_none(save_directory, replacing=FILES) as staging:
         adapter = peft.adapter_views(model)
         write_tensors(adapter, staging / peft.ADAPTER_FILE)
@@ -212,7 +225,11 @@ def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
     views = peft.adapter_views(model) if checkpoint.dialect == "peft" else native.adapter_views(model)
     heads = native.head_views(model)
     known = {name: t for name, t in checkpoint.tensors.items() if name not in shared_table(model)}
-    fill({**views, **heads}, {**known, **checkpoint.heads}, str(checkpoint.directory))
+    below = base_adapters.views(model.base_model)
+    if below and not checkpoint.base_adapters:
+        logger.warning("The base carries PEFT adapters that %s was not made with.", checkpoint.directory)
+        below = {}
+    fill({**views, **heads, **below}, {**known, **checkpoint.heads, **checkpoint.base_adapters}, str(checkpoint.directory))
 
 
 def _require_same_base(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
@@ -242,6 +259,7 @@ def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = No
         "base_model_type": base.config.model_type,
         "base_model_class": type(base).__name__,
         "base_sizes": base_sizes(model),
+        "base_adapters": base_adapters.stored_configs(base),
         "seed": torch.initial_seed(),
         "training": None if training is None else dict(training),
         "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
