@@ -98,14 +98,13 @@ PUBLISHED = "shadow-peft 0.1.1"
 """The contender that needs the environment of the peers."""
 
 
-def draft_with_oracle(model: Any, texts: Tensor, acceptance: float, seed: int) -> None:
-    """Let a model draft the token that it is going to write with probability `acceptance`, and another one else.
+def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
+    """Let shadows draft the token that the base is going to write with probability `acceptance`, and another one else.
 
     Backbone and head run as they do with a real shadow; only what they propose is replaced.
 
     Args:
-        model: a `ShadowForCausalLM`.
-        texts: what it writes without drafting, `[B, M]`.
+        texts: what the base writes without drafting, `[B, M]`.
         acceptance: in [0, 1].
         seed: of what is proposed wrongly.
     """

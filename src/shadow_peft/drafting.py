@@ -122,11 +122,11 @@ class AcceptanceEstimate:
 
     Attributes:
         confident: decaying sum of the confidences of the tokens that were judged.
-        accepted: decaying number of them that were accepted; both start as if one token had been judged, right by 9/10.
+        accepted: decaying number of them that were accepted; both start as if two tokens had been judged, right by 9/10.
     """
 
-    confident: float = 1.0
-    accepted: float = 0.9
+    confident: float = 2.0
+    accepted: float = 1.8
 
     @property
     def trust(self) -> float:
