@@ -77,7 +77,7 @@ def with_published(base: LlamaForCausalLM) -> nn.Module:
 
 def with_ours(base: LlamaForCausalLM) -> nn.Module:
     """As large, with more of it between the layers."""
-    return with_shadow(base, shadow_intermediate_size=640, injection_hidden_size=80, output_hidden_size=40)
+    return with_shadow(base, shadow_intermediate_size=640, injection_hidden_size=85, output_hidden_size=42)
 
 
 PUBLISHED = "shadow-peft 0.1.1"
