@@ -60,6 +60,22 @@ def test_settle_is_the_formula(grad: bool) -> None:
     torch.testing.assert_close(found, h + added + added @ down @ up, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_any_layout_of_what_a_layer_returns(grad: bool) -> None:
+    h, delta, down, up = inputs()
+    out = draw(2, 3, D, seed=3)
+    *_, a, b, bias, e, f = readout_inputs()
+    maps = ReadoutMaps(a, b, bias, e, f)
+
+    def turned(x: Tensor) -> Tensor:
+        return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+
+    with torch.set_grad_enabled(grad):
+        found, expected = settle(turned(out), turned(delta), turned(h), down, up), settle(out, delta, h, down, up)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(read_out(turned(h), turned(out), maps), read_out(h, out, maps), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_settle() -> None:
     h, delta, down, up = inputs()
     assert torch.autograd.gradcheck(settle, (draw(2, 3, D, seed=3), delta, h, down, up))

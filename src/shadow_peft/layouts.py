@@ -85,8 +85,8 @@ READ_BY_HEAD: dict[str, str] = {"opt": "model.decoder"}
 embeddings."""
 
 
-ADDS_IN_PLACE = frozenset({"falcon", "gemma3n_text"})
-"""Types whose layers change what a linear map gave in place, so that it can't be kept for the backward pass."""
+ADDS_IN_PLACE = frozenset({"falcon", "gemma3n_text", "roc_bert"})
+"""Types that change what a linear map gave in place, so that it can't be kept for the backward pass."""
 
 FEWEST_EXPORTED: dict[str, tuple[int, str]] = {
     "olmo_hybrid": (2, "its config wants a recurrent and an attention layer"),

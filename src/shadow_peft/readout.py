@@ -39,7 +39,7 @@ def read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> Tensor:
 def _read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> tuple[Tensor, Tensor, Tensor]:
     """h', which is no view of anything, and both thin products, flat."""
     gate_z, z = h.flatten(0, -2) @ maps.gate_down, (h - s).flatten(0, -2) @ maps.down
-    result = torch.lerp(h, s, _gate(gate_z, maps).view_as(h))
+    result = torch.lerp(h, s, _gate(gate_z, maps).view_as(h)).contiguous()
     result.flatten(0, -2).addmm_(z, maps.up)
     return result, gate_z, z
 

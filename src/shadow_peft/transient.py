@@ -69,7 +69,7 @@ def settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> T
 
 def _settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h', which is no view of anything, c and its thin product, both flat."""
-    settled = out - delta
+    settled = (out - delta).contiguous()  # a layer may return any layout
     added = (settled - h).flatten(0, -2)
     z = added @ down
     settled.flatten(0, -2).addmm_(z, up)
