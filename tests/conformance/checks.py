@@ -90,8 +90,7 @@ def stir(model: nn.Module) -> None:
     if updating:
         parts = [(ups, 1.0), (updating.hidden_norm.bias, 0.3)]
     else:
-        small = {id(ups), id(model.shadow_output_model.output_ups)}  # large ones make routers flip with a rounding error
-        parts = [(zero, 0.05 if id(zero) in small else 0.3) for zero in (ups, *zeros_at_the_end(model))]
+        parts = [(ups, 0.05), *((zero, 0.3) for zero in zeros_at_the_end(model))]
     for part, size in parts:
         part.copy_(torch.randn(part.shape, generator=generator) * size)
 
