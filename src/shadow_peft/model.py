@@ -1,4 +1,4 @@
-"""ShadowPeftModel: a frozen base, its shadow backbone, and the two small parts that couple them.
+"""ShadowPeftModel: a frozen base, its shadow backbone, and the small parts that couple them.
 
 What happens to a batch:
 
