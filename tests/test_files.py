@@ -18,6 +18,7 @@ from shadow_peft import (
     ShadowForSequenceClassification,
     ShadowPeftModel,
     get_shadow_model,
+    prepare_shadow_model,
 )
 from shadow_peft.checkpoint import files, store
 from tests.tiny_models import INTEROP, adapted, causal_lm, classifier, gpt2, llama, qwen3, qwen3_classifier, tokens
@@ -68,6 +69,15 @@ def test_an_explicit_shadow_is_rebuilt_from_the_checkpoint(tmp_path: Path) -> No
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
     given = ShadowForCausalLM.from_pretrained(llama(), tmp_path, shadow_model=qwen3(9, hidden_size=16, num_hidden_layers=2))
     torch.testing.assert_close(given(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_an_explicit_shadow_without_a_table_is_rebuilt_without_one(tmp_path: Path) -> None:
+    backbone = prepare_shadow_model(qwen3(4, num_hidden_layers=2), remove_embed_tokens=True)
+    model, ids = ShadowForCausalLM(adapted(llama(), shadow_model=backbone)), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(ids).shadow_logits, model(ids).shadow_logits, rtol=0, atol=0)
 
 
 def test_the_paper_variant_round_trips_in_pefts_dialect(tmp_path: Path) -> None:

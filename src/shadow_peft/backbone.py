@@ -55,13 +55,17 @@ def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: 
     return backbone
 
 
-def rebuilt_shadow(config: dict[str, Any] | None) -> PreTrainedModel | None:
-    """An explicit shadow of the architecture that a checkpoint declares, with random weights; None declares none.
+def rebuilt_shadow(provenance: dict[str, Any]) -> PreTrainedModel | None:
+    """The explicit shadow that a checkpoint declares, with random weights; None where it declares none.
 
     Raises:
         ValueError: its `model_type` is not registered with transformers.
     """
-    return None if config is None else AutoModel.from_config(registered_config(config))
+    config = provenance.get("shadow_model_config")
+    if config is None:
+        return None
+    shares = not provenance.get("shadow_model_has_embeddings", True)
+    return prepare_shadow_model(AutoModel.from_config(registered_config(config)), remove_embed_tokens=shares)
 
 
 def registered_config(data: dict[str, Any]) -> PreTrainedConfig:

@@ -505,7 +505,7 @@ class ShadowPeftModel(AdapterFiles):
     ) -> ShadowPeftModel:
         """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
         if shadow_model is None:
-            shadow_model = rebuilt_shadow(stored.provenance.get("shadow_model_config"))
+            shadow_model = rebuilt_shadow(stored.provenance)
         base = base_adapters.given_base(model)
         put_in = base_adapters.put_in(base, stored.provenance.get("base_adapters") or {})
         try:

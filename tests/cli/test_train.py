@@ -21,6 +21,7 @@ from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import Form
 from tests.cli.conftest import write_lines
+from tests.tiny_models import llama
 
 ROWS = [{"q": f"say {i}", "a": f"{i} {i}", "options": [f"{i}"] if i % 2 else []} for i in range(8)]
 FORM = Form(prompt="{q}:", completion=" {a}")
@@ -199,6 +200,24 @@ def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_pa
     assert state["log_history"][0]["num_tokens"] == 4 * 16
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_model_of_ones_own_becomes_the_shadow(shares: bool, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    small, output = llama(5, vocab_size=300, num_hidden_layers=2), tmp_path / "out"
+    small.save_pretrained(tmp_path / "small")
+    options = ["--shadow_model", str(tmp_path / "small"), *["--share_embeddings"] * shares]
+    trained(model_folder, data_file, output, "--max_steps", "1", "--learning_rate", "0", "--export", *options)
+    stored, own = load_file(output / "shadow_adapter_transient.safetensors"), small.model.state_dict()
+    if shares:
+        del own["embed_tokens.weight"]
+    found = {name.removeprefix("shadow_model."): t for name, t in stored.items() if name.startswith("shadow_model.")}
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+    base, exported = load_model(str(model_folder)), load_model(str(output / "shadow"))
+    table = base.get_input_embeddings().weight if shares else small.get_input_embeddings().weight
+    assert torch.equal(exported.get_input_embeddings().weight, table)
+    assert torch.equal(exported.lm_head.weight, base.lm_head.weight)
+
+
 def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     weights = {"distillation_weight": 0.5, "distillation_temperature": 2.0, "distillation_warmup_ratio": 1.0}
     options = [word for name, value in weights.items() for word in (f"--{name}", str(value))]
@@ -228,6 +247,10 @@ def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp
         (["--use_peft", "--num_shadow_layers", "2"], "--num_shadow_layers belongs to a shadow"),
         (["--use_peft", "--export"], "--export belongs to a shadow"),
         (["--use_peft", "--distillation_weight", "1"], "--distillation_weight belongs to a shadow"),
+        (["--use_peft", "--shadow_model", "x"], "--shadow_model belongs to a shadow"),
+        (["--shadow_model", "x", "--num_shadow_layers", "2"], "--num_shadow_layers shapes a shadow made from the base"),
+        (["--share_embeddings"], "--share_embeddings belongs to --shadow_model"),
+        (["--shadow_model", "/nowhere"], "cannot load a causal language model from '/nowhere'"),
         (["--distillation_warmup_ratio", "2"], "distillation_warmup_ratio must lie in [0, 1], got 2.0"),
         (["--model_name_or_path", "x"], "give the base as --model"),
         (["--resume_from_checkpoint", "last"], "there is no checkpoint in"),

@@ -20,6 +20,7 @@ from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.checkpoint.hub import local_directory
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
+from shadow_peft.heads import input_embeddings
 from shadow_peft.sharded import holding, is_sharded, own_state
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = No
         "seed": torch.initial_seed(),
         "training": None if training is None else dict(training),
         "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
+        "shadow_model_has_embeddings": input_embeddings(model.shadow_model) is not None,
     }
 
 

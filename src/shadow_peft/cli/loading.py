@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import shadow_peft  # noqa: F401  (makes an exported shadow of another width loadable by AutoModelForCausalLM)
+from shadow_peft.backbone import prepare_shadow_model
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
 
@@ -23,6 +24,15 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a causal language model from {name!r}: {error}") from error
     return model
+
+
+def load_shadow(name: str, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
+    """The backbone of a model of a folder or of the hub; with `share_embeddings` without its embedding table.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal language model.
+    """
+    return prepare_shadow_model(load_model(name, **kwargs), remove_embed_tokens=share_embeddings)
 
 
 def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:

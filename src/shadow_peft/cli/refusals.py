@@ -34,6 +34,7 @@ def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, p
     if Path(options.output).is_file():
         raise UserError(f"--output {options.output} is a file; give a folder")
     _check_method(options, shadow, peft)
+    _check_shadow(options, shadow)
     _check_evaluation(options, sft)
     _check_launch(options)
 
@@ -47,11 +48,23 @@ def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig
         if given:
             raise UserError(f"--{given[0]} belongs to LoRA; add --use_peft to train LoRA instead of a shadow")
         return
-    of_shadow = ("export", "shadow_learning_rate_scale", *ShadowForCausalLM.loss_settings)
+    of_shadow = ("shadow_model", "export", "shadow_learning_rate_scale", *ShadowForCausalLM.loss_settings)
     given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(ShadowConfig(), f.name)]
     given += [f.name for f in fields(options) if f.name in of_shadow and getattr(options, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0]} belongs to a shadow, and --use_peft trains LoRA instead; drop one of them")
+
+
+def _check_shadow(options: TrainOptions, shadow: ShadowConfig) -> None:
+    """What shapes a shadow made from the base does nothing for one that is brought along."""
+    if options.shadow_model is None:
+        if options.share_embeddings:
+            raise UserError("--share_embeddings belongs to --shadow_model; a shadow made from the base has none of its own")
+        return
+    shape = [f.name for f in fields(shadow) if f.name.startswith(("num_shadow_", "shadow_"))]
+    given = [name for name in shape if getattr(shadow, name) != getattr(ShadowConfig(), name)]
+    if given:
+        raise UserError(f"--{given[0]} shapes a shadow made from the base, and --shadow_model brings one; drop one of them")
 
 
 def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from shadow_peft.causal_lm import ShadowForCausalLM
-from shadow_peft.cli.loading import load_model, load_tokenizer
+from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
 from shadow_peft.config import ShadowConfig
@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
   shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
   shadow-peft train --model ./base --data d.jsonl --output out --num_shadow_layers 2 --learning_rate 5e-4 --max_steps 1000
+  shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data d.jsonl --output out
   shadow-peft train --config recipes/gsm8k.yaml
   shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
   shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
@@ -66,6 +67,11 @@ class TrainOptions:
     eval_data: str | None = field(default=None, metadata={"help": "File, folder or hub id of data to evaluate on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of --eval_data or else --data."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Hold out this part of the data to evaluate on."})
+    shadow_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a small model to be the shadow, instead of one made from the base."},
+    )
+    share_embeddings: bool = field(default=False, metadata={"help": "Feed it the base's embeddings instead of its own."})
     export: bool = field(default=False, metadata={"help": "Also save the shadow as a model of its own, OUTPUT/shadow."})
     shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
     shadow_learning_rate_scale: float = field(
@@ -132,9 +138,12 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> Pre
     base: PreTrainedModel = load_model(options.model, **kwargs)
     if peft.use_peft:
         return base
+    brought = None
+    if options.shadow_model is not None:
+        brought = load_shadow(options.shadow_model, options.share_embeddings, dtype=peft.dtype)
     try:
         weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
-        return ShadowForCausalLM(get_shadow_model(base, shadow), **weights)
+        return ShadowForCausalLM(get_shadow_model(base, shadow, shadow_model=brought), **weights)
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot give {options.model!r} such a shadow: {error}") from error
 

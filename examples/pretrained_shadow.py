@@ -1,0 +1,32 @@
+"""Give the shadow a pretraining of its own: cut it from the base, train it on text as any model, hand it back.
+
+python examples/pretrained_shadow.py
+"""
+
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from _tiny import causal_lm, token_ids
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
+
+base, input_ids = causal_lm(), token_ids()
+cut = ShadowConfig(num_shadow_layers=2, shadow_init_layers="even", shadow_intermediate_size=32)
+
+small = get_shadow_model(base, cut).export_shadow()  # a stock model, with copies of the base's embeddings and head
+for table in (small.get_input_embeddings(), small.get_output_embeddings()):
+    table.requires_grad_(False)  # so that both stay the base's
+text = [{"input_ids": row, "labels": row} for row in token_ids(rows=16)]
+
+with tempfile.TemporaryDirectory() as directory:
+    args = TrainingArguments(directory, max_steps=4, learning_rate=1e-2, report_to="none", save_strategy="no")
+    Trainer(small, args, train_dataset=text).train()
+    small.save_pretrained(directory)
+    shadow = prepare_shadow_model(AutoModelForCausalLM.from_pretrained(directory), remove_embed_tokens=True)
+
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(), shadow_model=shadow)).eval()
+with torch.no_grad():
+    logits = model(input_ids=input_ids).shadow_logits
+    assert torch.allclose(logits, small.eval()(input_ids=input_ids).logits, atol=1e-5)
+print("the adapter starts from the pretrained shadow:", f"{sum(p.numel() for p in shadow.parameters()):,} parameters")

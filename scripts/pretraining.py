@@ -1,0 +1,147 @@
+"""What the two pretraining scripts share: blocks of tokens, a training with a late decay, a curve beside the weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT_BLOCKS = 128
+LICENCE_NOTE = (
+    "Weights and tokenizer: Apache-2.0, made by this project's scripts/{script}. Training text: the Python "
+    "standard library's own help topics, docstrings, comments and sources (Copyright (c) 2001 Python Software "
+    "Foundation, PSF License Version 2) and text invented by scripts/pretrain_text.py. No text of others is stored here."
+)
+
+
+@dataclass
+class Schedule:
+    """Where the result goes and how long it is trained."""
+
+    output: Path = field(metadata={"help": "Folder of the finished model."})
+    work: Path = field(metadata={"help": "Folder of the training checkpoints."})
+    steps: int = field(metadata={"help": "Optimizer steps that the learning rate is planned for."})
+    stop_at: int = field(metadata={"help": "Step after which training ends, before the plan does."})
+    learning_rate: float = field(metadata={"help": "Peak learning rate (AdamW)."})
+    batch: int = field(default=16, metadata={"help": "Blocks per step."})
+    context: int = field(default=256, metadata={"help": "Tokens per block."})
+    seed: int = field(default=0, metadata={"help": "Seed of text, weights and order."})
+    compile: bool = field(default=False, metadata={"help": "Use torch.compile (twice as fast; needs a C++ compiler)."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --work."})
+
+
+def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Dataset:
+    """One stream of tokens, documents parted by ``<eos>``, cut into blocks ``[context]``."""
+    ids = tokenizer(documents, verbose=False)["input_ids"]
+    stream = np.concatenate([np.array([*row, tokenizer.eos_token_id], dtype=np.int64) for row in ids])
+    blocks = stream[: len(stream) // context * context].reshape(-1, context)
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+
+
+def training_arguments(schedule: Schedule) -> TrainingArguments:
+    """AdamW, warm-up, constant rate, cosine decay over the last quarter."""
+    return TrainingArguments(
+        output_dir=str(schedule.work), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch,
+        per_device_eval_batch_size=schedule.batch, learning_rate=schedule.learning_rate, weight_decay=0.1,
+        adam_beta2=0.95, lr_scheduler_type="warmup_stable_decay", warmup_steps=100,
+        lr_scheduler_kwargs={"num_decay_steps": schedule.steps // 4}, bf16=True, use_cpu=True,
+        logging_steps=25, eval_strategy="steps", eval_steps=250, save_steps=250, save_total_limit=2,
+        seed=schedule.seed, data_seed=schedule.seed, dataloader_drop_last=True, report_to="none",
+        torch_compile=schedule.compile, prediction_loss_only=True,
+    )  # fmt: skip
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        control.should_training_stop |= state.global_step >= self.step
+        return control
+
+
+def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], schedule: Schedule) -> None:
+    """Train on the documents; write the finished model in bfloat16, with tokenizer, licence note and loss curve."""
+    data = pack(documents, tokenizer, schedule.context)
+    held_out, train = data.select(range(HELD_OUT_BLOCKS)), data.select(range(HELD_OUT_BLOCKS, len(data)))
+    facts: dict[str, object] = {
+        "parameters": model.num_parameters(), "train_tokens": len(train) * schedule.context,
+        "characters": sum(map(len, documents)), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "command": " ".join(["python", "scripts/" + script(), *sys.argv[1:]]),
+    }  # fmt: skip
+    print(facts, flush=True)
+    tokenizer.save_pretrained(schedule.work)
+    trainer = Trainer(
+        model,
+        training_arguments(schedule),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        callbacks=[StopAt(schedule.stop_at)],
+    )
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=schedule.resume)
+    facts["seconds"] = round(time.monotonic() - started)
+    save(model, tokenizer, schedule.output)
+    save_curve(trainer.state.log_history, schedule, facts)
+
+
+def script() -> str:
+    """The name of the script that runs."""
+    return Path(sys.argv[0]).name
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """The finished model in bfloat16, with its tokenizer and licence note."""
+    model.config.use_cache = True
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "LICENSE-NOTE.txt").write_text(LICENCE_NOTE.format(script=script()) + "\n", encoding="utf-8")
+
+
+def save_curve(history: list[dict[str, float]], schedule: Schedule, facts: dict[str, object]) -> None:
+    """The loss curve as JSON, with recipe and versions, and as a picture."""
+    curve = {
+        "train": [[row["step"], row["loss"]] for row in history if "loss" in row],
+        "held_out": [[row["step"], row["eval_loss"]] for row in history if "eval_loss" in row],
+    }
+    settings = {key: value for key, value in asdict(schedule).items() if not isinstance(value, Path)}
+    report = {"facts": facts, "recipe": settings, "curve": curve}
+    (schedule.output / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw(curve, schedule.output / "pretraining.png")
+
+
+def draw(curve: dict[str, list[list[float]]], path: Path) -> None:
+    """Train and held-out loss over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curve.items():
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", ylim=(1, 6))
+    axes.legend()
+    figure.savefig(path, dpi=100)
