@@ -51,7 +51,7 @@ def test_loss_is_the_models_own_over_completions() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks by that name
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "peft-shadow", "ours", "ours+lora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "peft-shadow", "ours", "ours-pretrained", "ours+lora"])
 def test_contenders_have_one_size_and_change_nothing_at_the_start(method: str) -> None:
     contender, base = build(method, load_base(), seed=0), load_base()
     inputs = {"input_ids": torch.arange(20, 40)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}

@@ -22,6 +22,7 @@ OURS: dict[str, Any] = {
     "num_shadow_layers": 2, "shadow_init_layers": "even", "shadow_intermediate_size": 96,
     "injection_hidden_size": 38, "output_hidden_size": 20,
 }  # fmt: skip
+PRETRAINED: dict[str, Any] = {"injection_hidden_size": 38, "output_hidden_size": 20}
 OURS_LOSS_WEIGHT = 0.5
 MIXED: dict[str, Any] = {
     "shadow_intermediate_size": 32, "injection_hidden_size": 35, "output_hidden_size": 12
@@ -91,6 +92,13 @@ def ours(base: PreTrainedModel) -> Contender:
     return native(base, OURS, {"shadow_loss_weight": OURS_LOSS_WEIGHT})
 
 
+def ours_pretrained(base: PreTrainedModel) -> Contender:
+    """This library around the demo's shadow, which was pretrained on the base's own text."""
+    from shadow_peft.demo.embedded import load_shadow
+
+    return native(base, PRETRAINED, {"shadow_loss_weight": OURS_LOSS_WEIGHT}, load_shadow())
+
+
 def ours_with_lora(base: PreTrainedModel) -> Contender:
     """This library and LoRA inside the base, trained together, half of the budget each."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -109,11 +117,13 @@ def linear_maps(base: PreTrainedModel) -> list[str]:
     return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
-def native(base: PreTrainedModel, config: dict[str, Any], task: dict[str, Any]) -> Contender:
+def native(
+    base: PreTrainedModel, config: dict[str, Any], task: dict[str, Any], shadow: PreTrainedModel | None = None
+) -> Contender:
     """A shadow by the names that both versions of the package have."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**config)), **task)
+    model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**config), shadow_model=shadow), **task)
 
     def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
         outputs = model(**inputs)
@@ -129,6 +139,7 @@ METHODS: dict[str, Callable[[PreTrainedModel], Contender]] = {
     "peft-shadow": peft_shadow,
     "shadow-peft-0.1.1": published,
     "ours": ours,
+    "ours-pretrained": ours_pretrained,
     "ours+lora": ours_with_lora,
 }
 

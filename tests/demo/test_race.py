@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowForCausalLM, get_shadow_model
 from shadow_peft.cli import main
-from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
+from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import in_own_process, peak_memory_mb, side_by_side
 from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import Scores
+from shadow_peft.heads import input_embeddings
 from tests.tiny_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
@@ -38,7 +39,7 @@ def lora_of(base: torch.nn.Module, budget: int) -> int:
 
 def test_lora_is_as_large_as_the_shadow() -> None:
     budget = shadow_size(RaceSettings())
-    assert budget == trainable(get_shadow_model(load_base(), RaceSettings().shadow))
+    assert budget == trainable(get_shadow_model(load_base(), RaceSettings().shadow, shadow_model=load_shadow()))
     assert lora_of(load_base(), budget) == pytest.approx(budget, rel=0.03)
 
 
@@ -57,6 +58,13 @@ def test_embedded_base_is_small_bfloat16_and_knows_its_tokens() -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (base.config.pad_token_id, base.config.eos_token_id)
     assert base.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_embedded_shadow_is_small_and_has_the_table_of_the_base() -> None:
+    weights, base = load_file(SHADOW_PATH / "model.safetensors"), load_file(BASE_PATH / "model.safetensors")
+    assert sum(path.stat().st_size for path in SHADOW_PATH.iterdir()) < 3_000_000
+    assert torch.equal(weights["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert input_embeddings(load_shadow()) is None
 
 
 def made_up_contenders() -> list[Contender]:
@@ -86,7 +94,7 @@ def test_results_and_picture_are_written(tmp_path: Path) -> None:
     draw_curves(tmp_path / "curves.png", made_up_contenders())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["contenders"][1]["training"]["trainable"] == 1234
-    assert results["settings"]["shadow"]["num_shadow_layers"] == RaceSettings().shadow.num_shadow_layers
+    assert results["settings"]["shadow"]["injection_hidden_size"] == RaceSettings().shadow.injection_hidden_size
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,8 @@
-"""The embedded base: a stock Llama of 3 million parameters, pretrained by `scripts/pretrain_demo_base.py`."""
+"""What `shadow-peft demo` carries: a base of 3 million parameters, and a shadow of a third of a million beside its table.
+
+`scripts/pretrain_demo_base.py` made the first from text, `scripts/pretrain_demo_shadow.py` the second from the first and the
+same text. Both are stock Llamas.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,21 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from shadow_peft.backbone import prepare_shadow_model
+
 BASE_PATH = Path(__file__).parent / "base"
+SHADOW_PATH = Path(__file__).parent / "shadow"
 
 
 def load_base(path: Path = BASE_PATH) -> PreTrainedModel:
     """The base in float32 on the CPU, frozen by nobody yet."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return model
+
+
+def load_shadow(path: Path = SHADOW_PATH) -> PreTrainedModel:
+    """The pretrained shadow in float32, to be given to `get_shadow_model`; its embedding table is the base's."""
+    return prepare_shadow_model(load_base(path), remove_embed_tokens=True)
 
 
 def load_tokenizer(path: Path = BASE_PATH) -> PreTrainedTokenizerBase:

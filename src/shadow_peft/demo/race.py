@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.config import ShadowConfig
-from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
+from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import peak_memory_mb
 from shadow_peft.demo.robot_commands import Command, commands
 from shadow_peft.demo.scoring import Scores, score
@@ -33,8 +33,8 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 #: A curve: steps and losses in nats per token.
 Curve = list[tuple[int, float]]
 
-#: The shadow that is raced, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(shadow_intermediate_size=256, injection_hidden_size=60, output_hidden_size=32, shadow_init="base")
+#: What stands around the shadow that is raced, chosen on the dev split (LOG.md).
+SHADOW = ShadowConfig(injection_hidden_size=38, output_hidden_size=20)
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,18 @@ class RaceSettings:
 
     Args:
         base: folder of the base and its tokenizer.
+        shadow_model: folder of the pretrained shadow, which shares the base's embeddings.
         steps: optimizer steps of each contender.
         batch: commands per step.
         test_commands: commands of the test split that are scored.
-        shadow: the shadow adapter.
+        shadow: the adapter around that shadow.
         shadow_loss_weight: weight of the shadow's own loss.
         shadow_learning_rate, lora_learning_rate: peak learning rates.
         seed: seed of commands, weights and order.
     """
 
     base: Path = BASE_PATH
+    shadow_model: Path = SHADOW_PATH
     steps: int = 400
     batch: int = 8
     test_commands: int = 300
@@ -87,7 +89,7 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
     _settle()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
-    adapted = get_shadow_model(base, settings.shadow)
+    adapted = get_shadow_model(base, settings.shadow, shadow_model=load_shadow(settings.shadow_model))
     model = ShadowForCausalLM(adapted, shadow_loss_weight=settings.shadow_loss_weight)
     training = _train(ShadowSFTTrainer, model, tokenizer, settings, settings.shadow_learning_rate)
     for folder, part in (("adapter", model), ("shadow", model.export_shadow())):
@@ -122,7 +124,8 @@ def race_base(settings: RaceSettings) -> list[Contender]:
 
 def shadow_size(settings: RaceSettings) -> int:
     """Trainable parameters of the shadow, which are LoRA's budget."""
-    return _trainable(get_shadow_model(load_base(settings.base), settings.shadow))
+    shadow = load_shadow(settings.shadow_model)
+    return _trainable(get_shadow_model(load_base(settings.base), settings.shadow, shadow_model=shadow))
 
 
 def lora_rank(base: PreTrainedModel, budget: int) -> int:

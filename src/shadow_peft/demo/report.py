@@ -39,7 +39,7 @@ def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Conten
     """Everything measured, with the settings and versions that made it, as JSON."""
     results = {
         "seconds_in_all": round(seconds, 1),
-        "settings": {**asdict(settings), "base": settings.base.name},
+        "settings": {**asdict(settings), "base": settings.base.name, "shadow_model": settings.shadow_model.name},
         "machine": {"platform": platform.platform(), "python": platform.python_version()},
         "versions": {name: version(name) for name in PACKAGES},
         "contenders": [asdict(contender) for contender in contenders],
