@@ -87,3 +87,13 @@ def test_rate_with_the_lowest_mean_loss_on_dev(tmp_path: Path) -> None:
     assert chosen_rate("lora", tmp_path) == GRID[0]
     path_of("lora", "robot", 0, GRID[2], tmp_path).write_text(json.dumps({"dev": {"loss": 0.1}}))
     assert chosen_rate("lora", tmp_path) == GRID[0]  # not run on both tasks
+
+
+def test_a_pretrained_shadow_is_trained_at_a_rate_of_its_own() -> None:
+    contender = build("ours-pretrained", load_base(), seed=0)
+    rest, backbone = contender.groups(1e-2)
+    assert (rest["lr"], backbone["lr"]) == (1e-2, pytest.approx(3e-3))
+    assert {id(p) for p in backbone["params"]} == {id(p) for p in contender.model.peft_model.shadow_model.parameters()}
+    assert sum(p.numel() for group in (rest, backbone) for p in group["params"]) == contender.trainable
+    (alone,) = build("ours", load_base(), seed=0).groups(1e-2)
+    assert alone["lr"] == 1e-2

@@ -253,15 +253,11 @@ def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
         return get_shadow_model(base, config).shadow_model
 
 
-def contender(base: PreTrainedModel, o: Options, rate: float, seed: int) -> Contender:
+def contender(base: PreTrainedModel, o: Options, seed: int) -> Contender:
     """The experiment as a contender."""
     torch.manual_seed(seed)
     model = Shadowed(base, o)
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    own = {id(p) for p in backbone}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups = [{"params": rest, "lr": rate}, {"params": backbone, "lr": rate * o.backbone_rate}]
-    return Contender(model, lambda inputs: model(**inputs).logits, groups)
+    return Contender(model, lambda inputs: model(**inputs).logits, model.backbone, o.backbone_rate)
 
 
 def parsed(words: list[str]) -> Options:
@@ -290,7 +286,7 @@ def main() -> None:
         return
     quiet()
     o = parsed(asked.options)
-    make = lambda b: contender(b, o, asked.lr, asked.seed)  # noqa: E731
+    make = lambda b: contender(b, o, asked.seed)  # noqa: E731
     result = run(asked.task, asked.seed, asked.lr, make, Settings(steps=asked.steps), dev_only=not asked.full)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"name": asked.name, "options": asdict(o), **result}, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ and of the shadow. `ours` needs this library, `shadow-peft-0.1.1` the published 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ OURS: dict[str, Any] = {
     "injection_hidden_size": 38, "output_hidden_size": 20,
 }  # fmt: skip
 PRETRAINED: dict[str, Any] = {"injection_hidden_size": 38, "output_hidden_size": 20}
+PRETRAINED_RATE = 0.3
 OURS_LOSS_WEIGHT = 0.5
 MIXED: dict[str, Any] = {
     "shadow_intermediate_size": 32, "injection_hidden_size": 35, "output_hidden_size": 12
@@ -31,11 +32,22 @@ MIXED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to train, how to read it, and parameter groups where parts have rates of their own."""
+    """A model to train, how to read it, and the part of it, if any, that is trained at a rate of its own."""
 
     model: nn.Module
     logits: Logits
-    groups: Any = None
+    backbone: nn.Module | None = None
+    backbone_rate: float = 1.0
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Optimizer groups: the backbone at `backbone_rate` times the rate of all else."""
+        slow = {id(p) for p in self.backbone.parameters()} if self.backbone is not None else set()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if (id(p) in slow) == is_slow], "lr": rate * factor}
+            for is_slow, factor in ((False, 1.0), (True, self.backbone_rate))
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def trainable(self) -> int:
@@ -93,10 +105,12 @@ def ours(base: PreTrainedModel) -> Contender:
 
 
 def ours_pretrained(base: PreTrainedModel) -> Contender:
-    """This library around the demo's shadow, which was pretrained on the base's own text."""
+    """This library around the demo's shadow, which was pretrained on the base's own text and is trained more slowly."""
     from shadow_peft.demo.embedded import load_shadow
 
-    return native(base, PRETRAINED, {"shadow_loss_weight": OURS_LOSS_WEIGHT}, load_shadow())
+    shadow = load_shadow()
+    contender = native(base, PRETRAINED, {"shadow_loss_weight": OURS_LOSS_WEIGHT}, shadow)
+    return replace(contender, backbone=shadow, backbone_rate=PRETRAINED_RATE)
 
 
 def ours_with_lora(base: PreTrainedModel) -> Contender:

@@ -68,7 +68,7 @@ def run(
     text = text_rows(tokenizer)
     before = 0.0 if dev_only else score(base, lambda inputs: (base(**inputs).logits, None), text)["loss"]
     contender = make(base)
-    cost = train(contender.model, splits["train"], settings, rate, seed, contender.groups)
+    cost = train(contender.model, splits["train"], settings, rate, seed, contender.groups(rate))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     asked = ("dev",) if dev_only else ("dev", "test")
     scores = {split: score(contender.model, contender.logits, splits[split]) for split in asked}

@@ -63,9 +63,8 @@ def in_order(rows: list[Row], settings: Settings, seed: int) -> list[Row]:
     return (order * (wanted // len(order) + 1))[:wanted]
 
 
-def train(model: nn.Module, rows: list[Row], settings: Settings, rate: float, seed: int, groups: Any = None) -> Cost:
-    """Train what requires a gradient; `groups` may give parts of it rates of their own."""
-    groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
+def train(model: nn.Module, rows: list[Row], settings: Settings, rate: float, seed: int, groups: list[Any]) -> Cost:
+    """Train the parameters of the optimizer groups, whose rates belong to `rate`."""
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     arguments = TrainingArguments(
         output_dir="/tmp/unused", save_strategy="no", report_to="none", use_cpu=True, max_steps=settings.steps,

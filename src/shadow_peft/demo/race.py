@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class RaceSettings:
         shadow: the adapter around that shadow.
         shadow_loss_weight: weight of the shadow's own loss.
         shadow_learning_rate, lora_learning_rate: peak learning rates.
+        shadow_learning_rate_scale: rate of the pretrained backbone, in units of the shadow's.
         seed: seed of commands, weights and order.
     """
 
@@ -61,6 +63,7 @@ class RaceSettings:
     shadow: ShadowConfig = SHADOW
     shadow_loss_weight: float = 0.5
     shadow_learning_rate: float = 3e-3
+    shadow_learning_rate_scale: float = 0.3
     lora_learning_rate: float = 5e-3
     seed: int = 0
 
@@ -91,7 +94,9 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
     set_seed(settings.seed)
     adapted = get_shadow_model(base, settings.shadow, shadow_model=load_shadow(settings.shadow_model))
     model = ShadowForCausalLM(adapted, shadow_loss_weight=settings.shadow_loss_weight)
-    training = _train(ShadowSFTTrainer, model, tokenizer, settings, settings.shadow_learning_rate)
+    scale = settings.shadow_learning_rate_scale
+    trainer_class = partial(ShadowSFTTrainer, shadow_learning_rate_scale=scale)
+    training = _train(trainer_class, model, tokenizer, settings, settings.shadow_learning_rate)
     for folder, part in (("adapter", model), ("shadow", model.export_shadow())):
         part.save_pretrained(output / folder)
         tokenizer.save_pretrained(output / folder)
@@ -138,7 +143,7 @@ def lora_rank(base: PreTrainedModel, budget: int) -> int:
 def _train(
     trainer_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RaceSettings, rate: float
 ) -> Training:
-    """Trains a contender; nothing but the learning rate and the class of the trainer differs between them."""
+    """Trains a contender; nothing but learning rates and the class of the trainer differs between them."""
     data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
     trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
     started = time.perf_counter()
