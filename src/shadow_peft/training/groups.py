@@ -5,8 +5,8 @@
     norms, biases, vectors    no weight decay
 
 A backbone that was pretrained wants a smaller rate than maps that start at zero (0.05 to 0.06 of theirs; a very small one
-0.3), a random one the same rate. Schedulers of torch and transformers multiply the rate of each group, so the ratio lasts for
-the whole run.
+0.3), a random one the same rate. Schedulers of torch and transformers multiply the rate of each group, so the ratio lasts
+for the whole run.
 """
 
 from __future__ import annotations
