@@ -13,6 +13,7 @@ from shadow_peft.cli import main
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import Form
 from tests.cli.stand_ins import STAND_INS, stand_in
+from tests.tiny_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
 
@@ -25,6 +26,7 @@ QUIET = ["--disable_tqdm", "True", "--bf16", "False", "--dtype", "float32"]
 FIRST = {
     "gsm8k": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "gsm8k_lora": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
+    "gsm8k_pretrained_shadow": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "gsm8k_dora": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "mmlu": ("Pick 0\nA. zero\nB. one\nC. two\nD. three\nAnswer:", " A"),
     "squad_v2": (
@@ -67,6 +69,10 @@ def test_recipe_runs_unchanged_on_stand_ins(name: str, tmp_path: Path, model_fol
     model = chat_folder if name == "chat" else model_folder
     data = stand_in(settings["data"], tmp_path, rows=100 if name == "chat" else 12)
     places = ["--model", str(model), "--data", str(data), "--output", str(out)]
+    if "shadow_model" in settings:
+        small = llama(5, vocab_size=300, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+        small.save_pretrained(tmp_path / "small")
+        places += ["--shadow_model", str(tmp_path / "small")]
     assert main(["train", "--config", str(ROOT / "recipes" / f"{name}.yaml"), *places, *SMALL, *QUIET]) == 0
     weights = "adapter_model.safetensors" if settings.get("use_peft") else "shadow_adapter_transient.safetensors"
     assert (out / weights).is_file()

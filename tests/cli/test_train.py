@@ -218,6 +218,31 @@ def test_a_model_of_ones_own_becomes_the_shadow(shares: bool, model_folder: Path
     assert torch.equal(exported.lm_head.weight, base.lm_head.weight)
 
 
+def test_a_narrow_model_speaks_through_the_head_of_the_base(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    small, output = llama(5, vocab_size=300, **sizes), tmp_path / "out"
+    small.save_pretrained(tmp_path / "small")
+    options = ["--shadow_model", str(tmp_path / "small"), "--max_steps", "1", "--learning_rate", "0", "--export"]
+    trained(model_folder, data_file, output, *options)
+    base, exported, ids = load_model(str(model_folder)), load_model(str(output / "shadow")), torch.arange(3, 23)[None]
+    best = torch.linalg.lstsq(base.lm_head.weight.double(), small.lm_head.weight.double()).solution
+    stored = load_file(output / "shadow_adapter_transient.safetensors")["shadow_hidden_projection.weight"]
+    torch.testing.assert_close(stored.double(), best, rtol=1e-4, atol=1e-5)
+    states = small.model(ids).last_hidden_state
+    torch.testing.assert_close(exported(ids).logits, base.lm_head(states @ best.float().T), rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_of_another_vocabulary_is_refused_as_a_shadow(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(5, vocab_size=200, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "small")
+    places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "out")]
+    assert "it knows 200 tokens, and the base's tokenizer has 300" in refused(
+        capsys, *places, "--shadow_model", str(tmp_path / "small")
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     weights = {"distillation_weight": 0.5, "distillation_temperature": 2.0, "distillation_warmup_ratio": 1.0}
     options = [word for name, value in weights.items() for word in (f"--{name}", str(value))]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import shadow_peft  # noqa: F401  (makes an exported shadow of another width loadable by AutoModelForCausalLM)
-from shadow_peft.backbone import prepare_shadow_model
+from shadow_peft.backbone import carried_projection, prepare_shadow_model
 from shadow_peft.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
+from shadow_peft.projected import AutoModelForCausalLMWithHiddenProjection
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -26,13 +27,34 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def load_shadow(name: str, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
-    """The backbone of a model of a folder or of the hub; with `share_embeddings` without its embedding table.
+def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
+    """A model of a folder or of the hub as the shadow of a base, speaking through the base's head as it speaks by itself.
+
+    Args:
+        name: folder or hub id.
+        base: the base; a shadow of another width gets the projection that fits the two heads best (least squares).
+        tokens: number of tokens that the base's tokenizer knows.
+        share_embeddings: take its embedding table away, so that it is fed the base's.
+        kwargs: go to `from_pretrained`.
 
     Raises:
-        UserError: if there is no such model, or it is no causal language model.
+        UserError: if there is no such model, it is no causal language model, or it knows fewer tokens.
     """
-    return prepare_shadow_model(load_model(name, **kwargs), remove_embed_tokens=share_embeddings)
+    shadow = load_model(name, **kwargs)
+    known = shadow.get_input_embeddings().weight.shape[0]
+    if known < tokens:
+        raise UserError(
+            f"cannot take {name!r} as the shadow: it knows {known} tokens, and the base's tokenizer has {tokens}"
+        )
+    if share_embeddings or carried_projection(shadow) is not None:
+        return prepare_shadow_model(shadow, remove_embed_tokens=share_embeddings)
+    own, head = shadow.get_output_embeddings(), base.get_output_embeddings()
+    if own.weight.shape[1] == head.weight.shape[1]:
+        return prepare_shadow_model(shadow)
+    projection = nn.Linear(own.weight.shape[1], head.weight.shape[1], bias=False)
+    return AutoModelForCausalLMWithHiddenProjection.wrap(
+        shadow_model=shadow, shadow_hidden_projection=projection, lm_head=head, reference_lm_head=own
+    )
 
 
 def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:

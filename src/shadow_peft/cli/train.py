@@ -112,7 +112,7 @@ def run(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(options.model)
     check_template(tokenizer, train_set, options.data)
     set_seed(sft.seed)
-    model = build(options, shadow, peft)
+    model = build(options, shadow, peft, len(tokenizer))
     trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
     trainer.facts = _facts(options, trainer, peft, arguments)
     fit(trainer, sft.resume_from_checkpoint)
@@ -127,7 +127,7 @@ def make_train_parser() -> TrlParser:
     return parser
 
 
-def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> PreTrainedModel:
+def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
     """The base with a fresh shadow; with `--use_peft` the base alone, to which TRL's trainer adds LoRA."""
     kwargs: dict[str, Any] = {"revision": peft.model_revision, "dtype": peft.dtype}
     if peft.attn_implementation is not None:
@@ -140,7 +140,7 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> Pre
         return base
     brought = None
     if options.shadow_model is not None:
-        brought = load_shadow(options.shadow_model, options.share_embeddings, dtype=peft.dtype)
+        brought = load_shadow(options.shadow_model, base, tokens, options.share_embeddings, dtype=peft.dtype)
     try:
         weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
         return ShadowForCausalLM(get_shadow_model(base, shadow, shadow_model=brought), **weights)
