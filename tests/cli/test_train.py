@@ -237,9 +237,8 @@ def test_a_model_of_another_vocabulary_is_refused_as_a_shadow(
 ) -> None:
     llama(5, vocab_size=200, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "small")
     places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "out")]
-    assert "it knows 200 tokens, and the base's tokenizer has 300" in refused(
-        capsys, *places, "--shadow_model", str(tmp_path / "small")
-    )
+    said = refused(capsys, *places, "--shadow_model", str(tmp_path / "small"))
+    assert "it knows 200 tokens, and the base's tokenizer has 300" in said
     assert not (tmp_path / "out").exists()
 
 
