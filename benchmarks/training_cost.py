@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_cost.py --peer PYTHON [--output results.json]
     ... --compile          the step's forward compiled (ours, LoRA and DoRA only)
     ... --checkpointing    layers computed again in the backward pass
-    ... --dtype bfloat16   the base in bfloat16, adapters in float32
+    ... --dtype bfloat16   the base in bfloat16, adapters in float32 (--only LoRA DoRA ours: both published shadows fail)
 
 PYTHON is the interpreter of an environment with the published packages (`tests/compat/run.py` says which). A base of 12
 layers, 512 wide, with 8192 tokens; about 3.5M trainable parameters each; 4 rows of 256 tokens, every one a target. Each
