@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shadow_peft.between import between
-from shadow_peft.injection import inject
-from shadow_peft.passage import MovingPassage
-from shadow_peft.update import Norm, UpdateMaps, update
+from shadow_peft.layers.fused_update_injection import between
+from shadow_peft.layers.injection import inject
+from shadow_peft.coupling import MovingPassage
+from shadow_peft.layers.update import Norm, UpdateMaps, update
 from tests.test_formulas import draw
 from tests.tiny_models import adapted, causal_lm, llama, tokens
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel, get_shadow_model
-from shadow_peft.heads import TaskHead
+from shadow_peft.base.task_head import TaskHead
 from tests.tiny_models import SIZES, adapted, causal_lm, classifier, gpt2, llama, qwen3_classifier, tokens
 
 VOCABULARY, WIDTH = SIZES["vocab_size"], SIZES["hidden_size"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadow_peft.injection import inject
-from shadow_peft.update import Norm, UpdateMaps, update
+from shadow_peft.layers.injection import inject
+from shadow_peft.layers.update import Norm, UpdateMaps, update
 from tests.tiny_models import causal_lm, llama, tokens
 
 D, R, K = 6, 3, 2

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from shadow_peft import ShadowForCausalLM, loss
-from shadow_peft.heads import TaskHead
+from shadow_peft.base.task_head import TaskHead
 from tests.tiny_models import SIZES, adapted, causal_lm, llama, tokens
 
 WEIGHTS = {"shadow_loss_weight": 0.4, "distillation_weight": 0.7, "distillation_temperature": 2.0}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.readout import ReadoutMaps, ShadowReadoutModel, read_out
-from shadow_peft.transient import correct, settle
+from shadow_peft.layers.readout import ReadoutMaps, ShadowReadoutModel, read_out
+from shadow_peft.layers.output_correction import correct, settle
 from tests.test_formulas import D, R, draw
 from tests.tiny_models import causal_lm, gpt2, llama, qwen3, tokens
 

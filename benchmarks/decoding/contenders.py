@@ -108,7 +108,7 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
         acceptance: in [0, 1].
         seed: of what is proposed wrongly.
     """
-    from shadow_peft import drafting, ragged
+    from shadow_peft.generation import batched, candidate_generator
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,6 +134,6 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
             logits = super()._processed(logits, ahead)
             return propose(logits, self._texts.lengths + ahead) if getattr(self, "_drafts", False) else logits
 
-    from shadow_peft import causal_lm
+    from shadow_peft.tasks import causal_lm
 
     causal_lm.ShadowCandidateGenerator, causal_lm.RaggedDecoding = Oracle, RaggedOracle  # type: ignore[misc]

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shadow_peft.checkpoint.files import all_or_none, read_json, write_json
-from shadow_peft.checkpoint.hub import local_directory
+from shadow_peft.storage.files import all_or_none, read_json, write_json
+from shadow_peft.storage.hub import local_directory
 
 CONFIG_FILE = "shadow_config.json"
 

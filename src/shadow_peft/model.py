@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shadow_peft import base_adapters
-from shadow_peft.adapter_files import AdapterFiles
-from shadow_peft.attach import Attachment
-from shadow_peft.backbone import (
+from shadow_peft.base import peft_adapters
+from shadow_peft.checkpoint.mixin import AdapterFiles
+from shadow_peft.base.hooks import Attachment
+from shadow_peft.backbone.explicit import (
     CACHE_NAMES,
     Signature,
     asked_to_train,
@@ -31,21 +31,21 @@ from shadow_peft.backbone import (
     rebuilt_shadow,
     returned_cache,
 )
-from shadow_peft.borrowed import BorrowedTable
+from shadow_peft.backbone.shared_embedding import BorrowedTable
 from shadow_peft.cache import ShadowCache, StatePair, bare, pair, paired
-from shadow_peft.call import Call
+from shadow_peft.inputs import Call
 from shadow_peft.checkpoint import store
 from shadow_peft.config import ShadowConfig
-from shadow_peft.heads import input_embeddings
-from shadow_peft.injection import ShadowInjectionModel
-from shadow_peft.layouts import ADDS_IN_PLACE, find_stack
-from shadow_peft.passage import LayerPassage, MovingPassage, RestingPassage
-from shadow_peft.readout import ShadowReadoutModel
-from shadow_peft.recomputing import keeping_products
-from shadow_peft.sharded import is_sharded
-from shadow_peft.transient import ShadowOutputModel
-from shadow_peft.twin import build_twin
-from shadow_peft.update import ShadowUpdateModel
+from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.layers.injection import ShadowInjectionModel
+from shadow_peft.base.architectures import ADDS_IN_PLACE, find_stack
+from shadow_peft.coupling import LayerPassage, MovingPassage, RestingPassage
+from shadow_peft.layers.readout import ShadowReadoutModel
+from shadow_peft.backbone.recompute import keeping_products
+from shadow_peft.storage.sharded import is_sharded
+from shadow_peft.layers.output_correction import ShadowOutputModel
+from shadow_peft.backbone.implicit import build_twin
+from shadow_peft.layers.update import ShadowUpdateModel
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -100,7 +100,7 @@ class ShadowPeftModel(AdapterFiles):
     ) -> None:
         super().__init__()
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
-        base_model = base_adapters.given_base(base_model)
+        base_model = peft_adapters.given_base(base_model)
         stack = find_stack(base_model)
         ridden, width = stack.layers[shadow_config.first_injected_layer :], stack.hidden_size
         if shadow_model is None:
@@ -112,7 +112,7 @@ class ShadowPeftModel(AdapterFiles):
         self.shared_table_name = shared_table_name
         self.stack = stack
         self._unfrozen = [name for name, p in base_model.named_parameters() if p.requires_grad]
-        base_adapters.freeze(base_model, but_adapters=shadow_config.train_base_adapters)
+        peft_adapters.freeze(base_model, but_adapters=shadow_config.train_base_adapters)
         self.base_model = base_model
         self._put_in: Any = ()
         self.shadow_model = backbone
@@ -387,7 +387,7 @@ class ShadowPeftModel(AdapterFiles):
         for name in self._unfrozen:
             self.base_model.get_parameter(name).requires_grad_(True)
         for wrapped in self._put_in:
-            base_adapters.take_out(self.base_model, wrapped)
+            peft_adapters.take_out(self.base_model, wrapped)
         given: PreTrainedModel = self._given[0]
         return given
 
@@ -506,8 +506,8 @@ class ShadowPeftModel(AdapterFiles):
         """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
         if shadow_model is None:
             shadow_model = rebuilt_shadow(stored.provenance)
-        base = base_adapters.given_base(model)
-        put_in = base_adapters.put_in(base, stored.provenance.get("base_adapters") or {})
+        base = peft_adapters.given_base(model)
+        put_in = peft_adapters.put_in(base, stored.provenance.get("base_adapters") or {})
         try:
             peft_model = cls(
                 model,
@@ -517,7 +517,7 @@ class ShadowPeftModel(AdapterFiles):
                 _cut=False,
             )
         except BaseException:
-            base_adapters.take_out(base, put_in)
+            peft_adapters.take_out(base, put_in)
             raise
         peft_model._put_in = () if put_in is None else (put_in,)
         try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
-from shadow_peft.layouts import FEWEST_EXPORTED
+from shadow_peft.base.architectures import FEWEST_EXPORTED
 from tests.conformance import base_facts as facts
 from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
 from tests.conformance.tiny import tiny_model

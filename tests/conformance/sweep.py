@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from shadow_peft.layouts import UNSUPPORTED
+from shadow_peft.base.architectures import UNSUPPORTED
 from tests.conformance.checks import CHECKS, Outcome, outcome
 from tests.conformance.tiny import NOT_APPLICABLE, applicable_types
 

@@ -21,7 +21,7 @@ from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank, 
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import Scores
-from shadow_peft.heads import input_embeddings
+from shadow_peft.base.task_head import input_embeddings
 from tests.tiny_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft

@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from shadow_peft.demo.robot_commands import commands
-from shadow_peft.task import TRAINER_TAG
+from shadow_peft.tasks.base import TRAINER_TAG
 from shadow_peft.training import ShadowSFTTrainer
 from tests.cli.conftest import tiny_tokenizer
 from tests.tiny_models import tokens

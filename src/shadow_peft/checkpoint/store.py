@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from shadow_peft import base_adapters
+from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft
-from shadow_peft.checkpoint.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
-from shadow_peft.checkpoint.hub import local_directory
+from shadow_peft.storage.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
+from shadow_peft.storage.hub import local_directory
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
-from shadow_peft.heads import input_embeddings
-from shadow_peft.sharded import holding, is_sharded, own_state
+from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.storage.sharded import holding, is_sharded, own_state
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -172,7 +172,7 @@ def _save(
     contents = {
         native.adapter_file(model.shadow_config.variant): native.adapter_views(model),
         native.HEADS_FILE: native.head_views(model),
-        native.BASE_ADAPTER_FILE: base_adapters.views(model.base_model),
+        native.BASE_ADAPTER_FILE: peft_adapters.views(model.base_model),
     }
     if state_dict is not None:
         contents = {file: {name: state_dict[name] for name in views} for file, views in contents.items()}
@@ -199,7 +199,7 @@ def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -
 
 
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
-    if native.head_views(model) or base_adapters.views(model.base_model):
+    if native.head_views(model) or peft_adapters.views(model.base_model):
         raise ValueError("peft's dialect has no place for trained heads, nor for adapters of the base.")
     with all_or_none(save_directory, replacing=FILES) as staging:
         adapter = peft.adapter_views(model)
@@ -226,7 +226,7 @@ def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
     views = peft.adapter_views(model) if checkpoint.dialect == "peft" else native.adapter_views(model)
     heads = native.head_views(model)
     known = {name: t for name, t in checkpoint.tensors.items() if name not in shared_table(model)}
-    below = base_adapters.views(model.base_model)
+    below = peft_adapters.views(model.base_model)
     if below and not checkpoint.base_adapters:
         logger.warning("The base carries PEFT adapters that %s was not made with.", checkpoint.directory)
         below = {}
@@ -260,7 +260,7 @@ def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = No
         "base_model_type": base.config.model_type,
         "base_model_class": type(base).__name__,
         "base_sizes": base_sizes(model),
-        "base_adapters": base_adapters.stored_configs(base),
+        "base_adapters": peft_adapters.stored_configs(base),
         "seed": torch.initial_seed(),
         "training": None if training is None else dict(training),
         "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from shadow_peft.backbone import carried_projection, prepare_shadow_model
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.backbone.explicit import carried_projection, prepare_shadow_model
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
-from shadow_peft.projected import AutoModelForCausalLMWithHiddenProjection
+from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:

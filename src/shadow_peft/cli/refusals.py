@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
 from shadow_peft.config import ShadowConfig
 

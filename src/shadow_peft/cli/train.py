@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from shadow_peft.backbone import prepare_shadow_model
+from shadow_peft.backbone.explicit import prepare_shadow_model
 
 BASE_PATH = Path(__file__).parent / "base"
 SHADOW_PATH = Path(__file__).parent / "shadow"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.config import ShadowConfig
 from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import peak_memory_mb

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import GRPOTrainer
 
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, refuse, without_dropout
 from shadow_peft.training.scoring import Reference, Scored
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from shadow_peft.task import TRAINER_TAG, ShadowTaskModel
+from shadow_peft.tasks.base import TRAINER_TAG, ShadowTaskModel
 from shadow_peft.training.groups import parameter_groups
 from shadow_peft.training.monitor import GradientMonitor
 from shadow_peft.training.progress import ProgressCallback

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
 from shadow_peft.model import ShadowPeftModel
-from shadow_peft.task import ShadowTaskModel
+from shadow_peft.tasks.base import ShadowTaskModel
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from shadow_peft.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 class ProgressCallback(TrainerCallback):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import RewardTrainer
 
-from shadow_peft.sequence_classification import ShadowForSequenceClassification
+from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, without_dropout
 
 

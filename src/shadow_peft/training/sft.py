@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from shadow_peft.causal_lm import ShadowForCausalLM
-from shadow_peft.loss import IGNORE_INDEX, next_token_loss, shifted
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
+from shadow_peft.losses.language_modeling import IGNORE_INDEX, next_token_loss, shifted
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, refuse
 
 

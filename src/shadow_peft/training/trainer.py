@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from shadow_peft.task import ShadowTaskModel
+from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.training.mixin import ShadowTrainerMixin, refuse
 
 

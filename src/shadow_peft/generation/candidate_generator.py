@@ -25,10 +25,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
 
 from shadow_peft.cache import Drafted, ShadowCache
-from shadow_peft.heads import input_embeddings
+from shadow_peft.base.task_head import input_embeddings
 
 if TYPE_CHECKING:
-    from shadow_peft.causal_lm import ShadowForCausalLM
+    from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 SWITCH = "use_shadow_draft"
 """The generation flag that turns drafting on."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shadow_peft.dropping import draw_kept, dropped
+from shadow_peft.layers.dropout import draw_kept, dropped
 
 
 def correct(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0) -> tuple[Tensor, Tensor]:

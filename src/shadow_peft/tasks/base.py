@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from shadow_peft.checkpoint import store
 from shadow_peft.model import ShadowPeftModel
-from shadow_peft.sharded import is_sharded
-from shadow_peft.twin import present
+from shadow_peft.storage.sharded import is_sharded
+from shadow_peft.backbone.implicit import present
 
 InferenceMode = Literal["base_shadow", "shadow_only"]
 

@@ -282,7 +282,7 @@ def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, n
         where = ", ".join(path for path, _ in outermost) or "none"
         raise ValueError(
             f"Cannot tell which modules are the {count} decoder layers of {type(model).__name__} "
-            f"(model_type {config.model_type!r}); candidates: {where}. Add its layout to shadow_peft.layouts.LAYERS."
+            f"(model_type {config.model_type!r}); candidates: {where}. Add its layout to shadow_peft.base.architectures.LAYERS."
         )
     if count < MIN_LAYERS:
         raise ValueError(

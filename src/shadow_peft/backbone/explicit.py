@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shadow_peft.layouts import find_stack, read_size
-from shadow_peft.twin import drop_embeddings
+from shadow_peft.base.architectures import find_stack, read_size
+from shadow_peft.backbone.implicit import drop_embeddings
 
 PROJECTION = "shadow_hidden_projection"
 

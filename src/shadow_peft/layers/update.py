@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadow_peft.dropping import draw_kept, dropped
+from shadow_peft.layers.dropout import draw_kept, dropped
 
 NORM_EPS = 1e-5
 

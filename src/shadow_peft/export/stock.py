@@ -20,14 +20,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from shadow_peft.borrowed import BorrowedTable
-from shadow_peft.heads import TaskHead, input_embeddings, path_of
-from shadow_peft.layouts import FEWEST_EXPORTED, classifier_name, read_size
-from shadow_peft.projected import (
+from shadow_peft.backbone.shared_embedding import BorrowedTable
+from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
+from shadow_peft.base.architectures import FEWEST_EXPORTED, classifier_name, read_size
+from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
 )
-from shadow_peft.twin import own_tensors, present
+from shadow_peft.backbone.implicit import own_tensors, present
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel

@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shadow_peft.backbone import prepare_shadow_model, registered_config
-from shadow_peft.loss import next_token_loss, shifted
+from shadow_peft.backbone.explicit import prepare_shadow_model, registered_config
+from shadow_peft.losses.language_modeling import next_token_loss, shifted
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
 

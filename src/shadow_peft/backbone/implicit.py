@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadow_peft.borrowed import BorrowedTable
+from shadow_peft.backbone.shared_embedding import BorrowedTable
 from shadow_peft.config import ShadowConfig
-from shadow_peft.dequantized import CannotCut, dequantized
-from shadow_peft.heads import input_embeddings, path_of
-from shadow_peft.layouts import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Stack, read_size
-from shadow_peft.narrowing import Kept, kept_parts, spread
-from shadow_peft.shortening import chosen_layers, shortened_config
+from shadow_peft.backbone.dequantize import CannotCut, dequantized
+from shadow_peft.base.task_head import input_embeddings, path_of
+from shadow_peft.base.architectures import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Stack, read_size
+from shadow_peft.backbone.pruning import Kept, kept_parts, spread
+from shadow_peft.backbone.truncated_config import chosen_layers, shortened_config
 
 logger = logging.getLogger(__name__)
 

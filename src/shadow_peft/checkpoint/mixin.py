@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from shadow_peft import base_adapters
+from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft, store
-from shadow_peft.checkpoint.files import fill
-from shadow_peft.checkpoint.hub import push
-from shadow_peft.export.standalone import standalone
-from shadow_peft.sharded import is_sharded, own_state, sharded_like
+from shadow_peft.storage.files import fill
+from shadow_peft.storage.hub import push
+from shadow_peft.export.stock import standalone
+from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -81,7 +81,7 @@ class AdapterFiles(nn.Module):
     def _state_views(self) -> dict[str, Tensor]:
         model = self._model
         if not is_sharded(self):
-            return {**self._adapter_views(), **native.head_views(model), **base_adapters.views(model.base_model)}
+            return {**self._adapter_views(), **native.head_views(model), **peft_adapters.views(model.base_model)}
         if model.shadow_config.train_base_adapters:
             raise ValueError("Adapters of the base cannot be trained while parameters are sharded over processes.")
         return own_state(self, without="base_model")

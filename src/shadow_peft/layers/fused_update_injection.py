@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from shadow_peft.dropping import draw_kept, dropped
-from shadow_peft.injection import droppable_width, thin_product
-from shadow_peft.update import NORM_EPS, Norm, UpdateMaps, thin_input, transform_and_gate
+from shadow_peft.layers.dropout import draw_kept, dropped
+from shadow_peft.layers.injection import droppable_width, thin_product
+from shadow_peft.layers.update import NORM_EPS, Norm, UpdateMaps, thin_input, transform_and_gate
 
 aten = torch.ops.aten
 

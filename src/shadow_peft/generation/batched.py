@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shadow_peft.cache import Drafted, ShadowCache
-from shadow_peft.drafting import (
+from shadow_peft.generation.candidate_generator import (
     AcceptanceEstimate,
     DraftedGenerateOutput,
     DraftingGenerationConfig,
@@ -34,7 +34,7 @@ from shadow_peft.drafting import (
 )
 
 if TYPE_CHECKING:
-    from shadow_peft.causal_lm import ShadowForCausalLM
+    from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadow_peft.between import between
-from shadow_peft.injection import ShadowInjectionModel, inject
-from shadow_peft.layouts import Stream
-from shadow_peft.readout import ShadowReadoutModel
-from shadow_peft.transient import ShadowOutputModel, correct, settle
-from shadow_peft.update import Norm, ShadowUpdateModel, UpdateMaps, update
+from shadow_peft.layers.fused_update_injection import between
+from shadow_peft.layers.injection import ShadowInjectionModel, inject
+from shadow_peft.base.architectures import Stream
+from shadow_peft.layers.readout import ShadowReadoutModel
+from shadow_peft.layers.output_correction import ShadowOutputModel, correct, settle
+from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateMaps, update
 
 
 class LayerPassage:

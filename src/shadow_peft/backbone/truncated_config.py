@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shadow_peft.config import ShadowConfig
-from shadow_peft.layouts import DEPTH_NAMES, Stack, write_size
+from shadow_peft.base.architectures import DEPTH_NAMES, Stack, write_size
 
 _SIZES = {
     "hidden_size": "shadow_hidden_size",

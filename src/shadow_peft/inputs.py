@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadow_peft.backbone import Signature
+from shadow_peft.backbone.explicit import Signature
 from shadow_peft.cache import ShadowCache, StatePair
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shadow_peft.dropping import draw_kept, dropped
+from shadow_peft.layers.dropout import draw_kept, dropped
 
 
 def inject(

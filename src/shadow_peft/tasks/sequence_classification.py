@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from shadow_peft.backbone import returned_cache
+from shadow_peft.backbone.explicit import returned_cache
 from shadow_peft.cache import shadow_states
-from shadow_peft.layouts import classifier_name
-from shadow_peft.loss import classification_loss, problem_type_of
+from shadow_peft.base.architectures import classifier_name
+from shadow_peft.losses.language_modeling import classification_loss, problem_type_of
 from shadow_peft.model import ShadowPeftModel
-from shadow_peft.task import ShadowTaskModel, trainable_copy
+from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
 
 
 @dataclass

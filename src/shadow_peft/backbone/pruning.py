@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shadow_peft.layouts import ATTENTION, MLP
+from shadow_peft.base.architectures import ATTENTION, MLP
 
 
 @dataclass(frozen=True)

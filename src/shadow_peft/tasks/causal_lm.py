@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shadow_peft.backbone import returned_cache
+from shadow_peft.backbone.explicit import returned_cache
 from shadow_peft.cache import shadow_states, unpaired, unread
-from shadow_peft.call import Call
-from shadow_peft.drafting import (
+from shadow_peft.inputs import Call
+from shadow_peft.generation.candidate_generator import (
     DraftedGenerateOutput,
     DraftingGenerationConfig,
     DraftStatistics,
     ShadowCandidateGenerator,
 )
-from shadow_peft.heads import TaskHead
-from shadow_peft.loss import Logits, LossWeights, Path, shifted, token_count, token_losses
+from shadow_peft.base.task_head import TaskHead
+from shadow_peft.losses.language_modeling import Logits, LossWeights, Path, shifted, token_count, token_losses
 from shadow_peft.model import ShadowPeftModel
-from shadow_peft.ragged import RaggedDecoding
-from shadow_peft.task import InferenceMode, ShadowTaskModel, trainable_copy
+from shadow_peft.generation.batched import RaggedDecoding
+from shadow_peft.tasks.base import InferenceMode, ShadowTaskModel, trainable_copy
 
 
 @dataclass
