@@ -121,7 +121,7 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
 
 
-class Kept:
+class WeightSlice:
     """Storages that a forward keeps for its backward pass, with the shapes of their tensors."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
@@ -150,7 +150,7 @@ def tensors() -> list[Tensor]:
 def kept(model: nn.Module) -> dict[str, float]:
     """KB per token."""
     ids = batch()
-    notes = Kept(model, ids)
+    notes = WeightSlice(model, ids)
     before = {id(tensor) for tensor in tensors()}
     with torch.autograd.graph.saved_tensors_hooks(notes.note, lambda tensor: tensor):
         loss = loss_of(model, ids)

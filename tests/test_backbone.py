@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel, get_shadow_model, prepare_shadow_model
-from tests.tiny_models import BASES, SIZES, adapted, gpt2, llama, qwen3, stirred, tokens
+from tests.tiny_models import BASES, SIZES, adapted, gpt2, llama, qwen3, tokens, with_nonzero_weights
 
 
 def twin(base: PreTrainedModel, **config: object) -> PreTrainedModel:
@@ -44,7 +44,10 @@ def test_an_explicit_table_is_frozen_unless_asked(asked: bool) -> None:
 def test_removing_an_explicit_table_shares_the_bases() -> None:
     backbone = prepare_shadow_model(llama(2, num_hidden_layers=2), remove_embed_tokens=True)
     assert type(backbone).__name__ == "LlamaModel"
-    model, ids = ShadowForCausalLM(stirred(get_shadow_model(llama(), ShadowConfig(), shadow_model=backbone))), tokens()
+    model, ids = (
+        ShadowForCausalLM(with_nonzero_weights(get_shadow_model(llama(), ShadowConfig(), shadow_model=backbone))),
+        tokens(),
+    )
     assert "shadow_model.embed_tokens.weight" not in model.state_dict()
     expected = backbone(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state
     torch.testing.assert_close(model(ids).shadow_logits, model.peft_model.base_model.lm_head(expected))
@@ -154,7 +157,7 @@ def test_bases_that_cannot_be_adapted_are_refused() -> None:
 
 def test_a_bare_decoder_is_a_base_too() -> None:
     base, ids = AutoModel.from_config(llama().config).eval(), tokens()
-    model = stirred(get_shadow_model(base, ShadowConfig()))
+    model = with_nonzero_weights(get_shadow_model(base, ShadowConfig()))
     outputs, state = model.forward_with_shadow(ids)
     assert outputs.last_hidden_state.shape == state.shape == (3, 10, 32)
     assert not torch.allclose(outputs.last_hidden_state, base(ids).last_hidden_state)

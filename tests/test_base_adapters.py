@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.training import ShadowTrainer, parameter_groups
 from tests.test_trainer import collate, rows
-from tests.tiny_models import llama, stirred, tokens
+from tests.tiny_models import llama, tokens, with_nonzero_weights
 from tests.training.steps import options
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
@@ -38,7 +38,7 @@ def shadowed(base: Any, train: bool = True) -> ShadowForCausalLM:
     """A stirred shadow on it."""
     torch.manual_seed(1)
     config = ShadowConfig(injection_hidden_size=8, train_base_adapters=train)
-    return ShadowForCausalLM(stirred(get_shadow_model(base, config)), shadow_loss_weight=0.5)
+    return ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config)), shadow_loss_weight=0.5)
 
 
 def adapters(model: ShadowForCausalLM) -> dict[str, Tensor]:

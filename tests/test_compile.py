@@ -76,7 +76,7 @@ def test_decoding_with_a_static_cache(name: str, backend: Counted) -> None:
     model, ids = causal_lm(FAMILIES[name](), num_shadow_layers=2), tokens(2, 6)
     settings = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **settings)
-    cache = model.peft_model.paired(StaticCache(config=model.config, max_cache_len=32))
+    cache = model.peft_model.with_shadow_cache(StaticCache(config=model.config, max_cache_len=32))
     step, sequence, last = compiled(model, backend), ids, ids
     with torch.no_grad():
         for _ in range(10):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.generation.candidate_generator import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
 from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, stirred, tokens
+from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
 
 LONG = {"max_new_tokens": 24, "do_sample": False}
 DRAFT = {
@@ -211,7 +211,7 @@ def test_sampling_keeps_the_bases_distribution(agreement: str) -> None:
     torch.manual_seed(1)
     base = llama(vocab_size=6)
     config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
-    model = ShadowForCausalLM(stirred(get_shadow_model(base, config))).eval()
+    model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config))).eval()
     with torch.no_grad():
         factor = 1.5 if agreement == "sometimes" else -2.0
         model.peft_model.task_heads["shadow_lm_head"].weight.mul_(factor)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import BASES, adapted, causal_lm, classifier, llama, qwen3_classifier, stirred, tokens
+from tests.tiny_models import BASES, adapted, causal_lm, classifier, llama, qwen3_classifier, tokens, with_nonzero_weights
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -78,7 +78,7 @@ def test_a_base_spread_by_device_map(offload: str, tmp_path: Path) -> None:
     ids, before = tokens(), llama()(tokens()).logits
     torch.manual_seed(1)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, "shadow_init": "base"}
-    model = ShadowForCausalLM(stirred(get_shadow_model(base, ShadowConfig(**settings, num_shadow_layers=3))))
+    model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, ShadowConfig(**settings, num_shadow_layers=3))))
     expected = causal_lm(llama(), num_shadow_layers=3, shadow_init="base")
     expected.load_state_dict(model.state_dict())
     outputs = model(ids, labels=ids)

@@ -20,7 +20,8 @@ from shadow_peft import (
     get_shadow_model,
     prepare_shadow_model,
 )
-from shadow_peft.checkpoint import files, store
+from shadow_peft.checkpoint import store
+from shadow_peft.storage import files
 from tests.tiny_models import INTEROP, adapted, causal_lm, classifier, gpt2, llama, qwen3, qwen3_classifier, tokens
 
 ADAPTER, CONFIG, HEADS = "shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadow_peft.layers.injection import inject
-from shadow_peft.layers.update import Norm, UpdateMaps, update
+from shadow_peft.layers.update import Norm, UpdateWeights, update
 from tests.tiny_models import causal_lm, llama, tokens
 
 D, R, K = 6, 3, 2
@@ -36,14 +36,14 @@ def test_update_is_the_formula() -> None:
     z_gate, z_transform = n @ gate_in.T, n @ transform_in.T
     t = (z_transform * torch.sigmoid(z_transform)) @ transform_out.T
     g = 1 / (1 + torch.exp(-(z_gate * torch.sigmoid(z_gate)) @ gate_out.T))
-    maps = UpdateMaps(torch.cat([gate_in, transform_in]), gate_out, transform_out)
+    maps = UpdateWeights(torch.cat([gate_in, transform_in]), gate_out, transform_out)
     torch.testing.assert_close(update(h, s, maps, Norm(weight, bias)), s + g * (t - s), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("drop_difference", [False, True])
-def test_gradients_of_injection(drop_difference: bool) -> None:
+@pytest.mark.parametrize("dropout_before_down", [False, True])
+def test_gradients_of_injection(dropout_before_down: bool) -> None:
     inputs = (draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D))
-    assert torch.autograd.gradcheck(lambda *x: inject(*x, 0.4, 0.0, drop_difference), inputs)
+    assert torch.autograd.gradcheck(lambda *x: inject(*x, 0.4, 0.0, dropout_before_down), inputs)
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -58,12 +58,12 @@ def test_gradients_of_update(paper: bool) -> None:
     if paper:
         biases = draw(2 * K), draw(D), draw(D, seed=5)
         assert torch.autograd.gradcheck(
-            lambda h, s, a, b, c, *d: update(h, s, UpdateMaps(a, b, c, *d), None), (h, s, down, gate, transform, *biases)
+            lambda h, s, a, b, c, *d: update(h, s, UpdateWeights(a, b, c, *d), None), (h, s, down, gate, transform, *biases)
         )
     else:
         norm = draw(D, seed=7), draw(D, seed=8)
         assert torch.autograd.gradcheck(
-            lambda h, s, a, b, c, *n: update(h, s, UpdateMaps(a, b, c), Norm(*n)), (h, s, down, gate, transform, *norm)
+            lambda h, s, a, b, c, *n: update(h, s, UpdateWeights(a, b, c), Norm(*n)), (h, s, down, gate, transform, *norm)
         )
 
 

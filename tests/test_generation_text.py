@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.demo.embedded import load_base, load_tokenizer
-from tests.tiny_models import causal_lm, llama, stirred, tokens
+from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
 
 PROMPT = "text: lift the small red box up gently\nkeys: action, object, place, manner\n"
 
@@ -19,7 +19,7 @@ PROMPT = "text: lift the small red box up gently\nkeys: action, object, place, m
 @pytest.fixture(scope="module")
 def model() -> ShadowForCausalLM:
     torch.manual_seed(0)
-    return ShadowForCausalLM(stirred(get_shadow_model(load_base(), ShadowConfig(shadow_init="base")))).eval()
+    return ShadowForCausalLM(with_nonzero_weights(get_shadow_model(load_base(), ShadowConfig(shadow_init="base")))).eval()
 
 
 @pytest.mark.parametrize("drafting", [{}, {"use_shadow_draft": True}])

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import llama, stirred, tokens
+from tests.tiny_models import llama, tokens, with_nonzero_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # these packages have warnings of their own
 
@@ -46,7 +46,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
 def attached(base: PreTrainedModel, init: str = "auto") -> ShadowForCausalLM:
     torch.manual_seed(0)
     config = ShadowConfig(shadow_init=init, dropout=0.0, alpha=0.7)
-    return ShadowForCausalLM(stirred(get_shadow_model(base, config)), shadow_loss_weight=0.5)
+    return ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config)), shadow_loss_weight=0.5)
 
 
 def test_a_quantized_base_trains_saves_loads_generates_and_is_given_back(base: PreTrainedModel, tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ def held_tensors(model: ShadowForCausalLM) -> set[int]:
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
     found = set()
     for module in model.modules():
-        stack = list(module.__dict__.values())
-        while stack:
-            value = stack.pop()
+        decoder = list(module.__dict__.values())
+        while decoder:
+            value = decoder.pop()
             if isinstance(value, torch.Tensor) and id(value) not in known:
                 found.add(id(value))
             elif isinstance(value, dict):
-                stack += value.values()
+                decoder += value.values()
             elif isinstance(value, (list, tuple, set)):
-                stack += value
+                decoder += value
     return found
 
 

@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shadow_peft import ShadowForCausalLM, loss
+from shadow_peft import ShadowForCausalLM
 from shadow_peft.base.task_head import TaskHead
+from shadow_peft.losses import language_modeling as loss
 from tests.tiny_models import SIZES, adapted, causal_lm, llama, tokens
 
 WEIGHTS = {"shadow_loss_weight": 0.4, "distillation_weight": 0.7, "distillation_temperature": 2.0}

@@ -63,7 +63,7 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def stirred(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
+def with_nonzero_weights(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftModel:
     """The adapter with up maps that are not zero, so that injection and read-out show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def adapted(
     """A base with a stirred adapter."""
     torch.manual_seed(seed)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, **config}
-    return stirred(get_shadow_model(base, ShadowConfig(**settings), shadow_model=shadow_model))
+    return with_nonzero_weights(get_shadow_model(base, ShadowConfig(**settings), shadow_model=shadow_model))
 
 
 def causal_lm(base: PreTrainedModel, shadow_loss_weight: float = 0.05, **config: object) -> ShadowForCausalLM:

@@ -118,12 +118,12 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
         wrong = torch.rand(len(texts), generator=generator) >= acceptance
         return torch.full_like(logits, -30.0).scatter(1, ((right + wrong.long()) % logits.shape[-1])[:, None], 0.0)
 
-    class Oracle(drafting.ShadowCandidateGenerator):
+    class Oracle(candidate_generator.ShadowCandidateGenerator):
         def _logits(self, sequence: Tensor, state: Tensor) -> Tensor:
             return propose(super()._logits(sequence, state), torch.tensor([sequence.shape[1]]))
 
-    class RaggedOracle(ragged.RaggedDecoding):
-        def _draft(self) -> ragged.Draft:
+    class BatchedOracle(batched.BatchedDrafting):
+        def _draft(self) -> batched.Draft:
             self._drafts = True
             try:
                 return super()._draft()
@@ -136,4 +136,4 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
 
     from shadow_peft.tasks import causal_lm
 
-    causal_lm.ShadowCandidateGenerator, causal_lm.RaggedDecoding = Oracle, RaggedOracle  # type: ignore[misc]
+    causal_lm.ShadowCandidateGenerator, causal_lm.BatchedDrafting = Oracle, BatchedOracle  # type: ignore[misc]

@@ -24,7 +24,8 @@ from benchmarks.quality.methods import Contender
 from benchmarks.quality.run import ROOT, quiet, run
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import IGNORE, Settings
-from shadow_peft import ShadowConfig, get_shadow_model, twin
+from shadow_peft import ShadowConfig, get_shadow_model
+from shadow_peft.backbone import implicit
 
 RESULTS = ROOT / "benchmarks/results/quality-levers"
 
@@ -249,7 +250,7 @@ def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
         shadow_num_key_value_heads=o.kv or None,
         shadow_init="random" if o.cut == "random" else "base",
     )
-    with mock.patch.object(twin, "chosen_layers", return_value=list(ids or [])):
+    with mock.patch.object(implicit, "selected_layers", return_value=list(ids or [])):
         return get_shadow_model(base, config).shadow_model
 
 

@@ -8,14 +8,14 @@ The path of one batch, a file for each step:
 """
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
-from shadow_peft.cache import ShadowCache
-from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
-from shadow_peft.config import ShadowConfig
-from shadow_peft.model import ShadowPeftModel, get_shadow_model
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
 )
+from shadow_peft.cache import ShadowCache
+from shadow_peft.config import ShadowConfig
+from shadow_peft.model import ShadowPeftModel, get_shadow_model
+from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification, ShadowSequenceClassifierOutput
 
 __all__ = [

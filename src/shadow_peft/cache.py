@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, 
 
 
 @dataclass(frozen=True)
-class Drafted:
+class DraftedStates:
     """What drafting left for the pass that verifies it.
 
     Attributes:
@@ -40,7 +40,7 @@ class ShadowCache(Cache):
     def __init__(self, base: Cache | None, shadow: Cache) -> None:
         self.base = base
         self.shadow = shadow
-        self.drafted: Drafted | None = None
+        self.drafted: DraftedStates | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -59,7 +59,7 @@ class ShadowCache(Cache):
         return f"ShadowCache(base={self.base!r}, shadow={self.shadow!r})"
 
 
-def sibling_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
+def make_shadow_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     """An empty cache for the backbone of the kind of the base's: static beside static, dynamic beside all others.
 
     A backbone is a small part of the whole, so beside a quantized cache its own states stay exact.
@@ -80,28 +80,28 @@ class StatePair(NamedTuple):
     shadow: Any
 
 
-def pair(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
+def combine_caches(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
     """What base and backbone returned as their states, as one object; None where either keeps none."""
     if shadow is None or base is None:
         return None
     return ShadowCache(base, shadow) if isinstance(base, Cache) and isinstance(shadow, Cache) else StatePair(base, shadow)
 
 
-def shadow_states(shadow: Any) -> ShadowCache | StatePair | None:
+def shadow_only_cache(shadow: Any) -> ShadowCache | StatePair | None:
     """The states of a call in which the shadow runs alone."""
     if shadow is None:
         return None
     return ShadowCache(None, shadow) if isinstance(shadow, Cache) else StatePair(None, shadow)
 
 
-def unpaired(states: Any, runs_base: bool) -> Any:
+def select_cache(states: Any, runs_base: bool) -> Any:
     """The one network's states that generation is to look at: the base's, or the backbone's where the shadow runs alone."""
     if not isinstance(states, (ShadowCache, StatePair)):
         return states
     return states.base if runs_base and states.base is not None else states.shadow
 
 
-def paired(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | StatePair | None:
+def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | StatePair | None:
     """The states of both networks for a cache that a caller brings: an empty one gets an empty sibling.
 
     Raises:
@@ -116,17 +116,17 @@ def paired(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | State
             f"This {type(cache).__name__} holds {cache.get_seq_length()} tokens that the shadow has not seen. Continue "
             "with the past_key_values that this model returned, or start with an empty cache."
         )
-    return ShadowCache(cache, sibling_cache(cache, backbone_config))
+    return ShadowCache(cache, make_shadow_cache(cache, backbone_config))
 
 
-def bare(states: Any) -> StatePair | None:
+def base_only(states: Any) -> StatePair | None:
     """The base's states alone, for a call without the shadow."""
     if states is None:
         return None
     return StatePair(states.base if isinstance(states, (ShadowCache, StatePair)) else states, None)
 
 
-def unread(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
+def num_uncached_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
     """How many of the last tokens a cache does not hold, where a whole sequence `[B, T]` is continued from it; else None.
 
     Assisted generation reads all tokens it is given, whatever the cache holds. Mask and positions are as long as the

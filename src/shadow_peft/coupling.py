@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadow_peft.layers.fused_update_injection import between
-from shadow_peft.layers.injection import ShadowInjectionModel, inject
 from shadow_peft.base.architectures import Stream
+from shadow_peft.layers.fused_update_injection import fused_update_injection
+from shadow_peft.layers.injection import ShadowInjectionModel, inject
+from shadow_peft.layers.output_correction import ShadowOutputModel, correct_output, inject_transient
 from shadow_peft.layers.readout import ShadowReadoutModel
-from shadow_peft.layers.output_correction import ShadowOutputModel, correct, settle
-from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateMaps, update
+from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights, update
 
 
-class LayerPassage:
+class Coupling:
     """What all passages share (see `attach.Passage`).
 
     Args:
@@ -36,7 +36,7 @@ class LayerPassage:
         dropout: probability of dropping; 0 outside training.
         stream: how the base's residual stream is laid out.
         dtype: dtype that the base computes in; maps are cast to it once.
-        catch_head_input: keep the base's final hidden state and hand its own head an empty one.
+        keep_head_input: keep the base's final hidden state and hand its own head an empty one.
     """
 
     def __init__(
@@ -48,57 +48,57 @@ class LayerPassage:
         dropout: float,
         stream: Stream,
         dtype: torch.dtype,
-        catch_head_input: bool = False,
+        keep_head_input: bool = False,
     ) -> None:
         self.head_input: Tensor | None = None
         self._initial = state
-        self._maps = injection.maps(dtype)
+        self._injection_weights = injection.weights(dtype)
         self._alpha = alpha
         self._dropout = dropout
         self._stream = stream
         self._dtype = dtype
         self._device = injection.injection_downs.device
-        self._catch_head_input = catch_head_input
+        self._keep_head_input = keep_head_input
 
-    def before(self, index: int, h: Tensor) -> Tensor:
+    def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
         raise NotImplementedError
 
-    def after(self, index: int, h: Tensor) -> Tensor | None:
+    def post_layer(self, index: int, h: Tensor) -> Tensor | None:
         """Take notice of the output of ridden layer `index`; what is to stand in its place, or None."""
         raise NotImplementedError
 
-    def at_end(self, h: Tensor) -> Tensor | None:
+    def final_hidden(self, h: Tensor) -> Tensor | None:
         """What is to stand in the place of the final hidden state; None leaves it."""
         return None
 
-    def at_head(self, h: Tensor) -> Tensor | None:
+    def pre_head(self, h: Tensor) -> Tensor | None:
         """Keep the final hidden state when it is wanted; the base's own head then computes no token."""
-        if not self._catch_head_input:
+        if not self._keep_head_input:
             return None
         self.head_input = h
         return h[..., :0, :]
 
-    def _is_home(self, h: Tensor) -> bool:
+    def _same_placement(self, h: Tensor) -> bool:
         return h.dtype == self._dtype and h.device == self._device
 
-    def _maps_at(self, h: Tensor, maps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _weights_at(self, h: Tensor, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A pair of maps where `h` is, and in its dtype."""
-        down, up = maps
-        return maps if self._is_home(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
+        down, up = weights
+        return weights if self._same_placement(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
 
-    def _met(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _align(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
         wide = self._stream.split(h, state.shape[-1])
         state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
         return wide, state.to(h.device, h.dtype).expand_as(wide)
 
 
-class RestingPassage(LayerPassage):
+class StaticStateCoupling(Coupling):
     """The variant "transient": the shadow state rests, corrections pass.
 
     Args:
-        state, injection, **settings: see `LayerPassage`.
+        state, injection, **settings: see `Coupling`.
         output: the maps of what the layers add.
         readout: the maps of the read-out.
     """
@@ -113,46 +113,46 @@ class RestingPassage(LayerPassage):
     ) -> None:
         super().__init__(state, injection, **settings)
         self._readout = readout
-        self._outputs = output.maps(self._dtype)
+        self._outputs = output.weights(self._dtype)
         self._state = self._stream.enter(state)
         self._read: tuple[Tensor, Tensor] | None = None
 
-    def before(self, index: int, h: Tensor) -> Tensor:
+    def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """What ridden layer `index` is to read, in the shape and dtype of `h`."""
-        wide, state = self._met(self._state, h)
-        down, up = self._maps_at(h, self._maps[index])
-        with _exactly(h):
-            corrected, delta = correct(wide, state, down, up, self._alpha, self._dropout)
+        wide, state = self._align(self._state, h)
+        down, up = self._weights_at(h, self._injection_weights[index])
+        with _no_autocast(h):
+            corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
         self._read = wide, delta
         return corrected.view_as(h)
 
-    def after(self, index: int, h: Tensor) -> Tensor:
+    def post_layer(self, index: int, h: Tensor) -> Tensor:
         """What the stream keeps of what ridden layer `index` returned."""
         assert self._read is not None
-        (before, delta), self._read = self._read, None
-        down, up = self._maps_at(h, self._outputs[index])
-        with _exactly(h):
-            before, delta = (tensor.to(h.device, h.dtype) for tensor in (before, delta))
-            settled = settle(h.view_as(delta), delta, before, down, up)
-        return settled if settled.shape == h.shape else settled.view_as(h)  # a view would trouble FSDP
+        (h_in, delta), self._read = self._read, None
+        down, up = self._weights_at(h, self._outputs[index])
+        with _no_autocast(h):
+            h_in, delta = (tensor.to(h.device, h.dtype) for tensor in (h_in, delta))
+            corrected = correct_output(h.view_as(delta), delta, h_in, down, up)
+        return corrected if corrected.shape == h.shape else corrected.view_as(h)  # a view would trouble FSDP
 
-    def at_end(self, h: Tensor) -> Tensor:
+    def final_hidden(self, h: Tensor) -> Tensor:
         """The final state with the shadow's blended in."""
         state = self._initial[..., -h.shape[-2] :, :]
-        with _exactly(h):
+        with _no_autocast(h):
             return self._readout(h, state)
 
 
-class MovingPassage(LayerPassage):
+class EvolvingStateCoupling(Coupling):
     """The variants "released" and "paper": the shadow state moves on behind every layer.
 
     Where gradients are wanted, the update waits for the next layer, so that both are one step (see `between`); if the base
     does something of its own between the two, they stay two.
 
     Args:
-        state, injection, **settings: see `LayerPassage`.
+        state, injection, **settings: see `Coupling`.
         updating: the update maps of all ridden layers but the last.
-        drop_difference: where injection drops, see `injection.inject`.
+        dropout_before_down: where injection drops, see `injection.inject`.
     """
 
     def __init__(
@@ -161,33 +161,33 @@ class MovingPassage(LayerPassage):
         injection: ShadowInjectionModel,
         updating: ShadowUpdateModel,
         *,
-        drop_difference: bool,
+        dropout_before_down: bool,
         **settings: Any,
     ) -> None:
         super().__init__(state, injection, **settings)
         self.state = self._stream.enter(state)
         self._waiting: tuple[Tensor, int] | None = None
-        self._updates = updating.maps(self._dtype)
+        self._updates = updating.weights(self._dtype)
         self._norm = updating.norm(self._dtype)
-        self._drop_difference = drop_difference
+        self._dropout_before_down = dropout_before_down
 
-    def before(self, index: int, h: Tensor) -> Tensor:
+    def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
-        together = self._is_untouched(h)
-        if self._waiting is not None and not together:
+        fused = self._is_untouched(h)
+        if self._waiting is not None and not fused:
             self._update(index - 1, self._waiting[0])
         self._waiting = None
-        wide, state = self._beside(h)
-        down, up = self._maps_at(h, self._maps[index])
-        settings = (self._alpha, self._dropout, self._drop_difference)
-        with _exactly(h):
+        wide, state = self._align_state(h)
+        down, up = self._weights_at(h, self._injection_weights[index])
+        settings = (self._alpha, self._dropout, self._dropout_before_down)
+        with _no_autocast(h):
             if not torch.is_grad_enabled():
                 return inject(wide, state, down, up, *settings).view_as(h)
-            maps, norm = self._updating(index - 1, h) if together else (None, None)
-            corrected, self.state = between(wide, state, down, up, *settings, maps, norm)
+            weights, norm = self._updating(index - 1, h) if fused else (None, None)
+            corrected, self.state = fused_update_injection(wide, state, down, up, *settings, weights, norm)
             return corrected.view_as(h)
 
-    def after(self, index: int, h: Tensor) -> None:
+    def post_layer(self, index: int, h: Tensor) -> None:
         """Move the shadow state on with the output of ridden layer `index`, now or together with the next injection."""
         if torch.is_grad_enabled():
             self._waiting = h, _version(h)
@@ -197,28 +197,28 @@ class MovingPassage(LayerPassage):
     def _update(self, index: int, h: Tensor) -> None:
         if index == len(self._updates):
             return
-        wide, state = self._beside(h)
-        maps, norm = self._updating(index, h)
-        with _exactly(h):
-            self.state = update(wide, state, maps, norm, self._dropout)
+        wide, state = self._align_state(h)
+        weights, norm = self._updating(index, h)
+        with _no_autocast(h):
+            self.state = update(wide, state, weights, norm, self._dropout)
 
-    def _updating(self, index: int, h: Tensor) -> tuple[UpdateMaps, Norm | None]:
+    def _updating(self, index: int, h: Tensor) -> tuple[UpdateWeights, Norm | None]:
         """The maps of an update where `h` is."""
-        maps, norm = self._updates[index], self._norm
-        return (maps, norm) if self._is_home(h) else (maps.to(h.device, h.dtype), _moved(norm, h))
+        weights, norm = self._updates[index], self._norm
+        return (weights, norm) if self._same_placement(h) else (weights.to(h.device, h.dtype), _move_norm(norm, h))
 
     def _is_untouched(self, h: Tensor) -> bool:
         """Whether `h` is the output of the layer before, and not another tensor nor changed in place."""
         return self._waiting is not None and self._waiting[0] is h and self._waiting[1] == _version(h)
 
-    def _beside(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _align_state(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape."""
-        wide, state = self._met(self.state, h)
+        wide, state = self._align(self.state, h)
         self.state = self.state[..., -wide.shape[-2] :, :]
         return wide, state
 
 
-def _exactly(h: Tensor) -> AbstractContextManager[object]:
+def _no_autocast(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -229,5 +229,5 @@ def _version(h: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() else h._version
 
 
-def _moved(norm: Norm | None, h: Tensor) -> Norm | None:
+def _move_norm(norm: Norm | None, h: Tensor) -> Norm | None:
     return None if norm is None else Norm(norm.weight.to(h.device, h.dtype), norm.bias.to(h.device, h.dtype))

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shadow_peft.base import peft_adapters
-from shadow_peft.checkpoint.mixin import AdapterFiles
-from shadow_peft.base.hooks import Attachment
 from shadow_peft.backbone.explicit import (
     CACHE_NAMES,
     Signature,
@@ -31,21 +28,24 @@ from shadow_peft.backbone.explicit import (
     rebuilt_shadow,
     returned_cache,
 )
-from shadow_peft.backbone.shared_embedding import BorrowedTable
-from shadow_peft.cache import ShadowCache, StatePair, bare, pair, paired
-from shadow_peft.inputs import Call
-from shadow_peft.checkpoint import store
-from shadow_peft.config import ShadowConfig
+from shadow_peft.backbone.implicit import build_implicit_backbone
+from shadow_peft.backbone.recompute import checkpoint_except_matmuls
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.base import peft_adapters
+from shadow_peft.base.architectures import ADDS_IN_PLACE, find_decoder
+from shadow_peft.base.hooks import Attachment
 from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.cache import ShadowCache, StatePair, base_only, combine_caches, with_shadow_cache
+from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint.mixin import AdapterFiles
+from shadow_peft.config import ShadowConfig
+from shadow_peft.coupling import Coupling, EvolvingStateCoupling, StaticStateCoupling
+from shadow_peft.inputs import Call
 from shadow_peft.layers.injection import ShadowInjectionModel
-from shadow_peft.base.architectures import ADDS_IN_PLACE, find_stack
-from shadow_peft.coupling import LayerPassage, MovingPassage, RestingPassage
-from shadow_peft.layers.readout import ShadowReadoutModel
-from shadow_peft.backbone.recompute import keeping_products
-from shadow_peft.storage.sharded import is_sharded
 from shadow_peft.layers.output_correction import ShadowOutputModel
-from shadow_peft.backbone.implicit import build_twin
+from shadow_peft.layers.readout import ShadowReadoutModel
 from shadow_peft.layers.update import ShadowUpdateModel
+from shadow_peft.storage.sharded import is_sharded
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -96,45 +96,49 @@ class ShadowPeftModel(AdapterFiles):
         *,
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
-        _cut: bool = True,
+        init_from_base: bool = True,
     ) -> None:
         super().__init__()
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
-        base_model = peft_adapters.given_base(base_model)
-        stack = find_stack(base_model)
-        ridden, width = stack.layers[shadow_config.first_injected_layer :], stack.hidden_size
+        base_model = peft_adapters.unwrap_base(base_model)
+        decoder = find_decoder(base_model)
+        adapted_layers, width = decoder.layers[shadow_config.first_injected_layer :], decoder.hidden_size
         if shadow_model is None:
-            backbone, shared_table_name = build_twin(stack, shadow_config, _cut)
+            backbone, shared_table_name = build_implicit_backbone(decoder, shadow_config, init_from_base)
         else:
             backbone, shared_table_name = prepare_shadow_model(shadow_model), None
         self.shadow_config = shadow_config
         self.has_implicit_shadow = shadow_model is None
         self.shared_table_name = shared_table_name
-        self.stack = stack
+        self.decoder = decoder
         self._unfrozen = [name for name, p in base_model.named_parameters() if p.requires_grad]
         peft_adapters.freeze(base_model, but_adapters=shadow_config.train_base_adapters)
         self.base_model = base_model
-        self._put_in: Any = ()
+        self._injected_adapters: Any = ()
         self.shadow_model = backbone
         self.shadow_hidden_projection = make_projection(backbone, width)
         variant, k = shadow_config.variant, shadow_config.gate_hidden_size
-        self.shadow_injection_model = ShadowInjectionModel(len(ridden), width, shadow_config.injection_hidden_size, variant)
+        self.shadow_injection_model = ShadowInjectionModel(
+            len(adapted_layers), width, shadow_config.injection_hidden_size, variant
+        )
         transient = variant == "transient"
-        self.shadow_update_model = None if transient else ShadowUpdateModel(len(ridden), width, k, variant == "paper")
+        self.shadow_update_model = (
+            None if transient else ShadowUpdateModel(len(adapted_layers), width, k, variant == "paper")
+        )
         self.shadow_output_model = self.shadow_readout_model = None
         if transient:
-            self.shadow_output_model = ShadowOutputModel(len(ridden), width, shadow_config.output_hidden_size)
+            self.shadow_output_model = ShadowOutputModel(len(adapted_layers), width, shadow_config.output_hidden_size)
             self.shadow_readout_model = ShadowReadoutModel(width, k, shadow_config.readout_hidden_size)
         self.task_heads = nn.ModuleDict()
         self._base_signature, self._shadow_signature = Signature.of(base_model), Signature.of(backbone)
-        self._stack_signature = Signature.of(stack.backbone)
+        self._decoder_signature = Signature.of(decoder.backbone)
         self._embedding_map: Tensor | None = None
         self._checkpointing = False
         self.recompute_backbone = True
-        self._settle_embeddings(shadow_model)
+        self._configure_embeddings(shadow_model)
         self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
         self._attachment: Attachment | None = Attachment(
-            ridden, stack.input_name, stack.end, base_model.get_output_embeddings()
+            adapted_layers, decoder.input_name, decoder.end, base_model.get_output_embeddings()
         )
         weakref.finalize(self, self._attachment.detach)
         self.train(base_model.training)
@@ -179,7 +183,7 @@ class ShadowPeftModel(AdapterFiles):
         if not self.attachment.enabled:
             return self.run_base(call, kwargs), None
         state, shadow_cache = self.initial_state(call, kwargs)
-        outputs, _ = self.ride(state, shadow_cache, call, kwargs)
+        outputs, _ = self.run_coupled(state, shadow_cache, call, kwargs)
         return outputs, state
 
     def call(
@@ -196,18 +200,18 @@ class ShadowPeftModel(AdapterFiles):
         if past_key_values is None and self._base_signature.cache_name is not None:
             past_key_values = kwargs.pop(self._base_signature.cache_name, None)
         if use_cache is None:
-            use_cache = bool(getattr(self.stack.config, "use_cache", False)) and not self.training
-        states = self.paired(past_key_values) if self.attachment.enabled else bare(past_key_values)
-        first = self.stack.first_position
+            use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
+        states = self.with_shadow_cache(past_key_values) if self.attachment.enabled else base_only(past_key_values)
+        first = self.decoder.first_position
         return Call.of(input_ids, inputs_embeds, attention_mask, position_ids, states, use_cache, first)
 
-    def paired(self, cache: Any) -> Any:
+    def with_shadow_cache(self, cache: Any) -> Any:
         """The states of both networks for a cache: itself if it holds both, else one with an empty sibling.
 
         Raises:
             ValueError: no transformers cache, or one with tokens that the shadow has not seen.
         """
-        return paired(cache, self.shadow_model.config)
+        return with_shadow_cache(cache, self.shadow_model.config)
 
     @property
     def cache_name(self) -> str | None:
@@ -244,7 +248,7 @@ class ShadowPeftModel(AdapterFiles):
         with self._backbone_precision():
             if self._recomputes(call):
                 inputs, products = self._shadow_tokens(call), self.shadow_model.config.model_type not in ADDS_IN_PLACE
-                outputs = keeping_products(self.shadow_model, inputs, {**arguments, "return_dict": True}, products)
+                outputs = checkpoint_except_matmuls(self.shadow_model, inputs, {**arguments, "return_dict": True}, products)
             else:
                 outputs = self.shadow_model(**self._shadow_tokens(call), **arguments, return_dict=True)
             return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
@@ -258,15 +262,15 @@ class ShadowPeftModel(AdapterFiles):
         never = self._checkpointing or call.use_cache or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
         return wanted and not never
 
-    def ride(
+    def run_coupled(
         self,
         state: Tensor,
         shadow_cache: Any,
         call: Call,
         kwargs: dict[str, Any],
         *,
-        headless: bool = False,
-        catch_head_input: bool = False,
+        skip_head: bool = False,
+        keep_head_input: bool = False,
     ) -> tuple[Any, Tensor | None]:
         """Run the base with a shadow state riding its layers.
 
@@ -275,8 +279,8 @@ class ShadowPeftModel(AdapterFiles):
             shadow_cache: the backbone's cache, to be returned with the base's.
             call: the arguments.
             kwargs: whatever else the base's forward takes.
-            headless: run the base's backbone alone, without its task head.
-            catch_head_input: let the base's head compute nothing and return its input.
+            skip_head: run the base's backbone alone, without its task head.
+            keep_head_input: let the base's head compute nothing and return its input.
 
         Returns:
             The outputs, with the states of both networks where the base returns its own, and the head's input if caught.
@@ -286,52 +290,52 @@ class ShadowPeftModel(AdapterFiles):
         """
         if call.cache is not None and call.cache.base is None:
             raise ValueError("These past_key_values hold tokens of the shadow alone, which the base has not seen.")
-        passage = self._passage(state, catch_head_input)
+        coupling = self._passage(state, keep_head_input)
         attachment = self.attachment
-        attachment.passage = passage
+        attachment.coupling = coupling
         try:
-            outputs = self.run_base(call, kwargs, headless)
+            outputs = self.run_base(call, kwargs, skip_head)
         finally:
-            attachment.passage = None
-        states = pair(returned_cache(outputs), shadow_cache) if call.cache is None else call.cache
+            attachment.coupling = None
+        states = combine_caches(returned_cache(outputs), shadow_cache) if call.cache is None else call.cache
         replace_cache(outputs, states)
-        return outputs, passage.head_input
+        return outputs, coupling.head_input
 
-    def _passage(self, state: Tensor, catch_head_input: bool) -> LayerPassage:
+    def _passage(self, state: Tensor, keep_head_input: bool) -> Coupling:
         config = self.shadow_config
         settings: dict[str, Any] = {
             "alpha": config.alpha,
             "dropout": config.dropout if self.training else 0.0,
-            "stream": self.stack.stream,
+            "stream": self.decoder.stream,
             "dtype": self.base_model.dtype,
-            "catch_head_input": catch_head_input,
+            "keep_head_input": keep_head_input,
         }
         if self.shadow_output_model is not None and self.shadow_readout_model is not None:
             resting = self.shadow_injection_model, self.shadow_output_model, self.shadow_readout_model
-            return RestingPassage(state, *resting, **settings)
+            return StaticStateCoupling(state, *resting, **settings)
         assert self.shadow_update_model is not None
-        drop_difference = config.variant == "paper"
+        dropout_before_down = config.variant == "paper"
         maps = self.shadow_injection_model, self.shadow_update_model
-        return MovingPassage(state, *maps, drop_difference=drop_difference, **settings)
+        return EvolvingStateCoupling(state, *maps, dropout_before_down=dropout_before_down, **settings)
 
-    def run_base(self, call: Call, kwargs: dict[str, Any], headless: bool = False) -> Any:
-        """Run the base, or with `headless` its backbone alone, on the arguments of a call."""
+    def run_base(self, call: Call, kwargs: dict[str, Any], skip_head: bool = False) -> Any:
+        """Run the base, or with `skip_head` its backbone alone, on the arguments of a call."""
         model, signature = self.base_model, self._base_signature
-        if headless:
-            model, signature = self.stack.backbone, self._stack_signature
+        if skip_head:
+            model, signature = self.decoder.backbone, self._decoder_signature
         cache = None if call.cache is None else call.cache.base
         return model(**call.tokens, **{**kwargs, **call.arguments(signature, cache), "return_dict": True})
 
     def _shadow_tokens(self, call: Call) -> dict[str, Tensor]:
         """The tokens as the backbone reads them: its own embeddings of the ids, or the base's embeddings."""
         own = input_embeddings(self.shadow_model)
-        if isinstance(own, BorrowedTable) and call.input_ids is not None:
+        if isinstance(own, SharedEmbedding) and call.input_ids is not None:
             return {"input_ids": call.input_ids}
-        if own is None or isinstance(own, BorrowedTable):
+        if own is None or isinstance(own, SharedEmbedding):
             given = call.inputs_embeds
             embeds = self.base_model.get_input_embeddings()(call.input_ids) if given is None else given.clone()
         elif call.inputs_embeds is not None:
-            embeds = self._in_shadow_width(call.inputs_embeds)
+            embeds = self._to_shadow_width(call.inputs_embeds)
         else:
             assert call.input_ids is not None
             return {"input_ids": call.input_ids}
@@ -340,7 +344,7 @@ class ShadowPeftModel(AdapterFiles):
             embeds = embeds.detach().requires_grad_().clone()
         return {"inputs_embeds": embeds}
 
-    def _in_shadow_width(self, embeds: Tensor) -> Tensor:
+    def _to_shadow_width(self, embeds: Tensor) -> Tensor:
         """The base's embeddings `[B, T, d]` for a shadow with its own table: the least-squares map between the tables."""
         if self._embedding_map is None:
             tables = (m.get_input_embeddings().weight.detach() for m in (self.base_model, self.shadow_model))
@@ -386,8 +390,8 @@ class ShadowPeftModel(AdapterFiles):
         self.base_model.requires_grad_(False)
         for name in self._unfrozen:
             self.base_model.get_parameter(name).requires_grad_(True)
-        for wrapped in self._put_in:
-            peft_adapters.take_out(self.base_model, wrapped)
+        for wrapped in self._injected_adapters:
+            peft_adapters.remove_adapters(self.base_model, wrapped)
         given: PreTrainedModel = self._given[0]
         return given
 
@@ -406,7 +410,7 @@ class ShadowPeftModel(AdapterFiles):
         """
         self.base_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through untouched layers
-        for layer in self.stack.layers[: self.shadow_config.first_injected_layer]:
+        for layer in self.decoder.layers[: self.shadow_config.first_injected_layer]:
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:  # nothing below the first injection needs a gradient
                     vars(module)["gradient_checkpointing"] = False
@@ -506,20 +510,20 @@ class ShadowPeftModel(AdapterFiles):
         """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
         if shadow_model is None:
             shadow_model = rebuilt_shadow(stored.provenance)
-        base = peft_adapters.given_base(model)
-        put_in = peft_adapters.put_in(base, stored.provenance.get("base_adapters") or {})
+        base = peft_adapters.unwrap_base(model)
+        injected = peft_adapters.inject_adapters(base, stored.provenance.get("base_adapters") or {})
         try:
             peft_model = cls(
                 model,
                 stored.config,
                 shadow_model=shadow_model,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                _cut=False,
+                init_from_base=False,
             )
         except BaseException:
-            peft_adapters.take_out(base, put_in)
+            peft_adapters.remove_adapters(base, injected)
             raise
-        peft_model._put_in = () if put_in is None else (put_in,)
+        peft_model._injected_adapters = () if injected is None else (injected,)
         try:
             if make_head is not None:
                 for name in stored.head_names:
@@ -534,7 +538,7 @@ class ShadowPeftModel(AdapterFiles):
 
     # ---------------------------------------------------------------- building
 
-    def _settle_embeddings(self, shadow_model: PreTrainedModel | None) -> None:
+    def _configure_embeddings(self, shadow_model: PreTrainedModel | None) -> None:
         """Freeze the table of an explicit shadow unless it is to be trained; refuse one that cannot be fed.
 
         An implicit shadow of another width has a random table of its own, which is trained.

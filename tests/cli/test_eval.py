@@ -15,7 +15,7 @@ from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.cli import main
 from tests.cli.conftest import write_lines
 from tests.cli.stand_ins import GROUPS, stand_in
-from tests.tiny_models import stirred
+from tests.tiny_models import with_nonzero_weights
 
 TaskManager = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed").TaskManager
 pytestmark = [
@@ -34,7 +34,7 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    stirred(get_shadow_model(base, ShadowConfig(alpha=0.7))).save_pretrained(folder)
+    with_nonzero_weights(get_shadow_model(base, ShadowConfig(alpha=0.7))).save_pretrained(folder)
     return folder
 
 

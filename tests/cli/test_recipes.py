@@ -11,7 +11,7 @@ import yaml
 
 from shadow_peft.cli import main
 from shadow_peft.training.sources import load_examples
-from shadow_peft.training.templates import Form
+from shadow_peft.training.templates import PromptTemplate
 from tests.cli.stand_ins import STAND_INS, stand_in
 from tests.tiny_models import llama
 
@@ -44,8 +44,8 @@ def recipe(name: str) -> dict[str, Any]:
     return loaded
 
 
-def form_of(settings: dict[str, Any]) -> Form:
-    return Form(**{name: settings[name] for name in Form.__dataclass_fields__ if name in settings})
+def form_of(settings: dict[str, Any]) -> PromptTemplate:
+    return PromptTemplate(**{name: settings[name] for name in PromptTemplate.__dataclass_fields__ if name in settings})
 
 
 def test_every_recipe_is_known_here() -> None:

@@ -19,12 +19,12 @@ from shadow_peft.cli.loading import load_model
 from shadow_peft.training.card import loss_curves
 from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
-from shadow_peft.training.templates import Form
+from shadow_peft.training.templates import PromptTemplate
 from tests.cli.conftest import write_lines
 from tests.tiny_models import llama
 
 ROWS = [{"q": f"say {i}", "a": f"{i} {i}", "options": [f"{i}"] if i % 2 else []} for i in range(8)]
-FORM = Form(prompt="{q}:", completion=" {a}")
+FORM = PromptTemplate(prompt="{q}:", completion=" {a}")
 QUIET = ["--disable_tqdm", "True", "--use_cpu", "--per_device_train_batch_size", "4"]
 
 
@@ -67,12 +67,12 @@ def test_split_may_be_a_slice(tmp_path: Path) -> None:
 
 def test_plain_text_is_left_as_it_is(tmp_path: Path) -> None:
     Dataset.from_list([{"text": "once", "id": 1}]).to_csv(tmp_path / "d.csv")
-    assert load_examples(str(tmp_path / "d.csv"), Form()).to_list() == [{"text": "once"}]
+    assert load_examples(str(tmp_path / "d.csv"), PromptTemplate()).to_list() == [{"text": "once"}]
 
 
 def test_chat_turns_from_templates(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", ROWS)
-    example = load_examples(str(path), Form(prompt="{q}", completion="{a}", chat=True))[1]
+    example = load_examples(str(path), PromptTemplate(prompt="{q}", completion="{a}", chat=True))[1]
     assert example["prompt"] == [{"role": "user", "content": "say 1"}]
     assert example["completion"] == [{"role": "assistant", "content": "1 1"}]
 
@@ -80,23 +80,29 @@ def test_chat_turns_from_templates(tmp_path: Path) -> None:
 def test_completion_where_a_list_is_empty(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", ROWS)
     with pytest.raises(BadDataError, match="row 1: the template does not fit: IndexError"):
-        load_examples(str(path), Form(prompt="{q}", completion="{options[0]}"))
-    examples = load_examples(str(path), Form(prompt="{q}", completion="{options[0]}", completion_if_missing="none"))
+        load_examples(str(path), PromptTemplate(prompt="{q}", completion="{options[0]}"))
+    examples = load_examples(
+        str(path), PromptTemplate(prompt="{q}", completion="{options[0]}", completion_if_missing="none")
+    )
     assert examples["completion"][:2] == ["none", "1"]
 
 
 @pytest.mark.parametrize(
     ("rows", "form", "said"),
     [
-        (ROWS, Form(prompt="{question}", completion="{a}"), "no column question; it has q, a, options"),
-        (ROWS, Form(prompt="{q", completion="{a}"), "not well formed"),
-        (ROWS, Form(prompt="{q}", completion="{a}", class_column="a", class_names=["x"]), "row 1: a '0 0' is no index"),
+        (ROWS, PromptTemplate(prompt="{question}", completion="{a}"), "no column question; it has q, a, options"),
+        (ROWS, PromptTemplate(prompt="{q", completion="{a}"), "not well formed"),
+        (
+            ROWS,
+            PromptTemplate(prompt="{q}", completion="{a}", class_column="a", class_names=["x"]),
+            "row 1: a '0 0' is no index",
+        ),
         ([{"q": "x", "a": " "}], FORM, "row 1: 'completion' is empty"),
-        ([{"messages": [{"role": "user", "content": "x"}] * 2}], Form(), "row 1: the last message must be"),
-        (ROWS, Form(), "no columns prompt and completion, messages or text among q, a, options; give templates"),
+        ([{"messages": [{"role": "user", "content": "x"}] * 2}], PromptTemplate(), "row 1: the last message must be"),
+        (ROWS, PromptTemplate(), "no columns prompt and completion, messages or text among q, a, options; give templates"),
     ],
 )
-def test_bad_rows_are_named(rows: list[Any], form: Form, said: str, tmp_path: Path) -> None:
+def test_bad_rows_are_named(rows: list[Any], form: PromptTemplate, said: str, tmp_path: Path) -> None:
     Dataset.from_list(rows).to_json(tmp_path / "d.json")
     with pytest.raises(BadDataError, match=f"d.json: .*{said}" if "well" not in said else said):
         load_examples(str(tmp_path / "d.json"), form)
@@ -112,7 +118,7 @@ def test_file_that_cannot_be_read_is_one_message(text: str, tmp_path: Path) -> N
 def test_half_a_form_is_refused() -> None:
     for wrong in ({"prompt": "x"}, {"chat": True}, {"prompt": "x", "completion": "y", "class_names": ["a"]}):
         with pytest.raises(ValueError, match=r"both or neither|belong to the templates"):
-            Form(**wrong)  # type: ignore[arg-type]
+            PromptTemplate(**wrong)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- a run

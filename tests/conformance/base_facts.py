@@ -57,7 +57,7 @@ class LayerCall:
 
 
 @dataclass
-class Stack:
+class Decoder:
     """The decoder layer list of a base and how its layers are called."""
 
     path: str
@@ -97,7 +97,7 @@ class BaseFacts:
     plain_head: Fact
     config_layers: str
     hidden_size: int
-    stack: Stack | None
+    decoder: Decoder | None
 
 
 def prompt(length: int = PROMPT, rows: int = 2, seed: int = 1) -> Tensor:
@@ -343,7 +343,7 @@ def _called_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     return {name: used[name] for name in sorted(outer, key=lambda name: (name.count("."), name))}
 
 
-def stack_of(model: PreTrainedModel) -> Stack | None:
+def stack_of(model: PreTrainedModel) -> Decoder | None:
     """The decoder layer list of ``model`` and how its layers are called, or None when no list is called in full."""
     lists = _called_lists(model)
     if not lists:
@@ -362,7 +362,7 @@ def stack_of(model: PreTrainedModel) -> Stack | None:
     owner = max(owners, key=len)
     embedded = model.get_input_embeddings()(ids)
     first, last = calls[0], calls[-1]
-    return Stack(
+    return Decoder(
         path=path,
         length=len(layers),
         owner=type(model.get_submodule(owner)).__name__,
@@ -393,8 +393,8 @@ def reloads(model: PreTrainedModel) -> Fact:
 
 def idle_layers(model: PreTrainedModel) -> list[int]:
     """Indices of decoder layers that a text forward does not call."""
-    stack = stack_of(model)
-    return [] if stack is None else stack.skipped
+    decoder = stack_of(model)
+    return [] if decoder is None else decoder.skipped
 
 
 def measured(measure: Callable[[PreTrainedModel], Fact], model: PreTrainedModel) -> Fact:
@@ -422,7 +422,7 @@ def base_facts(model_type: str) -> BaseFacts:
         plain_head=measured(plain_head, model),
         config_layers=f"{type(config).__name__}.num_hidden_layers={config.num_hidden_layers}",
         hidden_size=config.hidden_size,
-        stack=stack_of(model),
+        decoder=stack_of(model),
         checkpointing=measured(partial(checkpointing, reentrant=False), tiny_model(model_type)),
         checkpointing_reentrant=measured(partial(checkpointing, reentrant=True), tiny_model(model_type)),
     )

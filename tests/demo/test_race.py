@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowForCausalLM, get_shadow_model
+from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cli import main
 from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import in_own_process, peak_memory_mb, side_by_side
@@ -21,7 +22,6 @@ from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank, 
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import Scores
-from shadow_peft.base.task_head import input_embeddings
 from tests.tiny_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft

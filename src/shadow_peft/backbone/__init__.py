@@ -1,0 +1,1 @@
+"""The shadow backbone: built from the base, or given by the user."""

@@ -8,21 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class CannotCut(ValueError):
+class CannotInitFromBase(ValueError):
     """The twin's sizes, or the base's form, do not let it start from the base's layers."""
 
 
-def dequantized(module: nn.Module) -> nn.Module:
+def dequantized_view(module: nn.Module) -> nn.Module:
     """A view of a module without PEFT adapters, its quantized weights floats of their logical shape; the rest is shared.
 
     bitsandbytes (4 and 8 bit) and torchao are known; other weights are what they are.
 
     Raises:
-        CannotCut: bitsandbytes has packed 4 bit weights anew for inference on this CPU, which it can't undo exactly.
+        CannotInitFromBase: bitsandbytes has packed 4 bit weights for inference on this CPU, which it can't undo exactly.
     """
     view = copy.copy(module)
     parts = {name: getattr(child, "base_layer", child) for name, child in module._modules.items()}  # below peft's adapters
-    view._modules = {name: None if part is None else dequantized(part) for name, part in parts.items()}
+    view._modules = {name: None if part is None else dequantized_view(part) for name, part in parts.items()}
     view._parameters = {name: None if p is None else _plain(module, p) for name, p in module._parameters.items()}
     return view
 
@@ -34,7 +34,9 @@ def _plain(module: Any, weight: Any) -> nn.Parameter:
 
         state: Any = weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):  # set by the first inference, absent before
-            raise CannotCut("bitsandbytes has packed the 4 bit weights for inference; attach the shadow before that")
+            raise CannotInitFromBase(
+                "bitsandbytes has packed the 4 bit weights for inference; attach the shadow before that"
+            )
         return _fixed(dequantize_4bit(weight.data, state))
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant

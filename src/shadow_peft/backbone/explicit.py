@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shadow_peft.base.architectures import find_stack, read_size
-from shadow_peft.backbone.implicit import drop_embeddings
+from shadow_peft.backbone.implicit import remove_embeddings
+from shadow_peft.base.architectures import find_decoder, read_size
 
 PROJECTION = "shadow_hidden_projection"
 
@@ -51,7 +51,7 @@ def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: 
     if projection is not None:
         object.__setattr__(backbone, PROJECTION, projection)  # beside the modules, so that no state dict shows it
     if remove_embed_tokens:
-        drop_embeddings(backbone)
+        remove_embeddings(backbone)
     return backbone
 
 
@@ -100,7 +100,7 @@ def _bare(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its task head; a decoder whose layers cannot be told is taken as it is."""
     if model.get_output_embeddings() is None and model.base_model is model:
         return model
-    return find_stack(model).backbone
+    return find_decoder(model).backbone
 
 
 def make_projection(backbone: PreTrainedModel, hidden_size: int) -> nn.Module:

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadow_peft.backbone.shared_embedding import BorrowedTable
-from shadow_peft.config import ShadowConfig
-from shadow_peft.backbone.dequantize import CannotCut, dequantized
+from shadow_peft.backbone.dequantize import CannotInitFromBase, dequantized_view
+from shadow_peft.backbone.pruning import WeightSlice, block_rows, select_slices
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.backbone.truncated_config import selected_layers, truncated_config
+from shadow_peft.base.architectures import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Decoder, read_size
 from shadow_peft.base.task_head import input_embeddings, path_of
-from shadow_peft.base.architectures import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Stack, read_size
-from shadow_peft.backbone.pruning import Kept, kept_parts, spread
-from shadow_peft.backbone.truncated_config import chosen_layers, shortened_config
+from shadow_peft.config import ShadowConfig
 
 logger = logging.getLogger(__name__)
 
 
-def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[PreTrainedModel, str | None]:
+def build_implicit_backbone(
+    decoder: Decoder, config: ShadowConfig, init_from_base: bool = True
+) -> tuple[PreTrainedModel, str | None]:
     """The implicit shadow backbone of a base, in float32 on the CPU.
 
     Args:
@@ -43,60 +45,60 @@ def build_twin(stack: Stack, config: ShadowConfig, cut: bool = True) -> tuple[Pr
         ValueError: more layers than the base has, a size the base's config does not know, or `shadow_init="base"`
             where the sizes do not allow it.
     """
-    twin_config = shortened_config(stack, config)
-    twin: PreTrainedModel = type(stack.backbone)(twin_config).to(torch.float32)
-    _drop_needless_parts(twin, stack)
-    _freeze_what_never_learns(twin)
-    lent = _borrow_tables(twin, stack, config)
-    if cut and config.shadow_init != "random":
-        _start_from_base(twin, stack, config)
-    if lent is None and config.shadow_hidden_size not in (None, stack.hidden_size):
-        return twin, None
-    return twin, lent or drop_embeddings(twin)
+    twin_config = truncated_config(decoder, config)
+    backbone: PreTrainedModel = type(decoder.backbone)(twin_config).to(torch.float32)
+    _remove_unused_modules(backbone, decoder)
+    _freeze_without_gradient(backbone)
+    shared_name = _share_tables(backbone, decoder, config)
+    if init_from_base and config.shadow_init != "random":
+        _init_from_base(backbone, decoder, config)
+    if shared_name is None and config.shadow_hidden_size not in (None, decoder.hidden_size):
+        return backbone, None
+    return backbone, shared_name or remove_embeddings(backbone)
 
 
-def _drop_needless_parts(twin: PreTrainedModel, stack: Stack) -> None:
+def _remove_unused_modules(backbone: PreTrainedModel, decoder: Decoder) -> None:
     """Take away what does not read text, and optional parts that this base was built without, such as BERT's pooler."""
-    not_text = NOT_TEXT.get(stack.config.model_type, ())
-    for name in list(twin._modules):
-        if name in not_text or getattr(stack.backbone, name) is None:
-            twin._modules[name] = None
+    not_text = NOT_TEXT.get(decoder.config.model_type, ())
+    for name in list(backbone._modules):
+        if name in not_text or getattr(decoder.backbone, name) is None:
+            backbone._modules[name] = None
 
 
-def _freeze_what_never_learns(twin: PreTrainedModel) -> None:
+def _freeze_without_gradient(backbone: PreTrainedModel) -> None:
     """What no gradient reaches stays in the file, and out of the trainable set."""
-    for path, module in twin.named_modules():
+    for path, module in backbone.named_modules():
         if path.rpartition(".")[2] in WITHOUT_GRADIENT:
             module.requires_grad_(False)
 
 
-def _borrow_tables(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> str | None:
+def _share_tables(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> str | None:
     """Put the base's tables into a twin that must be given token ids.
 
     Returns:
         The name that the weight of its embedding table had; None if it needs no ids, or keeps tables of its own width.
     """
-    names = TOKEN_TABLES.get(stack.config.model_type)
-    if names is None or config.shadow_hidden_size not in (None, stack.hidden_size):
+    names = TOKEN_TABLES.get(decoder.config.model_type)
+    if names is None or config.shadow_hidden_size not in (None, decoder.hidden_size):
         return None
-    for name in _present(names, stack):
-        table = stack.backbone.get_submodule(name)
-        twin._modules[name] = BorrowedTable(table, _of_layers(stack, config, table.weight.shape[1]))
-    path = path_of(twin, twin.get_input_embeddings())
-    twin.set_input_embeddings(BorrowedTable(stack.backbone.get_input_embeddings()))
+    for name in _present(names, decoder):
+        table = decoder.backbone.get_submodule(name)
+        backbone._modules[name] = SharedEmbedding(table, _layer_blocks(decoder, config, table.weight.shape[1]))
+    path = path_of(backbone, backbone.get_input_embeddings())
+    backbone.set_input_embeddings(SharedEmbedding(decoder.backbone.get_input_embeddings()))
     return f"{path}.weight"
 
 
-def _present(names: tuple[str, ...], stack: Stack) -> list[str]:
-    return [name for name in names if name in stack.backbone._modules]
+def _present(names: tuple[str, ...], decoder: Decoder) -> list[str]:
+    return [name for name in names if name in decoder.backbone._modules]
 
 
-def _of_layers(stack: Stack, config: ShadowConfig, size: int) -> Tensor:
+def _layer_blocks(decoder: Decoder, config: ShadowConfig, size: int) -> Tensor:
     """Indices of the chosen layers' parts among `size` entries that hold a part for every layer of the base."""
-    return spread(torch.tensor(chosen_layers(stack, config)), size // len(stack.layers))
+    return block_rows(torch.tensor(selected_layers(decoder, config)), size // len(decoder.layers))
 
 
-def drop_embeddings(backbone: PreTrainedModel) -> str | None:
+def remove_embeddings(backbone: PreTrainedModel) -> str | None:
     """Take a backbone's input embedding table away; it must be fed `inputs_embeds` from then on.
 
     Returns:
@@ -112,32 +114,32 @@ def drop_embeddings(backbone: PreTrainedModel) -> str | None:
     return f"{path}.weight"
 
 
-def _start_from_base(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
+def _init_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> None:
     """Cut the twin from the base; where that cannot be, raise or, if the config leaves the choice, keep it random."""
     try:
-        _cut(twin, stack, config)
-    except CannotCut as reason:
+        _copy_from_base(backbone, decoder, config)
+    except CannotInitFromBase as reason:
         if config.shadow_init == "base":
             raise
         logger.info("The shadow backbone starts at random: %s", reason)
 
 
 @torch.no_grad()
-def _cut(twin: PreTrainedModel, stack: Stack, config: ShadowConfig) -> None:
+def _copy_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> None:
     """Copy every parameter and saved buffer of the twin from the base; all are found before the first is written."""
-    _require_same_heads(twin.config, stack.config, config)
+    _require_same_heads(backbone.config, decoder.config, config)
     copies: list[tuple[Tensor, Tensor]] = []
-    head_dim = getattr(stack.config, "head_dim", None) if _drops_heads(config) else None
-    for index, layer in enumerate(twin.get_submodule(stack.layers_path).children()):
-        source = stack.layers[chosen_layers(stack, config)[index]]
-        with present(source):
-            plain = dequantized(source)
-            copies += _pairs(layer, plain, kept_parts(layer, plain, head_dim))
-    inside, rows = f"{stack.layers_path}.", _rows_of_layers(stack, config)
-    for path, module in twin.named_modules():
-        if not path.startswith(inside) and module is not twin.get_input_embeddings():
-            source = _counterpart(stack.backbone, path)
-            with present(source):
+    head_dim = getattr(decoder.config, "head_dim", None) if _drops_heads(config) else None
+    for index, layer in enumerate(backbone.get_submodule(decoder.layers_path).children()):
+        source = decoder.layers[selected_layers(decoder, config)[index]]
+        with materialized(source):
+            plain = dequantized_view(source)
+            copies += _pairs(layer, plain, select_slices(layer, plain, head_dim))
+    inside, rows = f"{decoder.layers_path}.", _layer_rows(decoder, config)
+    for path, module in backbone.named_modules():
+        if not path.startswith(inside) and module is not backbone.get_input_embeddings():
+            source = _counterpart(decoder.backbone, path)
+            with materialized(source):
                 copies += _own_pairs(module, source, path, rows)
     for target, value in copies:
         target.copy_(value)
@@ -147,23 +149,23 @@ def _drops_heads(config: ShadowConfig) -> bool:
     return config.shadow_num_attention_heads is not None or config.shadow_num_key_value_heads is not None
 
 
-def _rows_of_layers(stack: Stack, config: ShadowConfig) -> dict[str, Kept]:
+def _layer_rows(decoder: Decoder, config: ShadowConfig) -> dict[str, WeightSlice]:
     """What the twin keeps of maps beside the layers that hold a part for every layer."""
-    names = _present(LAYER_ROWS.get(stack.config.model_type, ()), stack)
-    weights = {name: stack.backbone.get_submodule(name).weight for name in names}
-    return {name: Kept(rows=_of_layers(stack, config, weight.shape[0])) for name, weight in weights.items()}
+    names = _present(LAYER_ROWS.get(decoder.config.model_type, ()), decoder)
+    weights = {name: decoder.backbone.get_submodule(name).weight for name in names}
+    return {name: WeightSlice(rows=_layer_blocks(decoder, config, weight.shape[0])) for name, weight in weights.items()}
 
 
-def _require_same_heads(twin: PreTrainedConfig, base: PreTrainedConfig, config: ShadowConfig) -> None:
+def _require_same_heads(backbone: PreTrainedConfig, base: PreTrainedConfig, config: ShadowConfig) -> None:
     """Heads can be dropped whole, not reshaped: the width of a head must be declared and stay."""
     heads = config.shadow_num_attention_heads
     if heads is None or heads == read_size(base, "num_attention_heads"):
         return
-    if getattr(twin, "head_dim", None) is None or twin.head_dim != getattr(base, "head_dim", None):
-        raise CannotCut("another number of heads changes the width of a head")
+    if getattr(backbone, "head_dim", None) is None or backbone.head_dim != getattr(base, "head_dim", None):
+        raise CannotInitFromBase("another number of heads changes the width of a head")
 
 
-def _pairs(layer: nn.Module, source: nn.Module, kept: dict[str, Kept]) -> list[tuple[Tensor, Tensor]]:
+def _pairs(layer: nn.Module, source: nn.Module, kept: dict[str, WeightSlice]) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for path, module in layer.named_modules():
         pairs += _own_pairs(module, _counterpart(source, path), path, kept)
@@ -174,10 +176,10 @@ def _counterpart(source: nn.Module, path: str) -> nn.Module:
     try:
         return source.get_submodule(path)
     except AttributeError:
-        raise CannotCut(f"the base has no module {path!r} there") from None
+        raise CannotInitFromBase(f"the base has no module {path!r} there") from None
 
 
-def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, Kept]) -> list[tuple[Tensor, Tensor]]:
+def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, WeightSlice]) -> list[tuple[Tensor, Tensor]]:
     """(tensor of the twin, value from the base) for the parameters and saved buffers that stand in `module` itself."""
     values, pairs = own_tensors(source), []
     for name, target in own_tensors(module).items():
@@ -187,7 +189,7 @@ def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, 
         if value is None and name.endswith("bias"):
             value = torch.zeros_like(target)  # a bias that the base does without
         if value is None or value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
-            raise CannotCut(f"no tensor of shape {tuple(target.shape)} in the base for {path}.{name}")
+            raise CannotInitFromBase(f"no tensor of shape {tuple(target.shape)} in the base for {path}.{name}")
         pairs.append((target, value.detach().clone()))
     return pairs
 
@@ -199,12 +201,12 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def present(module: nn.Module) -> Iterator[None]:
+def materialized(module: nn.Module) -> Iterator[None]:
     """Hold a module's weights in memory for a while, where accelerate has offloaded them."""
-    with ExitStack() as stack:
+    with ExitStack() as decoder:
         for part in module.modules():
             if "_hf_hook" in part.__dict__:
                 from accelerate.utils import align_module_device
 
-                stack.enter_context(align_module_device(part))
+                decoder.enter_context(align_module_device(part))
         yield

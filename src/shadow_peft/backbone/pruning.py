@@ -18,7 +18,7 @@ from shadow_peft.base.architectures import ATTENTION, MLP
 
 
 @dataclass(frozen=True)
-class Kept:
+class WeightSlice:
     """Rows (outputs) and columns (inputs) of one linear map that the twin keeps; None keeps all."""
 
     rows: Tensor | None = None
@@ -33,7 +33,7 @@ class Kept:
         return tensor
 
 
-def kept_parts(target: nn.Module, source: nn.Module, head_dim: int | None) -> dict[str, Kept]:
+def select_slices(target: nn.Module, source: nn.Module, head_dim: int | None) -> dict[str, WeightSlice]:
     """What a narrower layer keeps of a base layer.
 
     Args:
@@ -45,14 +45,14 @@ def kept_parts(target: nn.Module, source: nn.Module, head_dim: int | None) -> di
         Path of each linear map inside the layer that must be narrowed -> what is kept of it. Maps of modules whose
         parts are not known are left out.
     """
-    kept: dict[str, Kept] = {}
+    slices: dict[str, WeightSlice] = {}
     for path, module in source.named_modules():
         parts, twin = _linear_maps(module), _linear_maps(dict(target.named_modules()).get(path))
         if {MLP.up, MLP.down} <= parts.keys() & twin.keys() and _differ(parts, twin, MLP.up):
-            kept.update(_prefixed(path, _kept_neurons(parts, twin[MLP.up].out_features)))
+            slices.update(_prefixed(path, _neuron_slices(parts, twin[MLP.up].out_features)))
         if head_dim is not None and {*ATTENTION} <= parts.keys() & twin.keys():
-            kept.update(_prefixed(path, _kept_heads(parts, twin, head_dim)))
-    return kept
+            slices.update(_prefixed(path, _head_slices(parts, twin, head_dim)))
+    return slices
 
 
 def _linear_maps(module: nn.Module | None) -> dict[str, nn.Linear]:
@@ -64,15 +64,15 @@ def _differ(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], name: str) 
     return parts[name].out_features != twin[name].out_features
 
 
-def _kept_neurons(parts: dict[str, nn.Linear], count: int) -> dict[str, Kept]:
+def _neuron_slices(parts: dict[str, nn.Linear], count: int) -> dict[str, WeightSlice]:
     weight = _row_norms(parts[MLP.up]) * parts[MLP.down].weight.float().norm(dim=0)
     if MLP.gate in parts:
         weight = weight * _row_norms(parts[MLP.gate])
     rows = _largest(weight, count)
-    return {name: Kept(columns=rows) if name == MLP.down else Kept(rows=rows) for name in parts if name in MLP}
+    return {name: WeightSlice(columns=rows) if name == MLP.down else WeightSlice(rows=rows) for name in parts if name in MLP}
 
 
-def _kept_heads(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], head_dim: int) -> dict[str, Kept]:
+def _head_slices(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], head_dim: int) -> dict[str, WeightSlice]:
     heads, groups = (_blocks(parts[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
     kept_heads, kept_groups = (_blocks(twin[name], head_dim) for name in (ATTENTION.query, ATTENTION.value))
     per_group, kept_per_group = heads // groups, kept_heads // kept_groups
@@ -83,17 +83,17 @@ def _kept_heads(parts: dict[str, nn.Linear], twin: dict[str, nn.Linear], head_di
     written = parts[ATTENTION.value].weight.float().unflatten(0, (groups, head_dim)).flatten(1).norm(dim=1)
     group_ids = _largest(written * read.norm(dim=1), kept_groups)
     head_ids = torch.cat([g * per_group + _largest(read[g], kept_per_group) for g in group_ids.tolist()])
-    group_rows, head_rows = spread(group_ids, head_dim), spread(head_ids, head_dim)
+    group_rows, head_rows = block_rows(group_ids, head_dim), block_rows(head_ids, head_dim)
     return {
-        ATTENTION.query: Kept(rows=head_rows),
-        ATTENTION.key: Kept(rows=group_rows),
-        ATTENTION.value: Kept(rows=group_rows),
-        ATTENTION.output: Kept(columns=head_rows),
+        ATTENTION.query: WeightSlice(rows=head_rows),
+        ATTENTION.key: WeightSlice(rows=group_rows),
+        ATTENTION.value: WeightSlice(rows=group_rows),
+        ATTENTION.output: WeightSlice(columns=head_rows),
     }
 
 
-def _prefixed(path: str, kept: dict[str, Kept]) -> dict[str, Kept]:
-    return {f"{path}.{name}" if path else name: part for name, part in kept.items()}
+def _prefixed(path: str, slices: dict[str, WeightSlice]) -> dict[str, WeightSlice]:
+    return {f"{path}.{name}" if path else name: part for name, part in slices.items()}
 
 
 def _row_norms(linear: nn.Linear) -> Tensor:
@@ -109,6 +109,6 @@ def _largest(weight: Tensor, count: int) -> Tensor:
     return weight.topk(min(count, weight.numel())).indices.sort().values
 
 
-def spread(blocks: Tensor, size: int) -> Tensor:
+def block_rows(blocks: Tensor, size: int) -> Tensor:
     """Row indices of whole blocks of `size` rows."""
     return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()

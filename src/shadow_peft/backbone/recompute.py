@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 
 
-def keeping_products(
+def checkpoint_except_matmuls(
     function: Callable[..., Any], inputs: dict[str, Tensor], arguments: dict[str, Any], products: bool = True
 ) -> Any:
     """`function(**inputs, **arguments)`, of which the backward pass finds the matrix products and no other values.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class BorrowedTable(nn.Module):
+class SharedEmbedding(nn.Module):
     """`table(ids)`, or some columns of it.
 
     Args:

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from shadow_peft.base.architectures import DEPTH_NAMES, Decoder, write_size
 from shadow_peft.config import ShadowConfig
-from shadow_peft.base.architectures import DEPTH_NAMES, Stack, write_size
 
 _SIZES = {
     "hidden_size": "shadow_hidden_size",
@@ -54,7 +54,7 @@ _SHARING_KINDS: dict[str, str] = {"zamba": "hybrid"}
 """`model_type` -> the kind of layer whose weights are shared among all layers of the kind."""
 
 
-def chosen_layers(stack: Stack, config: ShadowConfig) -> list[int]:
+def selected_layers(decoder: Decoder, config: ShadowConfig) -> list[int]:
     """Base layers that the twin's layers follow.
 
     They are the first ones, or ones evenly spaced from the first to the last. The last chosen one gives way to the next base
@@ -64,15 +64,15 @@ def chosen_layers(stack: Stack, config: ShadowConfig) -> list[int]:
     Raises:
         ValueError: more layers than the base has.
     """
-    n, count = config.num_shadow_layers, len(stack.layers)
+    n, count = config.num_shadow_layers, len(decoder.layers)
     if n > count:
         raise ValueError(f"num_shadow_layers is {n}, but the base has only {count} decoder layers.")
     if config.shadow_init_layers == "first" or n == 1:
         chosen = list(range(n))
     else:
         chosen = [round(i * (count - 1) / (n - 1)) for i in range(n)]
-    right = _right_last_layers(stack.config)
-    if right and not set(right) & set(chosen[-1:] if stack.config.model_type in _LAST_KINDS else chosen):
+    right = _right_last_layers(decoder.config)
+    if right and not set(right) & set(chosen[-1:] if decoder.config.model_type in _LAST_KINDS else chosen):
         chosen[-1] = next((i for i in right if i > chosen[-1]), right[-1])
     return sorted(chosen)
 
@@ -83,11 +83,11 @@ def _right_last_layers(config: PreTrainedConfig) -> list[int]:
     return [i for i, kind in enumerate(_kinds(config)) if (kind == last if last else kind not in _WITHOUT_KEYS)]
 
 
-def shortened_config(stack: Stack, config: ShadowConfig) -> PreTrainedConfig:
+def truncated_config(decoder: Decoder, config: ShadowConfig) -> PreTrainedConfig:
     """The base's config with the twin's layers and the sizes that `ShadowConfig` overrides."""
-    chosen, stored = chosen_layers(stack, config), stack.config.to_dict()
-    short = copy.deepcopy(stack.config)
-    for name, value in _shortened(stored, chosen, len(stack.layers)).items():
+    chosen, stored = selected_layers(decoder, config), decoder.config.to_dict()
+    short = copy.deepcopy(decoder.config)
+    for name, value in _truncated(stored, chosen, len(decoder.layers)).items():
         setattr(short, name, value)
     if _kinds(short).count(_SHARING_KINDS.get(short.model_type, "")) == 1:
         short.tie_word_embeddings = False  # transformers refuses to tie a layer's weights to no other layer's
@@ -103,7 +103,7 @@ def _kinds(config: PreTrainedConfig) -> list[str]:
     return list(getattr(config, "layer_types", None) or [])
 
 
-def _shortened(stored: dict[str, Any], chosen: list[int], depth: int) -> dict[str, Any]:
+def _truncated(stored: dict[str, Any], chosen: list[int], depth: int) -> dict[str, Any]:
     """The settings that change when only the `chosen` of `depth` layers stay; overrides by index come last."""
     changed: dict[str, Any] = {name: value for name, value in _RESET.items() if name in stored}
     changed |= {name: len(chosen) for name in (*DEPTH_NAMES, *_OTHER_DEPTHS) if stored.get(name) is not None}

@@ -161,13 +161,13 @@ STREAMS: dict[str, Stream] = {
 
 
 @dataclass(frozen=True)
-class Stack:
+class Decoder:
     """A base's decoder.
 
     Attributes:
         backbone: the model without its task head that runs the layers.
         path: where the backbone stands in the base; empty when the base is the backbone.
-        read_path: where the model stands whose output the base's task class hands to its head.
+        head_input_path: where the model stands whose output the base's task class hands to its head.
         layers_path: where the layers stand in the backbone.
         layers: the decoder layers, in order.
         config: the config of the decoder.
@@ -175,7 +175,7 @@ class Stack:
 
     backbone: PreTrainedModel
     path: str
-    read_path: str
+    head_input_path: str
     layers_path: str
     layers: tuple[nn.Module, ...]
     config: PreTrainedConfig
@@ -207,7 +207,7 @@ class Stack:
         return read_size(self.config, "hidden_size")
 
 
-def find_stack(model: PreTrainedModel) -> Stack:
+def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find a model's decoder.
 
     Args:
@@ -228,11 +228,11 @@ def find_stack(model: PreTrainedModel) -> Stack:
         raise ValueError(f"ShadowPEFT does not support {config.model_type!r} ({type(model).__name__}): {reason}")
     path, layers = _layers_of(model, config)
     backbone_path, outermost = _model_paths(model, path)
-    read_path = READ_BY_HEAD.get(config.model_type, outermost)
+    head_input_path = READ_BY_HEAD.get(config.model_type, outermost)
     backbone = model.get_submodule(backbone_path)
     assert isinstance(backbone, PreTrainedModel)
     inner = path[len(backbone_path) + 1 :] if backbone_path else path
-    return Stack(backbone, backbone_path, read_path, inner, tuple(layers), config)
+    return Decoder(backbone, backbone_path, head_input_path, inner, tuple(layers), config)
 
 
 def classifier_name(model: PreTrainedModel) -> str | None:
@@ -282,7 +282,7 @@ def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, n
         where = ", ".join(path for path, _ in outermost) or "none"
         raise ValueError(
             f"Cannot tell which modules are the {count} decoder layers of {type(model).__name__} "
-            f"(model_type {config.model_type!r}); candidates: {where}. Add its layout to shadow_peft.base.architectures.LAYERS."
+            f"(model_type {config.model_type!r}); candidates: {where}. Declare it in shadow_peft.base.architectures."
         )
     if count < MIN_LAYERS:
         raise ValueError(

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 
-class Passage(Protocol):
+class LayerCallbacks(Protocol):
     """What one forward pass does at the layers it rides."""
 
-    def before(self, index: int, h: Tensor) -> Tensor:
+    def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input `[B, T, d]` of layer `index`."""
 
-    def after(self, index: int, h: Tensor) -> Tensor | None:
+    def post_layer(self, index: int, h: Tensor) -> Tensor | None:
         """What is to stand in the place of the output `[B, T, d]` of layer `index`; None leaves it."""
 
-    def at_end(self, h: Tensor) -> Tensor | None:
+    def final_hidden(self, h: Tensor) -> Tensor | None:
         """What is to stand in the place of the final hidden state `[B, T, d]`; None leaves it."""
 
-    def at_head(self, h: Tensor) -> Tensor | None:
+    def pre_head(self, h: Tensor) -> Tensor | None:
         """What the base's own head is to read instead of `h` `[B, T, d]`; None leaves it."""
 
 
@@ -49,20 +49,20 @@ class Attachment:
         self._here = threading.local()
         self._hosts = [*layers, end, *([] if head is None else [head])]
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_Before(self, index, input_name), with_kwargs=True)
-            layer.register_forward_hook(_After(self, index))
-        end.register_forward_hook(_AtEnd(self))
+            layer.register_forward_pre_hook(_PreLayer(self, index, input_name), with_kwargs=True)
+            layer.register_forward_hook(_PostLayer(self, index))
+        end.register_forward_hook(_FinalHidden(self))
         if head is not None:
-            head.register_forward_pre_hook(_AtHead(self))
+            head.register_forward_pre_hook(_PreHead(self))
 
     @property
-    def passage(self) -> Passage | None:
+    def coupling(self) -> LayerCallbacks | None:
         """The passage under way in this thread."""
         return getattr(self._here, "passage", None)
 
-    @passage.setter
-    def passage(self, passage: Passage | None) -> None:
-        self._here.passage = passage
+    @coupling.setter
+    def coupling(self, coupling: LayerCallbacks | None) -> None:
+        self._here.coupling = coupling
 
     @property
     def enabled(self) -> bool:
@@ -102,49 +102,49 @@ class _Hook:
         self.attachment = attachment
 
 
-class _Before(_Hook):
+class _PreLayer(_Hook):
     def __init__(self, attachment: Attachment, index: int, input_name: str) -> None:
         super().__init__(attachment)
         self.index = index
         self.input_name = input_name
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        passage = self.attachment.passage
-        if passage is None:
+        coupling = self.attachment.coupling
+        if coupling is None:
             return None
         if args:
-            return (passage.before(self.index, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, self.input_name: passage.before(self.index, kwargs[self.input_name])}
+            return (coupling.pre_layer(self.index, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, self.input_name: coupling.pre_layer(self.index, kwargs[self.input_name])}
 
 
-class _After(_Hook):
+class _PostLayer(_Hook):
     def __init__(self, attachment: Attachment, index: int) -> None:
         super().__init__(attachment)
         self.index = index
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        passage = self.attachment.passage
-        if passage is None:
+        coupling = self.attachment.coupling
+        if coupling is None:
             return None
-        h = passage.after(self.index, _first(output))
+        h = coupling.post_layer(self.index, _first(output))
         return None if h is None else _with_first(output, h)
 
 
-class _AtEnd(_Hook):
+class _FinalHidden(_Hook):
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        passage = self.attachment.passage
-        if passage is None:
+        coupling = self.attachment.coupling
+        if coupling is None:
             return None
-        h = passage.at_end(_first(output))
+        h = coupling.final_hidden(_first(output))
         return None if h is None else _with_first(output, h)
 
 
-class _AtHead(_Hook):
+class _PreHead(_Hook):
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        passage = self.attachment.passage
-        if passage is None:
+        coupling = self.attachment.coupling
+        if coupling is None:
             return None
-        h = passage.at_head(args[0])
+        h = coupling.pre_head(args[0])
         return None if h is None else (h, *args[1:])
 
 

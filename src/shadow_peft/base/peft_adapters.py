@@ -17,7 +17,7 @@ PREFIX = "base_adapter."
 """Goes before the names of their parameters in files and state dicts."""
 
 
-def given_base(model: Any) -> PreTrainedModel:
+def unwrap_base(model: Any) -> PreTrainedModel:
     """The transformers model that a `peft.PeftModel` holds, or the model itself.
 
     Raises:
@@ -85,11 +85,11 @@ def views(base: nn.Module) -> dict[str, Tensor]:
     return {PREFIX + name: parameter.detach() for name, parameter in adapter_parameters(base).items()}
 
 
-def put_in(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -> Any:
+def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -> Any:
     """Put fresh adapters of stored configs into a bare base, to be loaded.
 
     Returns:
-        The `peft.PeftModel` around it, for `take_out`; None where the base carries adapters, or none are asked for.
+        The `peft.PeftModel` around it, for `remove_adapters`; None where the base carries adapters, or none are asked for.
 
     Raises:
         ValueError: `peft` is not installed.
@@ -110,7 +110,7 @@ def put_in(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -> Any:
     return wrapped
 
 
-def take_out(base: PreTrainedModel, wrapped: Any) -> None:
+def remove_adapters(base: PreTrainedModel, wrapped: Any) -> None:
     """Undo `put_in`."""
     if wrapped is not None:
         wrapped.unload()

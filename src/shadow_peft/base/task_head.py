@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
-class _HandedOn(BaseModelOutputWithPast):
+class _HiddenStateOnly(BaseModelOutputWithPast):
     """A decoder's output that holds the hidden state alone; whatever else a task class asks for is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -26,21 +26,21 @@ class _HandedOn(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _StandIn(nn.Module):
+class _DecoderStub(nn.Module):
     """Takes the decoder's place and hands on what it is given as embeddings; answers for the decoder in all else."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.__dict__["decoder_itself"] = decoder  # beside the modules: it shall not be walked, moved or saved
 
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HandedOn:
-        return _HandedOn(last_hidden_state=inputs_embeds)
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HiddenStateOnly:
+        return _HiddenStateOnly(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["decoder_itself"], name)
 
 
-def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """`root` with another module at a dotted path: a view that shares every other module and parameter with `root`.
 
     Hooks on `root` itself, or on a module on the way, belong to their calls and not to the view's.
@@ -55,7 +55,7 @@ def with_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     view.__dict__.pop("forward", None)  # accelerate binds the original's forward to the instance
     view.__dict__.update({hooks: OrderedDict() for hooks in view.__dict__ if hooks.endswith("_hooks")})
     view._modules = dict(root._modules)
-    view._modules[name] = with_module(root.get_submodule(name), rest, module)
+    view._modules[name] = replace_module(root.get_submodule(name), rest, module)
     return view
 
 
@@ -87,7 +87,7 @@ class TaskHead:
 
     Args:
         base: a causal language model.
-        read_path: where the model stands whose output the head reads, see `layouts.Stack`.
+        head_input_path: where the model stands whose output the head reads, see `layouts.Stack`.
         output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
         width: d.
 
@@ -97,11 +97,11 @@ class TaskHead:
     """
 
     def __init__(
-        self, base: PreTrainedModel, read_path: str, output_embeddings: nn.Module | None = None, *, width: int
+        self, base: PreTrainedModel, head_input_path: str, output_embeddings: nn.Module | None = None, *, width: int
     ) -> None:
-        view = with_module(base, read_path, _StandIn(base.get_submodule(read_path)))
+        view = replace_module(base, head_input_path, _DecoderStub(base.get_submodule(head_input_path)))
         if output_embeddings is not None:
-            view = with_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
+            view = replace_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
         self._view, self._dtype = view, base.dtype
         self._output: Any = base.get_output_embeddings() if output_embeddings is None else output_embeddings
         self.reads_states, self.is_linear = self._tried(width)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.storage.files import fill
 from shadow_peft.storage.hub import push
-from shadow_peft.export.stock import standalone
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class AdapterFiles(nn.Module):
         """
         if is_sharded(self):
             raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
-        return standalone(self._model)
+        return build_standalone_model(self._model)
 
     @property
     def _model(self) -> ShadowPeftModel:

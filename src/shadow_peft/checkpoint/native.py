@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
 ADAPTER_FILE = "shadow_adapter.safetensors"
-TRANSIENT_FILE = "shadow_adapter_transient.safetensors"
+READOUT_FILE = "shadow_adapter_transient.safetensors"
 """Another name, so that `shadow-peft` 0.1.x finds no adapter where it could not compute it."""
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"
@@ -23,7 +23,7 @@ BASE_ADAPTER_FILE = "base_adapter.safetensors"
 
 def adapter_file(variant: str) -> str:
     """Name of the file that holds an adapter's tensors."""
-    return TRANSIENT_FILE if variant == "transient" else ADAPTER_FILE
+    return READOUT_FILE if variant == "transient" else ADAPTER_FILE
 
 
 def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
@@ -69,9 +69,9 @@ def _update_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     assert updating is not None
     assert updating.hidden_norm is not None
     views = {f"hidden_norm.{name}": p.detach() for name, p in updating.hidden_norm.named_parameters()}
-    for i, maps in enumerate(updating.all_maps()):
-        views[f"update_gates.{i}.0.weight"] = maps.down[:k]
-        views[f"update_gates.{i}.2.weight"] = maps.gate_up
-        views[f"update_transforms.{i}.0.weight"] = maps.down[k:]
-        views[f"update_transforms.{i}.3.weight"] = maps.transform_up
+    for i, weights in enumerate(updating.all_weights()):
+        views[f"update_gates.{i}.0.weight"] = weights.down[:k]
+        views[f"update_gates.{i}.2.weight"] = weights.gate_up
+        views[f"update_transforms.{i}.0.weight"] = weights.down[k:]
+        views[f"update_transforms.{i}.3.weight"] = weights.transform_up
     return views

@@ -60,29 +60,29 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
 
 def block_paths(model: ShadowPeftModel) -> list[str]:
     """Paths of the base's decoder layers, as `target_modules` lists them."""
-    stem = ".".join(filter(None, (model.stack.path, model.stack.layers_path)))
-    return [f"{stem}.{i}" for i in range(len(model.stack.layers))]
+    stem = ".".join(filter(None, (model.decoder.path, model.decoder.layers_path)))
+    return [f"{stem}.{i}" for i in range(len(model.decoder.layers))]
 
 
 def _block_views(model: ShadowPeftModel, i: int) -> dict[str, Tensor]:
     injection, k = model.shadow_injection_model, model.shadow_config.gate_hidden_size
     assert model.shadow_update_model is not None
-    maps = model.shadow_update_model.all_maps()[i]
-    assert maps.down_bias is not None
-    assert maps.gate_up_bias is not None
-    assert maps.transform_up_bias is not None
+    weights = model.shadow_update_model.all_weights()[i]
+    assert weights.down_bias is not None
+    assert weights.gate_up_bias is not None
+    assert weights.transform_up_bias is not None
     gate, transform = f"shadow_update_gate.{_ADAPTER}", f"shadow_update_transform.{_ADAPTER}"
     return {
         f"shadow_down.{_ADAPTER}.weight": injection.injection_downs.detach()[i].T,
         f"shadow_up.{_ADAPTER}.weight": injection.injection_ups.detach()[i].T,
-        f"{gate}.0.weight": maps.down[:k],
-        f"{gate}.0.bias": maps.down_bias[:k],
-        f"{gate}.2.weight": maps.gate_up,
-        f"{gate}.2.bias": maps.gate_up_bias,
-        f"{transform}.0.weight": maps.down[k:],
-        f"{transform}.0.bias": maps.down_bias[k:],
-        f"{transform}.2.weight": maps.transform_up,
-        f"{transform}.2.bias": maps.transform_up_bias,
+        f"{gate}.0.weight": weights.down[:k],
+        f"{gate}.0.bias": weights.down_bias[:k],
+        f"{gate}.2.weight": weights.gate_up,
+        f"{gate}.2.bias": weights.gate_up_bias,
+        f"{transform}.0.weight": weights.down[k:],
+        f"{transform}.0.bias": weights.down_bias[k:],
+        f"{transform}.2.weight": weights.transform_up,
+        f"{transform}.2.bias": weights.transform_up_bias,
     }
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from shadow_peft.base import peft_adapters
+from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.checkpoint import native, peft
+from shadow_peft.config import CONFIG_FILE, ShadowConfig
 from shadow_peft.storage.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.storage.hub import local_directory
-from shadow_peft.config import CONFIG_FILE, ShadowConfig
-from shadow_peft.base.task_head import input_embeddings
-from shadow_peft.storage.sharded import holding, is_sharded, own_state
+from shadow_peft.storage.sharded import is_sharded, own_state, parameters_replaced
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Dialect = Literal["native", "peft"]
 
 FILES = frozenset(
-    {native.ADAPTER_FILE, native.TRANSIENT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
+    {native.ADAPTER_FILE, native.READOUT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
     | {native.BASE_ADAPTER_FILE}
     | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
 )
@@ -195,7 +195,9 @@ def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -
             "The adapter's parameters are sharded over processes. Call accelerator.get_state_dict(model) on all of them and "
             f"pass the result as state_dict; what was passed lacks {len(missing)} of its tensors."
         )
-    return holding(model, {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")})
+    return parameters_replaced(
+        model, {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
+    )
 
 
 def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
@@ -271,7 +273,7 @@ def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = No
 def base_sizes(model: ShadowPeftModel) -> dict[str, int]:
     """The sizes of a base that an adapter depends on."""
     table = model.base_model.get_input_embeddings()
-    sizes = {"hidden_size": model.stack.hidden_size, "num_hidden_layers": len(model.stack.layers)}
+    sizes = {"hidden_size": model.decoder.hidden_size, "num_hidden_layers": len(model.decoder.layers)}
     return sizes if table is None else {**sizes, "vocab_size": int(table.weight.shape[0])}
 
 

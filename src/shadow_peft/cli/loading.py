@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.backbone.explicit import carried_projection, prepare_shadow_model
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-from shadow_peft.cli.parsing import UserError
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
+from shadow_peft.cli.parsing import UserError
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:

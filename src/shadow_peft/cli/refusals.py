@@ -13,9 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.parsing import UserError
 from shadow_peft.config import ShadowConfig
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 if TYPE_CHECKING:
     from shadow_peft.cli.train import TrainOptions

@@ -12,17 +12,17 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import get_shadow_model
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.card import RunFacts, write_card
 from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sft import ShadowSFTTrainer
 from shadow_peft.training.sources import load_examples
-from shadow_peft.training.templates import Form
+from shadow_peft.training.templates import PromptTemplate
 
 DESCRIPTION = (
     "Fine-tunes a causal language model with a shadow. --data is a file (.jsonl, .json, .csv, .parquet), a folder or a "
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> None:
     sft.resume_from_checkpoint = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
     sft.output_dir = options.output
-    train_set, eval_set = _data(options, _form(templates), sft.seed)
+    train_set, eval_set = _data(options, _template(templates), sft.seed)
     tokenizer = load_tokenizer(options.model)
     check_template(tokenizer, train_set, options.data)
     set_seed(sft.seed)
@@ -220,10 +220,10 @@ def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export:
         trainer.push_to_hub()
 
 
-def _data(options: TrainOptions, form: Form, seed: int) -> tuple[Dataset, Dataset | None]:
+def _data(options: TrainOptions, template: PromptTemplate, seed: int) -> tuple[Dataset, Dataset | None]:
     """The checked examples to learn and to evaluate on."""
     try:
-        train_set = load_examples(options.data, form, name=options.data_name, split=options.data_split)
+        train_set = load_examples(options.data, template, name=options.data_name, split=options.data_split)
         if options.eval_fraction is not None:
             halves = train_set.train_test_split(options.eval_fraction, seed=seed)
             return halves["train"], halves["test"]
@@ -231,16 +231,16 @@ def _data(options: TrainOptions, form: Form, seed: int) -> tuple[Dataset, Datase
             return train_set, None
         place, split = options.eval_data or options.data, options.eval_split or "train"
         name = options.data_name if options.eval_data is None else None
-        return train_set, load_examples(place, form, name=name, split=split)
+        return train_set, load_examples(place, template, name=name, split=split)
     except (BadDataError, ValueError) as error:
         raise UserError(str(error)) from error
 
 
-def _form(templates: TemplateOptions) -> Form:
+def _template(templates: TemplateOptions) -> PromptTemplate:
     """The templates; the two characters \\n stand for a line break, which a shell cannot give."""
     given: dict[str, Any] = {n: v.replace("\\n", "\n") if isinstance(v, str) else v for n, v in asdict(templates).items()}
     try:
-        return Form(**given)
+        return PromptTemplate(**given)
     except ValueError as error:
         raise UserError(str(error)) from error
 

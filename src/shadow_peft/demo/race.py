@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.config import ShadowConfig
 from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import peak_memory_mb
 from shadow_peft.demo.robot_commands import Command, commands
 from shadow_peft.demo.scoring import Scores, score
 from shadow_peft.model import get_shadow_model
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.sft import ShadowSFTTrainer
 
 #: A curve: steps and losses in nats per token.
@@ -89,7 +89,7 @@ class Contender:
 
 def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
     """Trains base + shadow, saves adapter and exported shadow below `output`, scores both."""
-    _settle()
+    _correct_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     adapted = get_shadow_model(base, settings.shadow, shadow_model=load_shadow(settings.shadow_model))
@@ -110,7 +110,7 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
 
 def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
     """Trains LoRA on every linear layer at about `budget` parameters and scores it."""
-    _settle()
+    _correct_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     rank = lora_rank(base, budget)
@@ -122,7 +122,7 @@ def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
 
 def race_base(settings: RaceSettings) -> list[Contender]:
     """Scores the bare base."""
-    _settle()
+    _correct_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     return [Contender("bare base", score(base, tokenizer, _test(settings), "bare base"))]
 
@@ -178,7 +178,7 @@ def _test(settings: RaceSettings) -> list[Command]:
     return commands("test", settings.test_commands, settings.seed)
 
 
-def _settle() -> None:
+def _correct_output() -> None:
     """Half of the cores, and no output but the bars; peft asks transformers by a name that transformers is about to drop."""
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()

@@ -20,21 +20,21 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from shadow_peft.backbone.shared_embedding import BorrowedTable
-from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
-from shadow_peft.base.architectures import FEWEST_EXPORTED, classifier_name, read_size
+from shadow_peft.backbone.implicit import materialized, own_tensors
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
 )
-from shadow_peft.backbone.implicit import own_tensors, present
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.base.architectures import FEWEST_EXPORTED, classifier_name, read_size
+from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
 
 
 @torch.no_grad()
-def standalone(model: ShadowPeftModel) -> PreTrainedModel:
+def build_standalone_model(model: ShadowPeftModel) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
     Raises:
@@ -92,7 +92,7 @@ def _stock(model: ShadowPeftModel, task_class: type[PreTrainedModel]) -> PreTrai
 
 def _source(model: ShadowPeftModel, path: str) -> nn.Module:
     """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
-    outside = "" if model.stack.path == "" else f"{model.stack.path}."
+    outside = "" if model.decoder.path == "" else f"{model.stack.path}."
     known = dict(model.shadow_model.named_modules())
     if path.startswith(outside) and path[len(outside) :] in known:
         return known[path[len(outside) :]]
@@ -111,8 +111,8 @@ def _trained_heads(model: ShadowPeftModel, exported: PreTrainedModel) -> dict[st
 
 
 def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
-    source = source.owned() if isinstance(source, BorrowedTable) else source
-    with present(source):
+    source = source.owned() if isinstance(source, SharedEmbedding) else source
+    with materialized(source):
         values = own_tensors(source)
         for name, target in own_tensors(module).items():
             target.copy_(values[name])
@@ -128,12 +128,12 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
     if base.get_output_embeddings() is None:
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
     for path, module in list(backbone.named_modules()):
-        if isinstance(module, BorrowedTable):
+        if isinstance(module, SharedEmbedding):
             backbone.set_submodule(path, module.owned())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
     head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
-    with present(head):
+    with materialized(head):
         weight, scale = head.weight.detach().clone(), _head_scale(model)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
@@ -152,7 +152,7 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
 def _restore_embeddings(backbone: PreTrainedModel, model: ShadowPeftModel) -> None:
     """Give a backbone that was fed by the base a copy of the base's embedding table."""
     table = model.base_model.get_input_embeddings()
-    with present(table):
+    with materialized(table):
         backbone.set_input_embeddings(copy.deepcopy(table).requires_grad_(True))
     backbone.config.get_text_config(decoder=True).vocab_size = table.weight.shape[0]
 
@@ -183,7 +183,7 @@ def _head_scale(model: ShadowPeftModel) -> float:
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
     plain, full = (
         head(x).double(),
-        TaskHead(model.base_model, model.stack.read_path, width=model.stack.hidden_size)(x).double(),
+        TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)(x).double(),
     )
     if cap is not None:
         full = torch.atanh(full / cap) * cap

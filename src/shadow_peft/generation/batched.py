@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from shadow_peft.cache import Drafted, ShadowCache
+from shadow_peft.cache import DraftedStates, ShadowCache
 from shadow_peft.generation.candidate_generator import (
     AcceptanceEstimate,
     DraftedGenerateOutput,
@@ -78,7 +78,7 @@ def accept(draft: Draft, logits: Tensor, do_sample: bool) -> tuple[Tensor, Tenso
     return accepted, torch.multinomial(rest, num_samples=1)[:, 0]
 
 
-class Texts:
+class RowTexts:
     """What B rows have written, in the layout of ordinary decoding.
 
     Args:
@@ -114,7 +114,7 @@ class Texts:
         return whole
 
 
-class RaggedDecoding:
+class BatchedDrafting:
     """One generation of several rows with the shadow as drafter.
 
     Args:
@@ -141,15 +141,15 @@ class RaggedDecoding:
     ) -> None:
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("A batch that drafts returns no attentions and no hidden states; generate row by row.")
-        self._cache = shiftable(model_kwargs.get("past_key_values"))
+        self._cache = require_shiftable(model_kwargs.get("past_key_values"))
         self._model, self._config, self._processor, self._criteria = model, config, processor, criteria
         self._kwargs = model_kwargs
-        self._texts = Texts(prompts)
+        self._texts = RowTexts(prompts)
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._estimate = AcceptanceEstimate()
         self._cost = adaptive_cost(model, config, rows=len(prompts))
-        self._written: list[Written] = []
+        self._written: list[DecodedStep] = []
 
     def run(self) -> Any:
         """Decode every row to its end.
@@ -214,7 +214,7 @@ class RaggedDecoding:
             drafted.append((last[:, 0], logits, confidence))
             if float(confidence[live].max()) < (config.assistant_confidence_threshold or 0.0):
                 break
-        self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
+        self._cache.drafted = DraftedStates(torch.cat(states, dim=1)) if states else None
         if not drafted:
             nothing = torch.empty(len(live), 0, device=last.device)
             return Draft(last[:, :0], nothing[..., None], nothing)
@@ -256,7 +256,7 @@ class RaggedDecoding:
         accepted, token = accept(draft, processed, bool(self._config.do_sample))
         texts.put(token, accepted)
         taken = self._until_ends(accepted + 1, live)
-        self._written.append(Written(texts.lengths, taken * live, processed, logits))
+        self._written.append(DecodedStep(texts.lengths, taken * live, processed, logits))
         for row in live.nonzero()[:, 0].tolist():
             kept = int(taken[row]) - 1
             self._config.statistics.note(count, kept)
@@ -308,7 +308,7 @@ class RaggedDecoding:
 
 
 @dataclass(frozen=True)
-class Written:
+class DecodedStep:
     """What one pass wrote: from each row's length `[B]` on `counts` `[B]` tokens, with scores and logits `[B, k + 1, V]`."""
 
     lengths: Tensor
@@ -317,7 +317,7 @@ class Written:
     logits: Tensor
 
 
-def shiftable(cache: Any) -> ShadowCache:
+def require_shiftable(cache: Any) -> ShadowCache:
     """The cache itself, if the rows of all its layers can be shifted.
 
     Raises:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
 
-from shadow_peft.cache import Drafted, ShadowCache
 from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.cache import DraftedStates, ShadowCache
 
 if TYPE_CHECKING:
     from shadow_peft.tasks.causal_lm import ShadowForCausalLM
@@ -233,7 +233,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
                 break
             if self._confidences[-1] < (self._config.assistant_confidence_threshold or 0.0):
                 break
-        self._cache.drafted = Drafted(torch.cat(states, dim=1)) if states else None
+        self._cache.drafted = DraftedStates(torch.cat(states, dim=1)) if states else None
         return sequence, torch.stack(logits, dim=1) if logits else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
@@ -297,9 +297,9 @@ def drafting_cost(model: ShadowForCausalLM, rows: int = 1) -> float:
     """
     peft, device = model.peft_model, DEVICE_COSTS.get(model.device.type, ACCELERATOR_COSTS)
     head = _weights(peft.base_model.get_output_embeddings())
-    draft, base = (_weights(m) - _weights(input_embeddings(m)) + head for m in (peft.shadow_model, peft.stack.backbone))
+    draft, base = (_weights(m) - _weights(input_embeddings(m)) + head for m in (peft.shadow_model, peft.decoder.backbone))
     drafting = device.of_pass(draft, getattr(peft.shadow_model.config, "num_hidden_layers", 1), rows)
-    return (drafting + base * rows / device.saturation) / device.of_pass(base, len(peft.stack.layers), rows)
+    return (drafting + base * rows / device.saturation) / device.of_pass(base, len(peft.decoder.layers), rows)
 
 
 def _weights(module: nn.Module | None) -> int:

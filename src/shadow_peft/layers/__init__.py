@@ -1,0 +1,1 @@
+"""The mathematics between the base's layers; needs torch alone."""

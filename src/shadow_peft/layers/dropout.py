@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 
-def draw_kept(shape: tuple[int, ...], device: torch.device, probability: float) -> Tensor | None:
+def sample_mask(shape: tuple[int, ...], device: torch.device, probability: float) -> Tensor | None:
     """Which entries stay when they are dropped with a probability, as booleans; None keeps all of them."""
     if not probability:
         return None
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - probability)
 
 
-def dropped(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+def apply_mask(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
     """What remains of `x`, scaled so that the mean stays; a gradient's way back is the same."""
-    return x if keep is None else x * keep * (1 / (1 - probability))
+    return x if mask is None else x * mask * (1 / (1 - probability))

@@ -21,22 +21,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from shadow_peft.layers.dropout import draw_kept, dropped
-from shadow_peft.layers.injection import droppable_width, thin_product
-from shadow_peft.layers.update import NORM_EPS, Norm, UpdateMaps, thin_input, transform_and_gate
+from shadow_peft.layers.dropout import apply_mask, sample_mask
+from shadow_peft.layers.injection import mask_width, thin_product
+from shadow_peft.layers.update import NORM_EPS, Norm, UpdateWeights, thin_input, transform_and_gate
 
 aten = torch.ops.aten
 
 
-def between(
+def fused_update_injection(
     h: Tensor,
     s: Tensor,
     down: Tensor,
     up: Tensor,
     alpha: float,
     dropout: float = 0.0,
-    drop_difference: bool = False,
-    maps: UpdateMaps | None = None,
+    dropout_before_down: bool = False,
+    weights: UpdateWeights | None = None,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update the shadow state and correct the base's hidden state with it.
@@ -50,7 +50,7 @@ def between(
         up: U of the injection, `[r, d]`.
         alpha: factor of the correction.
         dropout: probability of dropping.
-        drop_difference: where injection drops, see `inject`.
+        dropout_before_down: where injection drops, see `inject`.
         maps: maps of the update; None injects without an update before.
         norm: the shared LayerNorm of the update, or None (variant "paper").
 
@@ -58,15 +58,15 @@ def between(
         h' and s', both `[B, T, d]`.
     """
     flat, state = h.flatten(0, -2), s.flatten(0, -2)
-    keep_transform = None
-    if maps is not None:
-        keep_transform = draw_kept((flat.shape[0], maps.gate_up.shape[1]), h.device, dropout)
-    keep = draw_kept((flat.shape[0], droppable_width(down, drop_difference)), h.device, dropout)
-    updating = () if maps is None else _Updating.of(maps, norm)
-    moved, corrected = _Between.apply(
-        alpha, dropout, drop_difference, flat, state, down, up, keep, keep_transform, *updating
+    transform_mask = None
+    if weights is not None:
+        transform_mask = sample_mask((flat.shape[0], weights.gate_up.shape[1]), h.device, dropout)
+    mask = sample_mask((flat.shape[0], mask_width(down, dropout_before_down)), h.device, dropout)
+    updating = () if weights is None else _Updating.of(weights, norm)
+    moved, corrected = _FusedUpdateInjection.apply(
+        alpha, dropout, dropout_before_down, flat, state, down, up, mask, transform_mask, *updating
     )
-    return corrected.view_as(h), s if maps is None else moved.view_as(h)
+    return corrected.view_as(h), s if weights is None else moved.view_as(h)
 
 
 class _Updating(NamedTuple):
@@ -82,21 +82,21 @@ class _Updating(NamedTuple):
     norm_bias: Tensor | None
 
     @classmethod
-    def of(cls, maps: UpdateMaps, norm: Norm | None) -> _Updating:
+    def of(cls, weights: UpdateWeights, norm: Norm | None) -> _Updating:
         weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-        biases = (maps.down_bias, maps.gate_up_bias, maps.transform_up_bias)
-        return cls(maps.down, maps.gate_up, maps.transform_up, *biases, weight, bias)
+        biases = (weights.down_bias, weights.gate_up_bias, weights.transform_up_bias)
+        return cls(weights.down, weights.gate_up, weights.transform_up, *biases, weight, bias)
 
     @property
-    def maps(self) -> UpdateMaps:
-        return UpdateMaps(*self[:6])
+    def weights(self) -> UpdateWeights:
+        return UpdateWeights(*self[:6])
 
     @property
     def norm(self) -> Norm | None:
         return None if self.norm_weight is None or self.norm_bias is None else Norm(self.norm_weight, self.norm_bias)
 
 
-class _Between(torch.autograd.Function):
+class _FusedUpdateInjection(torch.autograd.Function):
     """`between` on flat tensors, without chance; no maps of an update mean no update, and None in place of s'."""
 
     @staticmethod
@@ -104,56 +104,56 @@ class _Between(torch.autograd.Function):
         ctx: Any,
         alpha: float,
         dropout: float,
-        drop_difference: bool,
+        dropout_before_down: bool,
         h: Tensor,
         s: Tensor,
         down: Tensor,
         up: Tensor,
-        keep: Tensor | None,
-        keep_transform: Tensor | None,
+        mask: Tensor | None,
+        transform_mask: Tensor | None,
         *updating: Any,
     ) -> tuple[Tensor | None, Tensor]:
-        moved = _moved(h, s, _Updating(*updating), keep_transform, dropout) if updating else None
-        z = thin_product(h - (s if moved is None else moved), down, keep, dropout, drop_difference)
+        moved = _moved(h, s, _Updating(*updating), transform_mask, dropout) if updating else None
+        z = thin_product(h - (s if moved is None else moved), down, mask, dropout, dropout_before_down)
         corrected = torch.addmm(h, z, up, alpha=alpha)
-        ctx.save_for_backward(s, moved, corrected, z, down, up, keep, keep_transform, *updating)
-        ctx.settings = alpha, dropout, drop_difference
+        ctx.save_for_backward(s, moved, corrected, z, down, up, mask, transform_mask, *updating)
+        ctx.settings = alpha, dropout, dropout_before_down
         return moved, corrected
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_moved: Tensor | None, grad: Tensor) -> Any:
-        s, moved, corrected, z, down, up, keep, keep_transform, *updating = ctx.saved_tensors
-        alpha, dropout, drop_difference = ctx.settings
+        s, moved, corrected, z, down, up, mask, transform_mask, *updating = ctx.saved_tensors
+        alpha, dropout, dropout_before_down = ctx.settings
         with torch.autocast(grad.device.type, enabled=False):
             h = torch.addmm(corrected, z, up, alpha=-alpha)
             difference = h - (s if moved is None else moved)
             grad_z = alpha * (grad @ up.T)
-            if drop_difference:
-                grad_down = dropped(difference, keep, dropout).T @ grad_z
-                through = dropped(grad_z @ down.T, keep, dropout)
+            if dropout_before_down:
+                grad_down = apply_mask(difference, mask, dropout).T @ grad_z
+                through = apply_mask(grad_z @ down.T, mask, dropout)
             else:
-                grad_z = dropped(grad_z, keep, dropout)
+                grad_z = apply_mask(grad_z, mask, dropout)
                 grad_down = difference.T @ grad_z
                 through = grad_z @ down.T
             grad_h, grad_up = grad + through, alpha * (z.T @ grad)
             grad_s = -through if grad_moved is None else grad_moved - through
             grads: tuple[Tensor | None, ...] = ()
             if updating:
-                onto_h, grad_s, grads = _gradients(h, s, _Updating(*updating), keep_transform, dropout, grad_s)
+                onto_h, grad_s, grads = _gradients(h, s, _Updating(*updating), transform_mask, dropout, grad_s)
                 grad_h = grad_h + onto_h
         return None, None, None, grad_h, grad_s, grad_down, grad_up, None, None, *grads
 
 
-def _moved(h: Tensor, s: Tensor, u: _Updating, keep: Tensor | None, dropout: float) -> Tensor:
+def _moved(h: Tensor, s: Tensor, u: _Updating, mask: Tensor | None, dropout: float) -> Tensor:
     """s' `[N, d]`."""
-    a = thin_input(h, u.maps, u.norm)
+    a = thin_input(h, u.weights, u.norm)
     z_gate, z_transform = (F.gelu(a) if u.norm is None else F.silu(a)).chunk(2, dim=-1)
-    return torch.lerp(s, *transform_and_gate(z_gate, dropped(z_transform, keep, dropout), u.maps))
+    return torch.lerp(s, *transform_and_gate(z_gate, apply_mask(z_transform, mask, dropout), u.weights))
 
 
 def _gradients(
-    h: Tensor, s: Tensor, u: _Updating, keep: Tensor | None, dropout: float, grad: Tensor
+    h: Tensor, s: Tensor, u: _Updating, mask: Tensor | None, dropout: float, grad: Tensor
 ) -> tuple[Tensor, Tensor, _Updating]:
     """Gradients with respect to h, s and the tensors of an update whose s' has the gradient `grad`; all `[N, d]`."""
     n, mean, rstd = h, h, h
@@ -161,13 +161,13 @@ def _gradients(
         n, mean, rstd = aten.native_layer_norm(h, h.shape[-1:], u.norm_weight, u.norm_bias, NORM_EPS)
     a = F.linear(n, u.down, u.down_bias)
     z_gate, z_transform = (F.gelu(a) if u.norm is None else F.silu(a)).chunk(2, dim=-1)
-    z_transform = dropped(z_transform, keep, dropout)
-    transform, gate = transform_and_gate(z_gate, z_transform, u.maps)
+    z_transform = apply_mask(z_transform, mask, dropout)
+    transform, gate = transform_and_gate(z_gate, z_transform, u.weights)
 
     grad_transform = grad * gate
     grad_s = grad - grad_transform
     grad_gate = grad_s * gate * (transform - s)  # the gate before its sigmoid: g (1 - g) (t - s)
-    grad_z = torch.cat([grad_gate @ u.gate_up, dropped(grad_transform @ u.transform_up, keep, dropout)], dim=-1)
+    grad_z = torch.cat([grad_gate @ u.gate_up, apply_mask(grad_transform @ u.transform_up, mask, dropout)], dim=-1)
     grad_a = aten.gelu_backward(grad_z, a) if u.norm is None else aten.silu_backward(grad_z, a)
     grad_h, grad_weight, grad_bias = grad_a @ u.down, None, None
     if u.norm is not None:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shadow_peft.layers.dropout import draw_kept, dropped
+from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 
 def inject(
-    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0, drop_difference: bool = False
+    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0, dropout_before_down: bool = False
 ) -> Tensor:
     """Correct the base's hidden state; one subtraction and two thin products.
 
@@ -30,27 +30,27 @@ def inject(
         up: U, `[r, d]`.
         alpha: factor of the correction.
         dropout: probability of dropping; 0 outside training.
-        drop_difference: drop entries of h - s (variant "paper") instead of entries of its down product.
+        dropout_before_down: drop entries of h - s (variant "paper") instead of entries of its down product.
 
     Returns:
         The corrected hidden state, `[B, T, d]`, in the dtype of `h`.
     """
     flat = h.flatten(0, -2)
-    keep = draw_kept((flat.shape[0], droppable_width(down, drop_difference)), h.device, dropout)
-    z = thin_product(flat - s.flatten(0, -2), down, keep, dropout, drop_difference)
+    mask = sample_mask((flat.shape[0], mask_width(down, dropout_before_down)), h.device, dropout)
+    z = thin_product(flat - s.flatten(0, -2), down, mask, dropout, dropout_before_down)
     return torch.addmm(flat, z, up, alpha=alpha).view_as(h)
 
 
-def droppable_width(down: Tensor, drop_difference: bool) -> int:
+def mask_width(down: Tensor, dropout_before_down: bool) -> int:
     """Entries per token that dropout may drop: d of the difference or r of its down product."""
-    return down.shape[0 if drop_difference else 1]
+    return down.shape[0 if dropout_before_down else 1]
 
 
-def thin_product(difference: Tensor, down: Tensor, keep: Tensor | None, dropout: float, drop_difference: bool) -> Tensor:
-    """z `[N, r]` of h - s `[N, d]`; `keep` is what dropout keeps, `[N, d]` with `drop_difference` and else `[N, r]`."""
-    if drop_difference:
-        return dropped(difference, keep, dropout) @ down
-    return dropped(difference @ down, keep, dropout)
+def thin_product(difference: Tensor, down: Tensor, mask: Tensor | None, dropout: float, dropout_before_down: bool) -> Tensor:
+    """z `[N, r]` of h - s `[N, d]`; `keep` is what dropout keeps, `[N, d]` with `dropout_before_down` and else `[N, r]`."""
+    if dropout_before_down:
+        return apply_mask(difference, mask, dropout) @ down
+    return apply_mask(difference @ down, mask, dropout)
 
 
 class ShadowInjectionModel(nn.Module):
@@ -74,7 +74,7 @@ class ShadowInjectionModel(nn.Module):
             else:
                 self.injection_downs.normal_(std=scale if variant == "transient" else 0.02)
 
-    def maps(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""
         downs = self.injection_downs.to(dtype).unbind(0)
         ups = self.injection_ups.to(dtype).unbind(0)

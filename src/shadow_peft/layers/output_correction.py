@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shadow_peft.layers.dropout import draw_kept, dropped
+from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 
-def correct(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def inject_transient(
+    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """What a layer reads, and what is to be taken back from what it returns.
 
     Args:
@@ -41,14 +43,14 @@ def correct(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropou
     """
     flat, state = h.flatten(0, -2), s.flatten(0, -2)
     if torch.is_grad_enabled():
-        keep = draw_kept((flat.shape[0], down.shape[1]), h.device, dropout)
-        corrected, delta = _Correct.apply(flat, state, down, up, keep, alpha, dropout)
+        mask = sample_mask((flat.shape[0], down.shape[1]), h.device, dropout)
+        corrected, delta = _InjectTransient.apply(flat, state, down, up, mask, alpha, dropout)
     else:
         corrected, delta = _added(flat, _delta((flat - state) @ down, up, alpha))
     return corrected.view_as(h), delta.view_as(h)
 
 
-def settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def correct_output(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the stream keeps of a layer.
 
     Args:
@@ -62,18 +64,18 @@ def settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> T
         h', `[B, T, d]`.
     """
     if torch.is_grad_enabled():
-        settled: Tensor = _Settle.apply(out, delta, h, down, up)
-        return settled
-    return _settle(out, delta, h, down, up)[0]
+        corrected_output: Tensor = _CorrectOutput.apply(out, delta, h, down, up)
+        return corrected_output
+    return _correct_output(out, delta, h, down, up)[0]
 
 
-def _settle(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _correct_output(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h', which is no view of anything, c and its thin product, both flat."""
-    settled = (out - delta).contiguous()  # a layer may return any layout
-    added = (settled - h).flatten(0, -2)
+    corrected_output = (out - delta).contiguous()  # a layer may return any layout
+    added = (corrected_output - h).flatten(0, -2)
     z = added @ down
-    settled.flatten(0, -2).addmm_(z, up)
-    return settled, added, z
+    corrected_output.flatten(0, -2).addmm_(z, up)
+    return corrected_output, added, z
 
 
 class ShadowOutputModel(nn.Module):
@@ -90,7 +92,7 @@ class ShadowOutputModel(nn.Module):
         self.output_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank).normal_(std=hidden_size**-0.5))
         self.output_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
 
-    def maps(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(E, V) of every injected layer in the dtype of the computation."""
         return list(zip(self.output_downs.to(dtype).unbind(0), self.output_ups.to(dtype).unbind(0), strict=True))
 
@@ -105,7 +107,7 @@ def _added(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return corrected, corrected - h if h.dtype.itemsize < 4 else delta
 
 
-class _Correct(torch.autograd.Function):
+class _InjectTransient(torch.autograd.Function):
     """`correct` on flat tensors, without chance.
 
     Kept are h + delta, which the layer keeps anyway as the input of its norm, s, which is one for all layers, and z, which
@@ -114,36 +116,36 @@ class _Correct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, s: Tensor, down: Tensor, up: Tensor, keep: Tensor | None, alpha: float, dropout: float
+        ctx: Any, h: Tensor, s: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, alpha: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
-        z = dropped((h - s) @ down, keep, dropout)
+        z = apply_mask((h - s) @ down, mask, dropout)
         corrected, delta = _added(h, _delta(z, up, alpha))
-        ctx.save_for_backward(corrected, s, z, down, up, keep)
+        ctx.save_for_backward(corrected, s, z, down, up, mask)
         ctx.settings = alpha, dropout
         return corrected, delta
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_delta: Tensor) -> Any:
-        corrected, s, z, down, up, keep = ctx.saved_tensors
+        corrected, s, z, down, up, mask = ctx.saved_tensors
         alpha, dropout = ctx.settings
         with torch.autocast(grad.device.type, enabled=False):
             difference = torch.addmm(corrected, z, up, alpha=-alpha).sub_(s)
             onto_delta = grad + grad_delta
             grad_up = alpha * (z.T @ onto_delta)
-            grad_z = dropped(alpha * (onto_delta @ up.T), keep, dropout)
+            grad_z = apply_mask(alpha * (onto_delta @ up.T), mask, dropout)
             through = grad_z @ down.T
             return grad + through, -through, difference.T @ grad_z, grad_up, None, None, None
 
 
-class _Settle(torch.autograd.Function):
+class _CorrectOutput(torch.autograd.Function):
     """`settle`; kept are c and its thin product. The gradients can't be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        settled, *kept = _settle(out, delta, h, down, up)
+        corrected_output, *kept = _correct_output(out, delta, h, down, up)
         ctx.save_for_backward(*kept, down, up)
-        return settled
+        return corrected_output
 
     @staticmethod
     @once_differentiable

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class ReadoutMaps(NamedTuple):
+class ReadoutWeights(NamedTuple):
     """A, B and b of the gate, F and G of the map."""
 
     gate_down: Tensor
@@ -28,47 +28,47 @@ class ReadoutMaps(NamedTuple):
     up: Tensor
 
 
-def read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> Tensor:
+def read_out(h: Tensor, s: Tensor, weights: ReadoutWeights) -> Tensor:
     """h' `[B, T, d]` of h and s, `[B, T, d]`."""
     if torch.is_grad_enabled():
-        result: Tensor = _ReadOut.apply(h, s, *maps)
+        result: Tensor = _ReadOut.apply(h, s, *weights)
         return result
-    return _read_out(h, s, maps)[0]
+    return _read_out(h, s, weights)[0]
 
 
-def _read_out(h: Tensor, s: Tensor, maps: ReadoutMaps) -> tuple[Tensor, Tensor, Tensor]:
+def _read_out(h: Tensor, s: Tensor, weights: ReadoutWeights) -> tuple[Tensor, Tensor, Tensor]:
     """h', which is no view of anything, and both thin products, flat."""
-    gate_z, z = h.flatten(0, -2) @ maps.gate_down, (h - s).flatten(0, -2) @ maps.down
-    result = torch.lerp(h, s, _gate(gate_z, maps).view_as(h)).contiguous()
-    result.flatten(0, -2).addmm_(z, maps.up)
+    gate_z, z = h.flatten(0, -2) @ weights.gate_down, (h - s).flatten(0, -2) @ weights.down
+    result = torch.lerp(h, s, _gate(gate_z, weights).view_as(h)).contiguous()
+    result.flatten(0, -2).addmm_(z, weights.up)
     return result, gate_z, z
 
 
-def _gate(z: Tensor, maps: ReadoutMaps) -> Tensor:
-    return torch.addmm(maps.gate_bias, z, maps.gate_up).tanh_()
+def _gate(z: Tensor, weights: ReadoutWeights) -> Tensor:
+    return torch.addmm(weights.gate_bias, z, weights.gate_up).tanh_()
 
 
 class _ReadOut(torch.autograd.Function):
     """`read_out`; kept are h, s and the thin products. The gradients can't be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, s: Tensor, *maps: Tensor) -> Tensor:
-        result, gate_z, z = _read_out(h, s, ReadoutMaps(*maps))
-        ctx.save_for_backward(h, s, gate_z, z, *maps)
+    def forward(ctx: Any, h: Tensor, s: Tensor, *weights: Tensor) -> Tensor:
+        result, gate_z, z = _read_out(h, s, ReadoutWeights(*weights))
+        ctx.save_for_backward(h, s, gate_z, z, *weights)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         h, s, gate_z, z, *tensors = ctx.saved_tensors
-        maps = ReadoutMaps(*tensors)
+        weights = ReadoutWeights(*tensors)
         with torch.autocast(grad.device.type, enabled=False):
-            flat, gate, difference = grad.flatten(0, -2), _gate(gate_z, maps), (h - s).flatten(0, -2)
+            flat, gate, difference = grad.flatten(0, -2), _gate(gate_z, weights), (h - s).flatten(0, -2)
             grad_bias = -flat * difference * (1 - gate * gate)
-            grad_gate_z, grad_z = grad_bias @ maps.gate_up.T, flat @ maps.up.T
-            grad_difference = grad_z @ maps.down.T - flat * gate
+            grad_gate_z, grad_z = grad_bias @ weights.gate_up.T, flat @ weights.up.T
+            grad_difference = grad_z @ weights.down.T - flat * gate
             return (
-                (flat + grad_difference + grad_gate_z @ maps.gate_down.T).view_as(grad),
+                (flat + grad_difference + grad_gate_z @ weights.gate_down.T).view_as(grad),
                 -grad_difference.view_as(grad),
                 h.flatten(0, -2).T @ grad_gate_z,
                 gate_z.T @ grad_bias,
@@ -97,5 +97,5 @@ class ShadowReadoutModel(nn.Module):
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h' `[B, T, d]`, in dtype and on the device of `h`."""
-        maps = (getattr(self, name).to(h.device, h.dtype) for name in ReadoutMaps._fields)
-        return read_out(h, s.to(h.device, h.dtype), ReadoutMaps(*maps))
+        weights = (getattr(self, name).to(h.device, h.dtype) for name in ReadoutWeights._fields)
+        return read_out(h, s.to(h.device, h.dtype), ReadoutWeights(*weights))

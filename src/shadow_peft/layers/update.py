@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadow_peft.layers.dropout import draw_kept, dropped
+from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class UpdateMaps:
+class UpdateWeights:
     """The maps of one layer: `down` `[2k, d]` (gate first), `gate_up` and `transform_up` `[d, k]`, biases or None."""
 
     down: Tensor
@@ -37,10 +37,10 @@ class UpdateMaps:
     gate_up_bias: Tensor | None = None
     transform_up_bias: Tensor | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> UpdateMaps:
+    def to(self, device: torch.device, dtype: torch.dtype) -> UpdateWeights:
         """The same maps elsewhere."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return UpdateMaps(**{name: tensor.to(device, dtype) for name, tensor in tensors.items()})
+        return UpdateWeights(**{name: tensor.to(device, dtype) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Norm:
     bias: Tensor
 
 
-def update(h: Tensor, s: Tensor, maps: UpdateMaps, norm: Norm | None, dropout: float = 0.0) -> Tensor:
+def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, dropout: float = 0.0) -> Tensor:
     """Move the shadow state on, after a layer.
 
     Args:
@@ -64,26 +64,26 @@ def update(h: Tensor, s: Tensor, maps: UpdateMaps, norm: Norm | None, dropout: f
     Returns:
         The next shadow state, `[B, T, d]`.
     """
-    z = thin_input(h, maps, norm)
+    z = thin_input(h, weights, norm)
     z = F.gelu(z) if norm is None else F.silu(z)
     z_gate, z_transform = z.chunk(2, dim=-1)
-    z_transform = dropped(z_transform, draw_kept(tuple(z_transform.shape), h.device, dropout), dropout)
-    return torch.lerp(s, *transform_and_gate(z_gate, z_transform, maps))
+    z_transform = apply_mask(z_transform, sample_mask(tuple(z_transform.shape), h.device, dropout), dropout)
+    return torch.lerp(s, *transform_and_gate(z_gate, z_transform, weights))
 
 
-def thin_input(h: Tensor, maps: UpdateMaps, norm: Norm | None) -> Tensor:
+def thin_input(h: Tensor, weights: UpdateWeights, norm: Norm | None) -> Tensor:
     """Down products of gate and transform side by side, `[B, T, 2k]`, before their activation."""
     n = h if norm is None else F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, NORM_EPS)
-    return F.linear(n, maps.down, maps.down_bias)
+    return F.linear(n, weights.down, weights.down_bias)
 
 
-def transform_and_gate(z_gate: Tensor, z_transform: Tensor, maps: UpdateMaps) -> tuple[Tensor, Tensor]:
+def transform_and_gate(z_gate: Tensor, z_transform: Tensor, weights: UpdateWeights) -> tuple[Tensor, Tensor]:
     """t and g `[B, T, d]` of activated down products `[B, T, k]`, the transform's after its dropout."""
-    gate = torch.sigmoid(F.linear(z_gate, maps.gate_up, maps.gate_up_bias))
-    return F.linear(z_transform, maps.transform_up, maps.transform_up_bias), gate
+    gate = torch.sigmoid(F.linear(z_gate, weights.gate_up, weights.gate_up_bias))
+    return F.linear(z_transform, weights.transform_up, weights.transform_up_bias), gate
 
 
-class UpdateStack(nn.Module):
+class StackedUpdateWeights(nn.Module):
     """The maps of M layers, stacked: `down` `[M, 2k, d]`, `gate_up` and `transform_up` `[M, d, k]`, biases on request."""
 
     def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, bias: bool) -> None:
@@ -96,13 +96,13 @@ class UpdateStack(nn.Module):
             self.gate_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
             self.transform_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
 
-    def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
+    def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The maps of every layer in the dtype of the computation, with one cast and one split for all layers."""
-        return _rows({name: stack.to(dtype) for name, stack in self.named_parameters()})
+        return _rows({name: decoder.to(dtype) for name, decoder in self.named_parameters()})
 
-    def views(self) -> list[UpdateMaps]:
+    def views(self) -> list[UpdateWeights]:
         """The maps of every layer as detached views of the parameters."""
-        return _rows({name: stack.detach() for name, stack in self.named_parameters()})
+        return _rows({name: decoder.detach() for name, decoder in self.named_parameters()})
 
 
 class ShadowUpdateModel(nn.Module):
@@ -118,23 +118,23 @@ class ShadowUpdateModel(nn.Module):
     def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, paper: bool = False) -> None:
         super().__init__()
         self.hidden_norm = None if paper else nn.LayerNorm(hidden_size, eps=NORM_EPS)
-        self.live = UpdateStack(num_layers - 1, hidden_size, gate_hidden_size, bias=paper)
-        self.last = UpdateStack(1, hidden_size, gate_hidden_size, bias=paper)
-        self.train_only_what_is_read()
+        self.live = StackedUpdateWeights(num_layers - 1, hidden_size, gate_hidden_size, bias=paper)
+        self.last = StackedUpdateWeights(1, hidden_size, gate_hidden_size, bias=paper)
+        self.freeze_unread()
 
-    def train_only_what_is_read(self) -> None:
+    def freeze_unread(self) -> None:
         """Freeze what no loss depends on: the last layer's maps, and the norm when no other layer uses it."""
         self.last.requires_grad_(False)
         if self.live.down.shape[0] == 0:
             self.requires_grad_(False)
 
-    def all_maps(self) -> list[UpdateMaps]:
+    def all_weights(self) -> list[UpdateWeights]:
         """The maps of all N layers as detached views of the parameters."""
         return [*self.live.views(), *self.last.views()]
 
-    def maps(self, dtype: torch.dtype) -> list[UpdateMaps]:
+    def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The maps of every layer that is computed, N - 1 of them."""
-        return self.live.maps(dtype)
+        return self.live.weights(dtype)
 
     def norm(self, dtype: torch.dtype) -> Norm | None:
         """The shared LayerNorm in the dtype of the computation; None in the variant "paper"."""
@@ -143,9 +143,9 @@ class ShadowUpdateModel(nn.Module):
         return Norm(self.hidden_norm.weight.to(dtype), self.hidden_norm.bias.to(dtype))
 
 
-def _rows(stacks: dict[str, Tensor]) -> list[UpdateMaps]:
-    columns = {name: stack.unbind(0) for name, stack in stacks.items()}
-    return [UpdateMaps(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+def _rows(stacks: dict[str, Tensor]) -> list[UpdateWeights]:
+    columns = {name: decoder.unbind(0) for name, decoder in stacks.items()}
+    return [UpdateWeights(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

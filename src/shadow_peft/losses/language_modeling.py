@@ -116,16 +116,16 @@ class Logits:
         return None
 
 
-class Path(NamedTuple):
+class LogitSource(NamedTuple):
     """One network's way to its loss: the states `[B, T, d]` before its head, and the head."""
 
     states: Tensor
     head: Head
 
-    def at(self, chosen: Tensor | None) -> Path:
+    def at(self, chosen: Tensor | None) -> LogitSource:
         """The states `[N, d]` of chosen tokens of the flattened batch; None takes all."""
         flat = self.states.flatten(0, -2)
-        return Path(flat if chosen is None else flat[chosen.to(flat.device)], self.head)
+        return LogitSource(flat if chosen is None else flat[chosen.to(flat.device)], self.head)
 
 
 class TokenLosses(NamedTuple):
@@ -150,7 +150,7 @@ CHUNK = 256
 
 
 def token_losses(
-    base: Path, shadow: Path | None, targets: Tensor, count: Tensor | int | None, weights: LossWeights
+    base: LogitSource, shadow: LogitSource | None, targets: Tensor, count: Tensor | int | None, weights: LossWeights
 ) -> TokenLosses:
     """The terms of the loss of next-token prediction.
 
@@ -175,7 +175,7 @@ def token_losses(
     return TokenLosses(*means, *[None] * (3 - len(means)))
 
 
-def _cross_entropy(path: Path, targets: Tensor) -> Tensor:
+def _cross_entropy(path: LogitSource, targets: Tensor) -> Tensor:
     """Summed cross entropy of targets `[N]`, by torch's fused form where the head allows it."""
     states, head = path
     linear = head.linear_for(states) if _FUSED and states.shape[0] else None
@@ -222,9 +222,9 @@ def _summed(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _distance(logits: Tensor, shadow_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """t^2 KL(softmax(logits / t) || softmax(shadow_logits / t)), summed over the tokens that have a target."""
-    there = (logits / temperature).log_softmax(-1)
-    here = (shadow_logits / temperature).log_softmax(-1)
-    by_token = F.kl_div(here, there, reduction="none", log_target=True).sum(-1)
+    teacher = (logits / temperature).log_softmax(-1)
+    student = (shadow_logits / temperature).log_softmax(-1)
+    by_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     return temperature**2 * by_token.masked_fill(targets.to(by_token.device).eq(IGNORE_INDEX), 0).sum()
 
 

@@ -1,0 +1,1 @@
+"""Files written all or none, and the hub; knows nothing of adapters."""

@@ -55,7 +55,7 @@ def _taken_apart(tensor: Tensor, view: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def parameters_replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """While the context lasts, the module's parameters of these names are these tensors; no forward may run.
 
     Args:

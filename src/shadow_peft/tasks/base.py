@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.backbone.implicit import materialized
 from shadow_peft.checkpoint import store
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.storage.sharded import is_sharded
-from shadow_peft.backbone.implicit import present
 
 InferenceMode = Literal["base_shadow", "shadow_only"]
 
@@ -255,5 +255,5 @@ def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def trainable_copy(module: nn.Module) -> nn.Module:
     """A copy of a head in float32, to be trained."""
-    with present(module):
+    with materialized(module):
         return copy.deepcopy(module).to(torch.float32).requires_grad_(True)

@@ -18,18 +18,18 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadow_peft.backbone.explicit import returned_cache
-from shadow_peft.cache import shadow_states, unpaired, unread
-from shadow_peft.inputs import Call
+from shadow_peft.base.task_head import TaskHead
+from shadow_peft.cache import num_uncached_tokens, select_cache, shadow_only_cache
+from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import (
     DraftedGenerateOutput,
     DraftingGenerationConfig,
     DraftStatistics,
     ShadowCandidateGenerator,
 )
-from shadow_peft.base.task_head import TaskHead
-from shadow_peft.losses.language_modeling import Logits, LossWeights, Path, shifted, token_count, token_losses
+from shadow_peft.inputs import Call
+from shadow_peft.losses.language_modeling import Logits, LogitSource, LossWeights, shifted, token_count, token_losses
 from shadow_peft.model import ShadowPeftModel
-from shadow_peft.generation.batched import RaggedDecoding
 from shadow_peft.tasks.base import InferenceMode, ShadowTaskModel, trainable_copy
 
 
@@ -54,8 +54,8 @@ class _Answer:
     """What a call answers so far, and the states that the loss can read instead of logits."""
 
     outputs: ShadowCausalLMOutputWithPast
-    base: Path | None = None
-    shadow: Path | None = None
+    base: LogitSource | None = None
+    shadow: LogitSource | None = None
 
 
 class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
@@ -119,9 +119,9 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         return trainable_copy(peft_model.base_model.get_output_embeddings())
 
     def _rebuild_heads(self) -> None:
-        base, path, trained = self.peft_model.base_model, self.peft_model.stack.read_path, self.peft_model.task_heads
+        base, path, trained = self.peft_model.base_model, self.peft_model.decoder.head_input_path, self.peft_model.task_heads
         own, shadow = (trained[name] if name in trained else None for name in self.head_names)
-        width = self.peft_model.stack.hidden_size
+        width = self.peft_model.decoder.hidden_size
         self._base_head = TaskHead(base, path, own, width=width)
         self._own_head = None if own is None else self._base_head
         self._shadow_head = self._base_head if own is shadow else TaskHead(base, path, shadow, width=width)
@@ -205,36 +205,36 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         """The shadow's answer; no layer of the base runs."""
         state, cache = self.peft_model.initial_state(call, kwargs)
         result = ShadowCausalLMOutputWithPast(
-            past_key_values=shadow_states(cache if call.cache is None else call.cache.shadow)
+            past_key_values=shadow_only_cache(cache if call.cache is None else call.cache.shadow)
         )
         if wanted:
             result.logits = result.shadow_logits = self._shadow_head(state[:, kept])
-        return _Answer(result, base=Path(state, self._shadow_head))
+        return _Answer(result, base=LogitSource(state, self._shadow_head))
 
     def _together(self, call: Call, kwargs: dict[str, Any], kept: Any, wanted: bool, shadow_wanted: bool) -> _Answer:
         """The adapted base's answer and the shadow's; heads compute what is wanted alone."""
         peft = self.peft_model
         state, shadow_cache = peft.initial_state(call, kwargs)
-        headless = not wanted and self._base_head.reads_states
-        catch = headless or self._own_head is not None
-        outputs, hidden = peft.ride(state, shadow_cache, call, kwargs, catch_head_input=catch)
+        skip_head = not wanted and self._base_head.reads_states
+        catch = skip_head or self._own_head is not None
+        outputs, hidden = peft.run_coupled(state, shadow_cache, call, kwargs, keep_head_input=catch)
         answer = _Answer(_as_ours(outputs))
         if hidden is not None:
-            answer.base = Path(hidden, self._base_head)
-            answer.outputs.logits = None if headless else self._base_head(hidden)
+            answer.base = LogitSource(hidden, self._base_head)
+            answer.outputs.logits = None if skip_head else self._base_head(hidden)
         if shadow_wanted:
             answer.outputs.shadow_logits = self._shadow_head(state[:, kept])
         if self.loss_weights.need_shadow:
-            answer.shadow = Path(state, self._shadow_head)
+            answer.shadow = LogitSource(state, self._shadow_head)
         return answer
 
     def _add_loss(self, answer: _Answer, targets: Tensor, count: Tensor | int | None) -> None:
         """The loss from logits where they are there, else from states; in training with its terms."""
         result, base, shadow = answer.outputs, answer.base, answer.shadow
         if result.logits is not None:
-            base = Path(result.logits, Logits())
+            base = LogitSource(result.logits, Logits())
         if result.shadow_logits is not None and shadow is not None:
-            shadow = Path(result.shadow_logits, Logits())
+            shadow = LogitSource(result.shadow_logits, Logits())
         assert base is not None
         losses = token_losses(base, shadow, targets, count, self.loss_weights)
         result.loss = losses.total(self.loss_weights)
@@ -260,13 +260,13 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         base, name = self.peft_model.base_model, self.peft_model.cache_name
         given = model_kwargs.pop("past_key_values", None)
         if name is not None and given is not None:
-            model_kwargs[name] = unpaired(given, self.inference_mode == "base_shadow")
+            model_kwargs[name] = select_cache(given, self.inference_mode == "base_shadow")
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         prepared = None if name is None else model_kwargs.pop(name, None)
         if given is not None:
             model_kwargs["past_key_values"] = given
         elif prepared is not None:
-            model_kwargs["past_key_values"] = self.peft_model.paired(prepared)
+            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(prepared)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -276,11 +276,11 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
             kwargs["inputs_embeds"] = inputs_embeds
         peft, states = self.peft_model, kwargs.pop("past_key_values", None)
         attention_mask = kwargs.get("attention_mask")
-        unread_tokens = kwargs.pop("unread_tokens", None)
-        if kwargs.get("is_first_iteration") and unread_tokens is not None:
-            kwargs["next_sequence_length"] = unread_tokens
+        uncached_tokens = kwargs.pop("uncached_tokens", None)
+        if kwargs.get("is_first_iteration") and uncached_tokens is not None:
+            kwargs["next_sequence_length"] = uncached_tokens
         if states is not None and peft.cache_name is not None:
-            kwargs[peft.cache_name] = unpaired(states, self.inference_mode == "base_shadow")
+            kwargs[peft.cache_name] = select_cache(states, self.inference_mode == "base_shadow")
         inputs: dict[str, Any] = peft.base_model.prepare_inputs_for_generation(input_ids, **kwargs)
         if peft.cache_name is not None:
             inputs.pop(peft.cache_name, None)
@@ -317,7 +317,7 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
     ) -> Any:
         """transformers' assisted generation; with the shadow as drafter, its statistics come back with the output."""
         drafting = isinstance(generation_config, DraftingGenerationConfig)
-        kwargs["unread_tokens"] = unread(input_ids, kwargs)
+        kwargs["uncached_tokens"] = num_uncached_tokens(input_ids, kwargs)
         if drafting:
             if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
                 raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
@@ -347,9 +347,9 @@ class ShadowForCausalLM(ShadowTaskModel, GenerationMixin):
         """
         if streamer is not None or synced_gpus:
             raise ValueError("A batch that drafts works without streamer and without synced_gpus.")
-        for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "unread_tokens"):
+        for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "uncached_tokens"):
             kwargs.pop(unused, None)
-        return RaggedDecoding(self, generation_config, logits_processor, stopping_criteria, input_ids, kwargs).run()
+        return BatchedDrafting(self, generation_config, logits_processor, stopping_criteria, input_ids, kwargs).run()
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
         """The shadow as drafter, where it is asked for; transformers' other drafters else."""

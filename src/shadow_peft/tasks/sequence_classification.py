@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from shadow_peft.backbone.explicit import returned_cache
-from shadow_peft.cache import shadow_states
 from shadow_peft.base.architectures import classifier_name
+from shadow_peft.cache import shadow_only_cache
 from shadow_peft.losses.language_modeling import classification_loss, problem_type_of
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
@@ -59,8 +59,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
-            head = nn.Linear(peft_model.stack.hidden_size, base.config.num_labels, bias=False)
-            nn.init.normal_(head.weight, std=getattr(peft_model.stack.config, "initializer_range", 0.02))
+            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False)
+            nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
         chosen = peft_model.shadow_config.modules_to_save
         return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
 
@@ -116,16 +116,16 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
         result = ShadowSequenceClassifierOutput()
         if not peft.attachment.enabled:
-            outputs = peft.run_base(call, kwargs, headless=True)
+            outputs = peft.run_base(call, kwargs, skip_head=True)
             result.logits = self._classify(self.classifier_head, outputs[0], last)
             result.past_key_values = returned_cache(outputs)
         else:
             state, shadow_cache = peft.initial_state(call, kwargs)
             if self.inference_mode == "shadow_only":
                 result.logits = result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
-                result.past_key_values = shadow_states(shadow_cache)
+                result.past_key_values = shadow_only_cache(shadow_cache)
             else:
-                outputs, _ = peft.ride(state, shadow_cache, call, kwargs, headless=True)
+                outputs, _ = peft.run_coupled(state, shadow_cache, call, kwargs, skip_head=True)
                 result.logits = self._classify(self.classifier_head, outputs[0], last)
                 result.past_key_values = returned_cache(outputs)
                 if self.wants_shadow_logits(output_shadow_logits):

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.losses.language_modeling import IGNORE_INDEX
-from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, refuse, without_dropout
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
+from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, reject_options, without_dropout
 from shadow_peft.training.scoring import Reference, Scored
 
 
@@ -42,8 +42,8 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
     _tag_names = [*DPOTrainer._tag_names, TRAINER_TAG]  # noqa: RUF012
 
     def __init__(self, model: ShadowForCausalLM, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        refuse(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
-        refuse(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
+        reject_options(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
+        reject_options(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
         if isinstance(ref_model, ShadowForCausalLM):
             raise TypeError("A ShadowForCausalLM cannot be ref_model; leave it out to take the bare base.")
         if ref_model is None and isinstance(model, ShadowForCausalLM):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from trl import GRPOTrainer
 
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, refuse, without_dropout
+from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, reject_options, without_dropout
 from shadow_peft.training.scoring import Reference, Scored
 
 #: Other ways to generate or to compute logits, which would not know of the adapter.
@@ -43,9 +43,9 @@ class ShadowGRPOTrainer(ShadowTrainerMixin, GRPOTrainer):
     _tag_names = [*GRPOTrainer._tag_names, TRAINER_TAG]  # noqa: RUF012
 
     def __init__(self, model: ShadowForCausalLM, reward_funcs: Any = None, args: Any = None, **kwargs: Any) -> None:
-        refuse(args, _WITHOUT_ADAPTER, "not supported, this path does not know the adapter.")
-        refuse(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
-        refuse(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
+        reject_options(args, _WITHOUT_ADAPTER, "not supported, this path does not know the adapter.")
+        reject_options(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
+        reject_options(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
         beta = 0.0 if args is None else args.beta
         try:
             if args is not None:

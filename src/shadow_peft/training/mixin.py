@@ -27,7 +27,7 @@ from shadow_peft.training.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TRAINER_TAG", "ShadowTrainerMixin", "mean_over_step", "refuse", "without_dropout"]
+__all__ = ["TRAINER_TAG", "ShadowTrainerMixin", "mean_over_step", "reject_options", "without_dropout"]
 
 #: Keys by which an optimizer of transformers brings its own groups.
 _OWN_GROUPS = ("params", "model", "optimizer_dict")
@@ -112,7 +112,7 @@ class ShadowTrainerMixin:
         self._metrics[mode].setdefault(name, []).append(float(value))
 
 
-def refuse(args: Any, names: tuple[str, ...], why: str) -> None:
+def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:
     """Refuse options of the arguments that are set.
 
     Raises:

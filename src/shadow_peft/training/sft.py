@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.losses.language_modeling import IGNORE_INDEX, next_token_loss, shifted
-from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, refuse
+from shadow_peft.tasks.causal_lm import ShadowForCausalLM
+from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, reject_options
 
 
 class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
@@ -55,18 +55,18 @@ class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
     ) -> Any:
         """The model's own loss of a batch; with `return_outputs`, the model's output beside it."""
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
-        self._note_losses(outputs, shifted(inputs["labels"]))
-        self._note_tokens(inputs)
+        self._log_losses(outputs, shifted(inputs["labels"]))
+        self._log_tokens(inputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _note_losses(self, outputs: Any, targets: Tensor) -> None:
+    def _log_losses(self, outputs: Any, targets: Tensor) -> None:
         here = targets.ne(IGNORE_INDEX)
         if here.any():
             for name, value in _terms(outputs, here, targets).items():
                 self.note(name, value)
 
-    def _note_tokens(self, inputs: dict[str, Any]) -> None:
+    def _log_tokens(self, inputs: dict[str, Any]) -> None:
         """Count tokens; a padding-free batch has no mask, all of it is tokens."""
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -94,7 +94,7 @@ def _check_loss(args: Any, kwargs: dict[str, Any]) -> None:
     """Refuses options that TRL would honour in its own loss and that the model's loss does not know."""
     if args is not None and args.loss_type != "nll":
         raise ValueError(f"loss_type must be 'nll', got {args.loss_type!r}: the shadow model computes its own loss.")
-    refuse(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")
-    refuse(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
+    reject_options(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")
+    reject_options(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func is not supported: the shadow model computes its own loss.")

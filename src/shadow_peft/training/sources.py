@@ -8,7 +8,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from shadow_peft.training.examples import BadDataError, kind_of, last_turn_as_completion, read_examples
-from shadow_peft.training.templates import Form, formatted
+from shadow_peft.training.templates import PromptTemplate, formatted
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffix of a local file -> the builder of `datasets` that reads it."""
@@ -17,7 +17,7 @@ _ON_DISK = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` of `datasets` leaves in a folder."""
 
 
-def load_examples(data: str, form: Form, *, name: str | None = None, split: str = "train") -> Dataset:
+def load_examples(data: str, template: PromptTemplate, *, name: str | None = None, split: str = "train") -> Dataset:
     """The examples of a place, checked, with the columns that a trainer reads.
 
     Args:
@@ -34,10 +34,10 @@ def load_examples(data: str, form: Form, *, name: str | None = None, split: str 
         BadDataError: naming every bad line or row, or what cannot be loaded.
         OSError: a file that is not there.
     """
-    if Path(data).suffix == ".jsonl" and not form.has_templates and split == "train":
+    if Path(data).suffix == ".jsonl" and not template.has_templates and split == "train":
         examples = read_examples(data)
         return Dataset.from_list([last_turn_as_completion(e) if kind_of(e) == "messages" else e for e in examples])
-    return formatted(load_rows(data, name=name, split=split), form, data)
+    return formatted(load_rows(data, name=name, split=split), template, data)
 
 
 def load_rows(data: str, *, name: str | None = None, split: str = "train") -> Dataset:

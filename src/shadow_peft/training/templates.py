@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Form:
+class PromptTemplate:
     """What becomes prompt and completion.
 
     Args:
@@ -57,7 +57,7 @@ class Form:
         return self.prompt is not None
 
 
-def formatted(rows: Dataset, form: Form, where: str) -> Dataset:
+def formatted(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
     """The rows with the columns that a trainer reads.
 
     Args:
@@ -71,12 +71,12 @@ def formatted(rows: Dataset, form: Form, where: str) -> Dataset:
     Raises:
         BadDataError: naming a missing column, or every bad row with its number, counted from 1.
     """
-    if form.has_templates:
-        _require_columns(rows, form, where)
-        return _mapped(_named_classes(rows, form, where), form, where)
+    if template.has_templates:
+        _require_columns(rows, template, where)
+        return _mapped(_named_classes(rows, template, where), template, where)
     columns = set(rows.column_names)
     if {"prompt", "completion"} <= columns or "messages" in columns:
-        return _mapped(rows, form, where)
+        return _mapped(rows, template, where)
     if "text" in columns:
         return rows.select_columns(["text"])
     raise BadDataError(
@@ -84,14 +84,14 @@ def formatted(rows: Dataset, form: Form, where: str) -> Dataset:
     )
 
 
-def _mapped(rows: Dataset, form: Form, where: str) -> Dataset:
+def _mapped(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
     problems: list[str] = []
 
     def convert(row: Row, index: int) -> Example:
         try:
-            return _filled(row, form) if form.has_templates else _as_it_is(row)
+            return _filled(row, template) if template.has_templates else _as_it_is(row)
         except (ValueError, IndexError, KeyError, TypeError) as error:
-            problems.append(f"{where}: row {index + 1}: {_said(error)}")
+            problems.append(f"{where}: row {index + 1}: {_error_text(error)}")
             return {"prompt": None, "completion": None}
 
     examples = rows.map(
@@ -109,19 +109,19 @@ def _as_it_is(row: Row) -> Example:
     return last_turn_as_completion(example) if "messages" in example else example
 
 
-def _filled(row: Row, form: Form) -> Example:
+def _filled(row: Row, template: PromptTemplate) -> Example:
     """Both templates over one row."""
-    assert form.prompt is not None
-    assert form.completion is not None
-    prompt = form.prompt.format_map(row)
+    assert template.prompt is not None
+    assert template.completion is not None
+    prompt = template.prompt.format_map(row)
     try:
-        completion = form.completion.format_map(row)
+        completion = template.completion.format_map(row)
     except IndexError:
-        if form.completion_if_missing is None:
+        if template.completion_if_missing is None:
             raise
-        completion = form.completion_if_missing
+        completion = template.completion_if_missing
     example = checked({"prompt": prompt, "completion": completion})
-    return _as_turns(example) if form.chat else example
+    return _as_turns(example) if template.chat else example
 
 
 def _as_turns(example: Example) -> Example:
@@ -129,9 +129,9 @@ def _as_turns(example: Example) -> Example:
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": example["completion"]}]}
 
 
-def _require_columns(rows: Dataset, form: Form, where: str) -> None:
-    wanted = {name for template in (form.prompt, form.completion) for name in _columns_of(str(template))}
-    wanted |= {form.class_column} if form.class_column else set()
+def _require_columns(rows: Dataset, template: PromptTemplate, where: str) -> None:
+    wanted = {name for template in (template.prompt, template.completion) for name in _columns_of(str(template))}
+    wanted |= {template.class_column} if template.class_column else set()
     missing = sorted(wanted - set(rows.column_names))
     if missing:
         raise BadDataError([f"{where}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}"])
@@ -146,11 +146,11 @@ def _columns_of(template: str) -> set[str]:
     return {name.split("[")[0].split(".")[0] for name in fields}
 
 
-def _named_classes(rows: Dataset, form: Form, where: str) -> Dataset:
+def _named_classes(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
     """The rows with names where they had indices of classes."""
     names = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)}
-    if form.class_column is not None and form.class_names is not None:
-        names[form.class_column] = form.class_names
+    if template.class_column is not None and template.class_names is not None:
+        names[template.class_column] = template.class_names
     for column, chosen in names.items():
         rows = _with_names(rows, column, chosen, where)
     return rows
@@ -165,7 +165,7 @@ def _with_names(rows: Dataset, column: str, names: list[str], where: str) -> Dat
     return rows.remove_columns(column).add_column(column, [names[index] for index in indices])
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     if isinstance(error, ValueError):
         return str(error)
     return f"the template does not fit: {type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Trainer
 
 from shadow_peft.tasks.base import ShadowTaskModel
-from shadow_peft.training.mixin import ShadowTrainerMixin, refuse
+from shadow_peft.training.mixin import ShadowTrainerMixin, reject_options
 
 
 class ShadowTrainer(ShadowTrainerMixin, Trainer):
@@ -30,7 +30,7 @@ class ShadowTrainer(ShadowTrainerMixin, Trainer):
     needs_base_path = False
 
     def __init__(self, model: ShadowTaskModel, args: Any = None, **kwargs: Any) -> None:
-        refuse(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")
+        reject_options(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported: the shadow model computes its own loss.")
         super().__init__(model, args, **kwargs)

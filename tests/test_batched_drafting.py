@@ -14,7 +14,7 @@ from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.generation.batched import Draft, accept, shifted
 from tests.test_drafting import DRAFT, LONG, EndsWith, agreeing, count_tokens
 from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, stirred, tokens
+from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
 
 
 def padded(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def test_several_samples_of_one_prompt_keep_the_bases_distribution() -> None:
     torch.manual_seed(1)
     base = llama(vocab_size=6)
     config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
-    model = ShadowForCausalLM(stirred(get_shadow_model(base, config))).eval()
+    model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config))).eval()
     with torch.no_grad():
         model.peft_model.task_heads["shadow_lm_head"].weight.mul_(1.5)
         base.lm_head.weight.mul_(8)

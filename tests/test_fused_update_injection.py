@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shadow_peft.layers.fused_update_injection import between
+from shadow_peft.coupling import EvolvingStateCoupling
+from shadow_peft.layers.fused_update_injection import fused_update_injection
 from shadow_peft.layers.injection import inject
-from shadow_peft.coupling import MovingPassage
-from shadow_peft.layers.update import Norm, UpdateMaps, update
+from shadow_peft.layers.update import Norm, UpdateWeights, update
 from tests.test_formulas import draw
 from tests.tiny_models import adapted, causal_lm, llama, tokens
 
@@ -17,11 +17,11 @@ N, D, R, K = 6, 8, 3, 2
 VARIANTS = {"released": False, "paper": True}
 
 
-def maps_of(paper: bool) -> list[Tensor]:
-    """The update's tensors in the order of `between`: maps, biases ("paper"), norm ("released")."""
-    maps = [draw(2 * K, D), draw(D, K), draw(D, K, seed=9)]
+def weights_of(paper: bool) -> list[Tensor]:
+    """The update's tensors in the order of `fused_update_injection`: weights, biases ("paper"), norm ("released")."""
+    weights = [draw(2 * K, D), draw(D, K), draw(D, K, seed=9)]
     rest = [draw(2 * K), draw(D), draw(D, seed=5)] if paper else [draw(D, seed=7), draw(D, seed=8)]
-    return [*maps, *rest]
+    return [*weights, *rest]
 
 
 def step(function, tensors: list[Tensor], paper: bool, updating: bool, dropout: float) -> tuple[Tensor, Tensor]:
@@ -30,13 +30,13 @@ def step(function, tensors: list[Tensor], paper: bool, updating: bool, dropout: 
     h, s, down, up, *rest = tensors
     if not updating:
         return function(h, s, down, up, 0.6, dropout, paper)
-    maps = UpdateMaps(*rest[:6]) if paper else UpdateMaps(*rest[:3])
-    return function(h, s, down, up, 0.6, dropout, paper, maps, None if paper else Norm(*rest[3:]))
+    weights = UpdateWeights(*rest[:6]) if paper else UpdateWeights(*rest[:3])
+    return function(h, s, down, up, 0.6, dropout, paper, weights, None if paper else Norm(*rest[3:]))
 
 
-def one_by_one(h, s, down, up, alpha, dropout, paper, maps=None, norm=None) -> tuple[Tensor, Tensor]:
+def one_by_one(h, s, down, up, alpha, dropout, paper, weights=None, norm=None) -> tuple[Tensor, Tensor]:
     """The reference: plain autograd of the two formulas."""
-    s = s if maps is None else update(h, s, maps, norm, dropout)
+    s = s if weights is None else update(h, s, weights, norm, dropout)
     return inject(h, s, down, up, alpha, dropout, paper), s
 
 
@@ -45,9 +45,15 @@ def one_by_one(h, s, down, up, alpha, dropout, paper, maps=None, norm=None) -> t
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_values_and_gradients_are_those_of_the_formulas(variant: str, updating: bool, dropout: float) -> None:
     paper = VARIANTS[variant]
-    tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *(maps_of(paper) if updating else [])]
+    tensors = [
+        draw(2, N, D, seed=1),
+        draw(2, N, D, seed=2),
+        draw(D, R),
+        draw(R, D),
+        *(weights_of(paper) if updating else []),
+    ]
     outcomes = []
-    for function in (one_by_one, between):
+    for function in (one_by_one, fused_update_injection):
         outputs = step(function, tensors, paper, updating, dropout)
         scalar = sum((o * draw(2, N, D, seed=20 + i).detach()).sum() for i, o in enumerate(outputs))
         outcomes.append((outputs, torch.autograd.grad(scalar, tensors)))
@@ -62,8 +68,14 @@ def test_values_and_gradients_are_those_of_the_formulas(variant: str, updating: 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_small_differences(variant: str, updating: bool, dropout: float) -> None:
     paper = VARIANTS[variant]
-    tensors = [draw(1, 3, D, seed=1), draw(1, 3, D, seed=2), draw(D, R), draw(R, D), *(maps_of(paper) if updating else [])]
-    assert torch.autograd.gradcheck(lambda *x: step(between, list(x), paper, updating, dropout), tensors)
+    tensors = [
+        draw(1, 3, D, seed=1),
+        draw(1, 3, D, seed=2),
+        draw(D, R),
+        draw(R, D),
+        *(weights_of(paper) if updating else []),
+    ]
+    assert torch.autograd.gradcheck(lambda *x: step(fused_update_injection, list(x), paper, updating, dropout), tensors)
 
 
 def kept_per_token(run, tokens: int, skip: set[int]) -> float:
@@ -85,26 +97,26 @@ def kept_per_token(run, tokens: int, skip: set[int]) -> float:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_kept_for_the_backward_pass(variant: str) -> None:
     paper = VARIANTS[variant]
-    tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *maps_of(paper)]
+    tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *weights_of(paper)]
     skip = {t.untyped_storage().data_ptr() for t in tensors[1:]}
-    kept = kept_per_token(lambda: step(between, tensors, paper, True, 0.3), 2 * N, skip)
+    kept = kept_per_token(lambda: step(fused_update_injection, tensors, paper, True, 0.3), 2 * N, skip)
     choices = (K + (D if paper else R)) / 8  # a byte each
     assert kept == 2 * D + R + choices  # h', which the next layer keeps too, s', which the next step reads, and z
 
 
 def test_gradients_through_a_base_that_changes_states_between_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    together, plain = MovingPassage._is_untouched, causal_lm(llama(), variant="released").train()
+    together, plain = EvolvingStateCoupling._is_untouched, causal_lm(llama(), variant="released").train()
     ids, calls = tokens(), []
 
     def gradients(change) -> dict[str, Tensor]:
         plain.zero_grad()
-        handles = [layer.register_forward_pre_hook(change, prepend=True) for layer in plain.stack.layers[2:]]
+        handles = [layer.register_forward_pre_hook(change, prepend=True) for layer in plain.decoder.layers[2:]]
         plain(ids, labels=ids).loss.backward()
         for handle in handles:
             handle.remove()
         return {name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None}
 
-    monkeypatch.setattr(MovingPassage, "_is_untouched", lambda self, h: calls.append(together(self, h)) or calls[-1])
+    monkeypatch.setattr(EvolvingStateCoupling, "_is_untouched", lambda self, h: calls.append(together(self, h)) or calls[-1])
     fused = gradients(lambda layer, args: None)
     assert calls == [False, True, True]
     cloned = gradients(lambda layer, args: (args[0].clone(),))
@@ -115,7 +127,7 @@ def test_gradients_through_a_base_that_changes_states_between_layers(monkeypatch
 
 def test_an_output_changed_in_place_is_updated_as_it_was() -> None:
     peft, ids = adapted(llama()), tokens()
-    for layer in peft.stack.layers[1:]:
+    for layer in peft.decoder.layers[1:]:
         layer.register_forward_hook(lambda m, args, output: output.mul_(1.5))
     with torch.no_grad():
         expected = peft.forward_with_shadow(ids)[0].logits  # without gradients, the update waits for nothing
@@ -150,7 +162,7 @@ def test_a_compiled_or_checkpointed_training_step_has_the_same_gradients(variant
 def test_a_compiled_step_has_the_same_gradients(variant: str) -> None:
     torch._dynamo.reset()
     paper = VARIANTS[variant]
-    tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *maps_of(paper)]
+    tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *weights_of(paper)]
     compiled = torch.compile(lambda *x: step_without_seed(list(x), paper), backend="aot_eager", fullgraph=True)
     gradients = [
         torch.autograd.grad(sum(o.sum() for o in f(*tensors)), tensors)
@@ -162,5 +174,5 @@ def test_a_compiled_step_has_the_same_gradients(variant: str) -> None:
 
 def step_without_seed(tensors: list[Tensor], paper: bool) -> tuple[Tensor, Tensor]:
     h, s, down, up, *rest = tensors
-    maps = UpdateMaps(*rest[:6]) if paper else UpdateMaps(*rest[:3])
-    return between(h, s, down, up, 0.6, 0.0, paper, maps, None if paper else Norm(*rest[3:]))
+    weights = UpdateWeights(*rest[:6]) if paper else UpdateWeights(*rest[:3])
+    return fused_update_injection(h, s, down, up, 0.6, 0.0, paper, weights, None if paper else Norm(*rest[3:]))

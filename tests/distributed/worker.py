@@ -1,6 +1,6 @@
 """One of the processes that `accelerate launch` starts: runs `shadow-peft train` some times and notes what it holds.
 
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml tests/scale/worker.py '[["--model", ...], ...]'
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml tests/distributed/worker.py '[["--model", ...], ...]'
 
 accelerate offers FSDP beside accelerators alone and would fall back to DDP on a CPU, where torch's FSDP2 itself runs well
 over gloo. So the worker tells it that its processes are those of an accelerator; all else is as the shipped configuration

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.layers.readout import ReadoutMaps, ShadowReadoutModel, read_out
-from shadow_peft.layers.output_correction import correct, settle
+from shadow_peft.layers.output_correction import correct_output, inject_transient
+from shadow_peft.layers.readout import ReadoutWeights, ShadowReadoutModel, read_out
 from tests.test_formulas import D, R, draw
 from tests.tiny_models import causal_lm, gpt2, llama, qwen3, tokens
 
@@ -28,7 +28,7 @@ def inputs() -> tuple[Tensor, ...]:
 def test_correct_is_the_formula(grad: bool) -> None:
     h, s, down, up = inputs()
     with torch.set_grad_enabled(grad):
-        found = correct(h, s, down, up, 0.4)
+        found = inject_transient(h, s, down, up, 0.4)
     for value, expected in zip(found, reference(h, s, down, up, 0.4), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
@@ -37,7 +37,7 @@ def test_correct_is_the_formula(grad: bool) -> None:
 def test_gradients_of_correct(dropout: float) -> None:
     def seeded(h: Tensor, s: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(3)
-        return correct(h, s, down, up, 0.4, dropout)
+        return inject_transient(h, s, down, up, 0.4, dropout)
 
     assert torch.autograd.gradcheck(seeded, inputs())
 
@@ -45,7 +45,7 @@ def test_gradients_of_correct(dropout: float) -> None:
 def test_what_is_dropped_is_z() -> None:
     h, s, down, up = draw(64, 64, D, seed=1), draw(64, 64, D, seed=2), draw(D, 1), draw(1, D)
     torch.manual_seed(0)
-    ratio = (correct(h, s, down, up, 1.0, 0.25)[1] / reference(h, s, down, up, 1.0)[1])[..., 0]
+    ratio = (inject_transient(h, s, down, up, 1.0, 0.25)[1] / reference(h, s, down, up, 1.0)[1])[..., 0]
     assert set(ratio.round(decimals=6).unique().tolist()) == {0.0, round(1 / 0.75, 6)}
     assert abs((ratio == 0).double().mean().item() - 0.25) < 0.03
 
@@ -56,7 +56,7 @@ def test_settle_is_the_formula(grad: bool) -> None:
     out = draw(2, 3, D, seed=3)
     added = out - delta - h
     with torch.set_grad_enabled(grad):
-        found = settle(out, delta, h, down, up)
+        found = correct_output(out, delta, h, down, up)
     torch.testing.assert_close(found, h + added + added @ down @ up, rtol=1e-12, atol=1e-12)
 
 
@@ -65,20 +65,23 @@ def test_any_layout_of_what_a_layer_returns(grad: bool) -> None:
     h, delta, down, up = inputs()
     out = draw(2, 3, D, seed=3)
     *_, a, b, bias, e, f = readout_inputs()
-    maps = ReadoutMaps(a, b, bias, e, f)
+    maps = ReadoutWeights(a, b, bias, e, f)
 
     def turned(x: Tensor) -> Tensor:
         return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
     with torch.set_grad_enabled(grad):
-        found, expected = settle(turned(out), turned(delta), turned(h), down, up), settle(out, delta, h, down, up)
+        found, expected = (
+            correct_output(turned(out), turned(delta), turned(h), down, up),
+            correct_output(out, delta, h, down, up),
+        )
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(read_out(turned(h), turned(out), maps), read_out(h, out, maps), rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_settle() -> None:
     h, delta, down, up = inputs()
-    assert torch.autograd.gradcheck(settle, (draw(2, 3, D, seed=3), delta, h, down, up))
+    assert torch.autograd.gradcheck(correct_output, (draw(2, 3, D, seed=3), delta, h, down, up))
 
 
 def readout_inputs() -> tuple[Tensor, ...]:
@@ -90,12 +93,12 @@ def test_read_out_is_the_formula(grad: bool) -> None:
     h, s, a, b, bias, down, up = readout_inputs()
     expected = h + torch.tanh(h @ a @ b + bias) * (s - h) + (h - s) @ down @ up
     with torch.set_grad_enabled(grad):
-        found = read_out(h, s, ReadoutMaps(a, b, bias, down, up))
+        found = read_out(h, s, ReadoutWeights(a, b, bias, down, up))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_read_out() -> None:
-    assert torch.autograd.gradcheck(lambda h, s, *maps: read_out(h, s, ReadoutMaps(*maps)), readout_inputs())
+    assert torch.autograd.gradcheck(lambda h, s, *maps: read_out(h, s, ReadoutWeights(*maps)), readout_inputs())
 
 
 def test_a_fresh_read_out_and_a_fresh_adapter_change_no_bit() -> None:
