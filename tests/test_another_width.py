@@ -11,7 +11,7 @@ from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausa
 from tests.tiny_models import causal_lm, llama, tokens
 
 
-@pytest.fixture(params=["released", "paper"])
+@pytest.fixture(params=["published", "peft"])
 def narrow(request: pytest.FixtureRequest) -> ShadowForCausalLM:
     """A Llama with an implicit shadow of half its width."""
     return causal_lm(llama(), shadow_hidden_size=16, variant=request.param)

@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         get_shadow_model(
             get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), ShadowConfig()
         )
-    paper = get_shadow_model(with_lora(), ShadowConfig(variant="paper"))
+    paper = get_shadow_model(with_lora(), ShadowConfig(variant="peft"))
     with pytest.raises(ValueError, match="no place"):
         paper.save_pretrained(tmp_path)
     shadowed(with_lora()).save_pretrained(tmp_path)

@@ -11,7 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import BaseStreamer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.generation.batched import Draft, accept, shifted
+from shadow_peft.generation.batched import accept, shifted
+from shadow_peft.generation.drafting import Draft
 from tests.test_drafting import DRAFT, LONG, EndsWith, agreeing, count_tokens
 from tests.test_generation import CROPPABLE, FAMILIES
 from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
@@ -143,7 +144,7 @@ def test_the_rule_of_acceptance_by_enumeration() -> None:
 
 
 def test_adaptive_drafts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.generation.candidate_generator.drafting_cost", lambda model, rows: 0.2)
+    monkeypatch.setattr("shadow_peft.generation.draft_length.drafting_cost", lambda model, rows: 0.2)
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True, "num_assistant_tokens": 8}
     right, wrong = agreeing("always"), agreeing("never")
     for model in (right, wrong):

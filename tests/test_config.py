@@ -25,21 +25,21 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("variant", ["published", "peft"])
 def test_published_defaults(variant: str) -> None:
     config = ShadowConfig(variant=variant).to_dict()
     assert {name: config[name] for name in PUBLISHED} == PUBLISHED
 
 
 def test_a_stored_config_without_a_variant_is_the_published_packages() -> None:
-    stored = {name: value for name, value in ShadowConfig(variant="released").to_dict().items() if name in PUBLISHED}
-    assert ShadowConfig.from_dict(stored) == ShadowConfig(variant="released")
-    assert ShadowConfig().variant == "transient"
-    assert (ShadowConfig().alpha, ShadowConfig(variant="released").alpha, ShadowConfig(alpha=0.5).alpha) == (1.0, 0.1, 0.5)
+    stored = {name: value for name, value in ShadowConfig(variant="published").to_dict().items() if name in PUBLISHED}
+    assert ShadowConfig.from_dict(stored) == ShadowConfig(variant="published")
+    assert ShadowConfig().variant == "readout"
+    assert (ShadowConfig().alpha, ShadowConfig(variant="published").alpha, ShadowConfig(alpha=0.5).alpha) == (1.0, 0.1, 0.5)
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = ShadowConfig(num_shadow_layers=3, alpha=1, modules_to_save=["lm_head"], shadow_init="random", variant="paper")
+    config = ShadowConfig(num_shadow_layers=3, alpha=1, modules_to_save=["lm_head"], shadow_init="random", variant="peft")
     config.save_pretrained(tmp_path)
     assert ShadowConfig.from_pretrained(tmp_path) == config
     assert ShadowConfig.from_dict(config.to_dict()) == config
@@ -48,7 +48,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_published_configs_of_both_dialects_are_read() -> None:
     assert ShadowConfig.from_pretrained(INTEROP / "llama_implicit" / "adapter").injection_hidden_size == 8
     paper = read(INTEROP / "peft_llama_mirror" / "adapter").config
-    assert (paper.variant, paper.gate_hidden_size, paper.alpha) == ("paper", 6, 0.7)
+    assert (paper.variant, paper.gate_hidden_size, paper.alpha) == ("peft", 6, 0.7)
     with pytest.raises(ValueError, match=r"no shadow_config.json"):
         ShadowConfig.from_pretrained(INTEROP / "peft_llama_mirror" / "adapter")
 

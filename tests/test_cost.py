@@ -68,7 +68,7 @@ def test_every_trainable_parameter_gets_a_gradient(layers: int) -> None:
 
 
 def test_the_last_update_is_stored_but_not_trained() -> None:
-    model = adapted(llama(), variant="released")
+    model = adapted(llama(), variant="published")
     assert not any(p.requires_grad for p in model.shadow_update_model.last.parameters())
     assert sum("update_gates.2." in name for name in model.adapter_state_dict()) == 2
 
@@ -119,9 +119,9 @@ def operations(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize(
     ("variant", "most"),
     [
-        ("transient", 8),  # sub, 2 mm, add; 2 sub, mm, addmm
-        ("released", 10),  # sub, mm, addmm; norm, mm, silu, 2 mm, sigmoid, lerp
-        ("paper", 11),  # no norm, but biases and another dropout
+        ("readout", 8),  # sub, 2 mm, add; 2 sub, mm, addmm
+        ("published", 10),  # sub, mm, addmm; norm, mm, silu, 2 mm, sigmoid, lerp
+        ("peft", 11),  # no norm, but biases and another dropout
     ],
 )
 def test_operations_per_layer(variant: str, most: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.generation.candidate_generator import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
+from shadow_peft.generation.draft_length import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
 from tests.test_generation import CROPPABLE, FAMILIES
 from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
 
@@ -72,7 +72,7 @@ def sure(agreement: str) -> ShadowForCausalLM:
 
 
 def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.generation.candidate_generator.drafting_cost", lambda model, rows: 0.2)
+    monkeypatch.setattr("shadow_peft.generation.draft_length.drafting_cost", lambda model, rows: 0.2)
     ids, settings = tokens(1, 7), {"max_new_tokens": 60, "do_sample": False}
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
     right, wrong = sure("always"), sure("never")
@@ -89,14 +89,14 @@ def test_an_estimate_follows_what_is_judged() -> None:
     estimate = AcceptanceEstimate()
     assert estimate.trust == 0.9
     for _ in range(50):
-        estimate.judge([0.5, 0.5, 0.5], 3)
+        estimate.update([0.5, 0.5, 0.5], 3)
     assert estimate.trust == pytest.approx(2.0, abs=0.02)
     for _ in range(50):
-        estimate.judge([0.9, 0.9], 0)
+        estimate.update([0.9, 0.9], 0)
     low = estimate.trust
     assert low < 0.05
     for _ in range(40):
-        estimate.judge([], 0)
+        estimate.update([], 0)
     assert low < estimate.trust < 0.3
 
 

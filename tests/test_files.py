@@ -25,10 +25,10 @@ from shadow_peft.storage import files
 from tests.tiny_models import INTEROP, adapted, causal_lm, classifier, gpt2, llama, qwen3, qwen3_classifier, tokens
 
 ADAPTER, CONFIG, HEADS = "shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"
-NEW_ADAPTER = "shadow_adapter_transient.safetensors"
+NEW_ADAPTER = "shadow_adapter_readout.safetensors"
 
 
-@pytest.mark.parametrize(("variant", "file"), [("transient", NEW_ADAPTER), ("released", ADAPTER)])
+@pytest.mark.parametrize(("variant", "file"), [("readout", NEW_ADAPTER), ("published", ADAPTER)])
 def test_round_trip(variant: str, file: str, tmp_path: Path) -> None:
     model, ids = causal_lm(llama(), modules_to_save=["lm_head", "shadow_lm_head"], variant=variant), tokens()
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_an_explicit_shadow_without_a_table_is_rebuilt_without_one(tmp_path: Pat
 
 
 def test_the_paper_variant_round_trips_in_pefts_dialect(tmp_path: Path) -> None:
-    model, ids = causal_lm(llama(), variant="paper"), tokens()
+    model, ids = causal_lm(llama(), variant="peft"), tokens()
     model.save_pretrained(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} < set(os.listdir(tmp_path))
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
@@ -171,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_that_does_not_fit_is_one_clear_error(damage: str, tmp_path: Path) -> None:
-    causal_lm(llama(), variant="released").save_pretrained(tmp_path)
+    causal_lm(llama(), variant="published").save_pretrained(tmp_path)
     apply, message = DAMAGE[damage]
     apply(tmp_path)
     base, ids = llama(), tokens()
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_error(damage: str, tmp_path
 
 
 def test_a_failed_load_into_a_model_changes_nothing() -> None:
-    model, ids = causal_lm(llama(), variant="released"), tokens()
+    model, ids = causal_lm(llama(), variant="published"), tokens()
     before, state = model(ids).logits, {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="missing"):
         model.load_state_dict({k: v for k, v in state.items() if k != GATE})
@@ -220,7 +220,7 @@ class Evil:
 
 
 def test_legacy_files_load_without_running_code(tmp_path: Path) -> None:
-    model, ids = causal_lm(llama(), variant="released"), tokens()
+    model, ids = causal_lm(llama(), variant="published"), tokens()
     model.save_pretrained(tmp_path)
     torch.save(load_file(tmp_path / ADAPTER), tmp_path / "shadow_adapter.pt")
     (tmp_path / ADAPTER).unlink()
@@ -255,7 +255,7 @@ def test_unknown_keys_of_a_config_are_ignored_with_a_warning(tmp_path: Path, cap
 
 
 def test_shared_tables_are_stored_on_request_and_ignored_when_read(tmp_path: Path) -> None:
-    model, ids = causal_lm(gpt2(), variant="released"), tokens()
+    model, ids = causal_lm(gpt2(), variant="published"), tokens()
     model.save_pretrained(tmp_path, include_shared_embeddings=True)
     assert torch.equal(load_file(tmp_path / ADAPTER)["shadow_model.wte.weight"], model.get_input_embeddings().weight)
     torch.testing.assert_close(ShadowForCausalLM.from_pretrained(gpt2(), tmp_path)(ids).logits, model(ids).logits)
@@ -272,11 +272,11 @@ def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     """shadow-peft 0.1.x would find the old tensors beside a config that no longer means them."""
     (tmp_path / "notes.txt").write_text("mine")
-    causal_lm(llama(), variant="released", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    causal_lm(llama(), variant="published", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     model, ids = causal_lm(llama()), tokens()
     model.save_pretrained(tmp_path)
     assert not {ADAPTER, HEADS} & set(os.listdir(tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    causal_lm(llama(), variant="paper").save_pretrained(tmp_path)
-    assert ShadowForCausalLM.from_pretrained(llama(), tmp_path).peft_model.shadow_config.variant == "paper"
+    causal_lm(llama(), variant="peft").save_pretrained(tmp_path)
+    assert ShadowForCausalLM.from_pretrained(llama(), tmp_path).peft_model.shadow_config.variant == "peft"
     assert torch.isfinite(model(ids).logits).all()

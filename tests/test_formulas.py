@@ -46,8 +46,8 @@ def test_gradients_of_injection(dropout_before_down: bool) -> None:
     assert torch.autograd.gradcheck(lambda *x: inject(*x, 0.4, 0.0, dropout_before_down), inputs)
 
 
-@pytest.mark.parametrize("paper", [False, True])
-def test_gradients_of_update(paper: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_of_update(biased: bool) -> None:
     h, s, down, gate, transform = (
         draw(2, 3, D, seed=1),
         draw(2, 3, D, seed=2),
@@ -55,7 +55,7 @@ def test_gradients_of_update(paper: bool) -> None:
         draw(D, K),
         draw(D, K, seed=9),
     )
-    if paper:
+    if biased:
         biases = draw(2 * K), draw(D), draw(D, seed=5)
         assert torch.autograd.gradcheck(
             lambda h, s, a, b, c, *d: update(h, s, UpdateWeights(a, b, c, *d), None), (h, s, down, gate, transform, *biases)
@@ -97,7 +97,7 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     for i, layer in enumerate(base.model.layers[1:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
         delta = alpha * (h - s) @ down @ up
-        if peft.shadow_config.variant == "transient":
+        if peft.shadow_config.variant == "readout":
             added = layer(h + delta, **run) - delta - h
             down, up = (get(f"shadow_output_model.output_{n}")[i] for n in ("downs", "ups"))
             h = h + added + added @ down @ up
@@ -111,7 +111,7 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
         g = torch.sigmoid(F.silu(n @ get(f"{part}gates.{i}.0.weight").T) @ get(f"{part}gates.{i}.2.weight").T)
         s = s + g * (t - s)
     final = base.model.norm(h)
-    if peft.shadow_config.variant == "transient":
+    if peft.shadow_config.variant == "readout":
         names = ("gate_down", "gate_up", "gate_bias", "down", "up")
         a, b, bias, down, up = (get(f"shadow_readout_model.{n}") for n in names)
         final = final + torch.tanh(final @ a @ b + bias) * (s0 - final) + (final - s0) @ down @ up
@@ -122,7 +122,7 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     return loss, tensors
 
 
-@pytest.mark.parametrize("variant", ["transient", "released"])
+@pytest.mark.parametrize("variant", ["readout", "published"])
 def test_the_whole_method_in_float64(variant: str) -> None:
     model = causal_lm(llama(attn_implementation="eager").double(), shadow_loss_weight=0.3, variant=variant)
     model.peft_model.double()

@@ -14,11 +14,11 @@ from tests.test_formulas import draw
 from tests.tiny_models import adapted, causal_lm, llama, tokens
 
 N, D, R, K = 6, 8, 3, 2
-VARIANTS = {"released": False, "paper": True}
+VARIANTS = {"published": False, "peft": True}
 
 
 def weights_of(paper: bool) -> list[Tensor]:
-    """The update's tensors in the order of `fused_update_injection`: weights, biases ("paper"), norm ("released")."""
+    """The update's tensors in the order of `fused_update_injection`: weights, biases ("peft"), norm ("published")."""
     weights = [draw(2 * K, D), draw(D, K), draw(D, K, seed=9)]
     rest = [draw(2 * K), draw(D), draw(D, seed=5)] if paper else [draw(D, seed=7), draw(D, seed=8)]
     return [*weights, *rest]
@@ -105,7 +105,7 @@ def test_what_is_kept_for_the_backward_pass(variant: str) -> None:
 
 
 def test_gradients_through_a_base_that_changes_states_between_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    together, plain = EvolvingStateCoupling._is_untouched, causal_lm(llama(), variant="released").train()
+    together, plain = EvolvingStateCoupling._is_untouched, causal_lm(llama(), variant="published").train()
     ids, calls = tokens(), []
 
     def gradients(change) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def test_an_output_changed_in_place_is_updated_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("variant", "reentrant"),
-    [("released", None), ("released", True), ("released", False), ("paper", True), ("paper", False)],
+    [("published", None), ("published", True), ("published", False), ("peft", True), ("peft", False)],
 )
 def test_a_compiled_or_checkpointed_training_step_has_the_same_gradients(variant: str, reentrant: bool | None) -> None:
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The variant "transient": what layers read and what they add is corrected, and a read-out blends the shadow in."""
+"""The variant "readout": what layers read and what they add is corrected, and a read-out blends the shadow in."""
 
 from __future__ import annotations
 

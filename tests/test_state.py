@@ -40,7 +40,7 @@ def test_no_tensor_of_a_call_survives_on_a_module() -> None:
     assert held_tensors(model) == before
     left = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and id(o) not in alive]
     assert not [t.shape for t in left if t.dim() == 3 and t.shape[-1] == 32 and t.shape[0] == 3]
-    assert model.peft_model.attachment.passage is None
+    assert model.peft_model.attachment.coupling is None
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -213,7 +213,7 @@ def test_a_factor_out_of_range_is_refused(name: str) -> None:
         ShadowForCausalLM(adapted(llama()), **{name: -1.0})
 
 
-@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("variant", ["published", "peft"])
 def test_the_factors_travel_with_the_checkpoint(variant: str, tmp_path: Path) -> None:
     ShadowForCausalLM(adapted(llama(), variant=variant), **STORED).save_pretrained(tmp_path)
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)

@@ -78,7 +78,7 @@ def with_nonzero_weights(model: ShadowPeftModel, seed: int = 7) -> ShadowPeftMod
 
 
 def zeros_at_the_end(model: ShadowPeftModel) -> list[torch.Tensor]:
-    """What starts at zero behind the layers, in the variant "transient"."""
+    """What starts at zero behind the layers, in the variant "readout"."""
     output, readout = model.shadow_output_model, model.shadow_readout_model
     if output is None or readout is None:
         return []
@@ -88,10 +88,11 @@ def zeros_at_the_end(model: ShadowPeftModel) -> list[torch.Tensor]:
 def adapted(
     base: PreTrainedModel, seed: int = 1, shadow_model: PreTrainedModel | None = None, **config: object
 ) -> ShadowPeftModel:
-    """A base with a stirred adapter."""
+    """A base with an adapter whose weights are not zero, in eval mode."""
     torch.manual_seed(seed)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, **config}
-    return with_nonzero_weights(get_shadow_model(base, ShadowConfig(**settings), shadow_model=shadow_model))
+    peft_model = get_shadow_model(base, ShadowConfig(**settings), shadow_model=shadow_model)
+    return with_nonzero_weights(peft_model).eval()
 
 
 def causal_lm(base: PreTrainedModel, shadow_loss_weight: float = 0.05, **config: object) -> ShadowForCausalLM:

@@ -81,7 +81,7 @@ def ours(**config: Any) -> nn.Module:
 
 def ours_released() -> nn.Module:
     """This library with an adapter of `shadow-peft` 0.1.x."""
-    return ours(**PUBLISHED_SIZES, variant="released")
+    return ours(**PUBLISHED_SIZES, variant="published")
 
 
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
@@ -90,7 +90,7 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "DoRA": dora,
     "shadow-peft 0.1.1": released,
     "peft Shadow": tuner,
-    "ours, variant released": ours_released,
+    "ours, variant published": ours_released,
     "ours": ours,
 }
 

@@ -26,7 +26,7 @@ from benchmarks.decoding.run import machine
 from shadow_peft import ShadowForCausalLM
 from shadow_peft.demo.embedded import load_base, load_tokenizer
 from shadow_peft.demo.robot_commands import commands
-from shadow_peft.generation.candidate_generator import DraftStatistics
+from shadow_peft.generation.drafting import DraftStatistics
 
 COMMANDS, ROUNDS = 32, 5
 NAMES = ("bare base", "ours", "ours, drafting")

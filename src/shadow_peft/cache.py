@@ -1,4 +1,4 @@
-"""ShadowCache: the base's cache and the backbone's cache, one object that travels with the call.
+"""ShadowCache: the base's cache and the backbone's cache as one object that travels with the call.
 
 Everything between attention layers is per token, so these two are all the state that decoding needs. Whatever acts on
 all layers of a cache (crop, reorder, repeat, select, reset) acts on both; questions about lengths are answered by the base's
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, 
 
 @dataclass(frozen=True)
 class DraftedStates:
-    """What drafting left for the pass that verifies it.
+    """What drafting leaves for the pass that verifies it.
 
     Attributes:
         states: shadow states s `[B, k, d]` of the k tokens that the backbone has read and the base has not.
@@ -59,8 +59,15 @@ class ShadowCache(Cache):
         return f"ShadowCache(base={self.base!r}, shadow={self.shadow!r})"
 
 
+class StatePair(NamedTuple):
+    """The states of base and backbone where an architecture keeps something else than a transformers cache."""
+
+    base: Any
+    shadow: Any
+
+
 def make_shadow_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
-    """An empty cache for the backbone of the kind of the base's: static beside static, dynamic beside all others.
+    """An empty cache for the backbone, of the kind of the base's: static beside static, dynamic beside all others.
 
     A backbone is a small part of the whole, so beside a quantized cache its own states stay exact.
 
@@ -73,36 +80,8 @@ def make_shadow_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     return DynamicCache(config=config, offloading=cache is not None and cache.offloading)
 
 
-class StatePair(NamedTuple):
-    """The states of base and backbone where an architecture keeps something else than a transformers cache."""
-
-    base: Any
-    shadow: Any
-
-
-def combine_caches(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
-    """What base and backbone returned as their states, as one object; None where either keeps none."""
-    if shadow is None or base is None:
-        return None
-    return ShadowCache(base, shadow) if isinstance(base, Cache) and isinstance(shadow, Cache) else StatePair(base, shadow)
-
-
-def shadow_only_cache(shadow: Any) -> ShadowCache | StatePair | None:
-    """The states of a call in which the shadow runs alone."""
-    if shadow is None:
-        return None
-    return ShadowCache(None, shadow) if isinstance(shadow, Cache) else StatePair(None, shadow)
-
-
-def select_cache(states: Any, runs_base: bool) -> Any:
-    """The one network's states that generation is to look at: the base's, or the backbone's where the shadow runs alone."""
-    if not isinstance(states, (ShadowCache, StatePair)):
-        return states
-    return states.base if runs_base and states.base is not None else states.shadow
-
-
 def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | StatePair | None:
-    """The states of both networks for a cache that a caller brings: an empty one gets an empty sibling.
+    """The cache of both networks for a cache that a caller passes: an empty one gets an empty counterpart.
 
     Raises:
         ValueError: no transformers cache, or one with tokens that the shadow has not seen.
@@ -119,11 +98,32 @@ def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCa
     return ShadowCache(cache, make_shadow_cache(cache, backbone_config))
 
 
-def base_only(states: Any) -> StatePair | None:
-    """The base's states alone, for a call without the shadow."""
-    if states is None:
+def combine_caches(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
+    """What base and backbone returned as one object; None where either returned nothing."""
+    if shadow is None or base is None:
         return None
-    return StatePair(states.base if isinstance(states, (ShadowCache, StatePair)) else states, None)
+    return ShadowCache(base, shadow) if isinstance(base, Cache) and isinstance(shadow, Cache) else StatePair(base, shadow)
+
+
+def shadow_only_cache(shadow: Any) -> ShadowCache | StatePair | None:
+    """The cache of a call in which the shadow runs alone."""
+    if shadow is None:
+        return None
+    return ShadowCache(None, shadow) if isinstance(shadow, Cache) else StatePair(None, shadow)
+
+
+def base_only(cache: Any) -> StatePair | None:
+    """The base's cache alone, for a call without the shadow."""
+    if cache is None:
+        return None
+    return StatePair(cache.base if isinstance(cache, (ShadowCache, StatePair)) else cache, None)
+
+
+def select_cache(cache: Any, runs_base: bool) -> Any:
+    """The one cache that generation looks at: the base's, or the backbone's where the shadow runs alone."""
+    if not isinstance(cache, (ShadowCache, StatePair)):
+        return cache
+    return cache.base if runs_base and cache.base is not None else cache.shadow
 
 
 def num_uncached_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
@@ -132,10 +132,10 @@ def num_uncached_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int 
     Assisted generation reads all tokens it is given, whatever the cache holds. Mask and positions are as long as the
     sequence, so they tell a whole one from new tokens alone.
     """
-    states = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("past_key_values")
     given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     lengths = [tensor.shape[-1] for tensor in given if tensor is not None]
-    if not isinstance(states, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
+    if not isinstance(cache, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
         return None
-    held = states.get_seq_length()
+    held = cache.get_seq_length()
     return input_ids.shape[1] - held if held else None

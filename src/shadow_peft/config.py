@@ -1,12 +1,12 @@
 """ShadowConfig: every choice that defines an adapter, validated, with a JSON round trip.
 
-The mathematics an adapter uses is part of its config (`variant`), so a stored adapter keeps its meaning when the
-defaults for new adapters change; a stored config that names none is of `shadow-peft` 0.1.x, that is "released":
+The mathematics of an adapter is part of its config (`variant`):
 
-    "transient"  layer 0 untouched; layers read a correction that the stream does not keep, and what they add is corrected
-                 too; no update; a read-out at the end
-    "released"   what the package `shadow-peft` 0.1.x computes: layer 0 untouched, LayerNorm and SiLU in the update
-    "paper"      what the Shadow tuner of `peft` computes: every layer injected and updated, GELU and biases, no norm
+    "published"  the published method, as `shadow-peft` 0.1.x computes it: layer 0 runs untouched; injection before every
+                 other layer, update after it, with LayerNorm and SiLU
+    "peft"       as the Shadow tuner of `peft` computes it: every layer injected and updated, GELU and biases, no norm
+    "readout"    ours: layer 0 runs untouched; the injected correction is taken back after the layer, what a layer adds is
+                 corrected too, no update, and a read-out of the shadow's state behind the last layer
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG_FILE = "shadow_config.json"
 
 logger = logging.getLogger(__name__)
 
-Variant = Literal["transient", "released", "paper"]
+Variant = Literal["published", "peft", "readout"]
 ShadowInit = Literal["auto", "base", "random"]
 ShadowInitLayers = Literal["first", "even"]
 
@@ -37,15 +37,15 @@ class ShadowConfig:
 
     Args:
         num_shadow_layers: decoder layers of an implicit shadow backbone, at least 1.
-        injection_hidden_size: rank r of the injection, at least 1; None means 64, or 16 in the other variants.
-        gate_hidden_size: width k of the read-out's gate, or of the update's gate and transform, at least 2; None means 16,
-            or 10 in the other variants.
-        output_hidden_size: rank q of the correction of what a layer adds, at least 1; None means 32. Only in the variant
-            "transient", like the next.
-        readout_hidden_size: rank m of the read-out's map, at least 1; None means 32.
-        alpha: factor of the injected correction; None means 1, or 0.1 in the other variants.
-        dropout: probability in [0, 1) inside injection and update, active in training only; None means 0, or 0.2 in the
-            other variants.
+        injection_hidden_size: rank r of the injection, at least 1; None means 16, or 64 in the variant "readout".
+        gate_hidden_size: width k of the update's gate and transform, or of the read-out's gate, at least 2; None means 10,
+            or 16 in the variant "readout".
+        output_hidden_size: rank q of the output correction, at least 1; None means 32. Only in the variant "readout", like
+            the next.
+        readout_hidden_size: rank m of the read-out's linear map, at least 1; None means 32.
+        alpha: factor of the injected correction; None means 0.1, or 1 in the variant "readout".
+        dropout: probability in [0, 1) inside injection and update, active in training only; None means 0.2, or 0 in the
+            variant "readout".
         shadow_hidden_size: width of an implicit backbone; None means the base's width. Another width adds a projection and
             an embedding table of its own, both trained.
         shadow_intermediate_size: MLP width of an implicit backbone; None means the base's.
@@ -54,12 +54,12 @@ class ShadowConfig:
         shadow_head_dim: width of one head of an implicit backbone; None means the base's.
         modules_to_save: heads that are trained and saved beside the adapter: `lm_head`, `shadow_lm_head` of a causal LM;
             `classifier_head`, `shadow_classifier_head` of a classifier (empty means both).
-        shadow_init: where an implicit backbone starts. "base" cuts its layers from the base's own pretrained layers,
+        shadow_init: where an implicit backbone starts. "base" copies its layers from the base's own pretrained layers,
             "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
-        shadow_init_layers: which base layers "base" cuts: the "first" ones or "even"ly spaced ones.
+        shadow_init_layers: which base layers "base" copies: the "first" ones or "even"ly spaced ones.
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
         train_base_adapters: train the PEFT adapters that the base carries together with the shadow.
-        variant: the mathematics between the layers, see the module's docstring.
+        variant: the mathematics between the layers: "published", "peft" or "readout", see the top of this file.
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -81,7 +81,7 @@ class ShadowConfig:
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
     train_base_adapters: bool = False
-    variant: Variant = "transient"
+    variant: Variant = "published"
     output_hidden_size: int = None  # type: ignore[assignment]  # stays None in the other variants
     readout_hidden_size: int = None  # type: ignore[assignment]
 
@@ -103,7 +103,7 @@ class ShadowConfig:
     @property
     def first_injected_layer(self) -> int:
         """Index of the first base layer that is injected; the layers before it run untouched."""
-        return 0 if self.variant == "paper" else 1
+        return 0 if self.variant == "peft" else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -111,14 +111,14 @@ class ShadowConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShadowConfig:
-        """The config of stored fields, of `shadow-peft` 0.1.x without a variant; unknown keys are logged and ignored."""
+        """The config of stored fields; unknown keys are logged and ignored."""
         if not isinstance(data, dict):
             raise TypeError(f"A shadow config is a JSON object, got {type(data).__name__}.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known - _NOT_FIELDS)
         if unknown:
             logger.warning("Ignoring unknown keys of a stored shadow config: %s", ", ".join(unknown))
-        return cls(**{"variant": "released", **{key: value for key, value in data.items() if key in known}})
+        return cls(**{key: value for key, value in data.items() if key in known})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `shadow_config.json` into a directory, which is created when it is missing."""
@@ -137,7 +137,9 @@ class ShadowConfig:
 
 _PUBLISHED = {"injection_hidden_size": 16, "gate_hidden_size": 10, "alpha": 0.1, "dropout": 0.2}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "transient": {
+    "published": _PUBLISHED,
+    "peft": _PUBLISHED,
+    "readout": {
         "injection_hidden_size": 64,
         "output_hidden_size": 32,
         "gate_hidden_size": 16,
@@ -145,8 +147,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "alpha": 1.0,
         "dropout": 0.0,
     },
-    "released": _PUBLISHED,
-    "paper": _PUBLISHED,
 }
 """Variant -> what None means."""
 

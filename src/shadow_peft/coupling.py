@@ -1,13 +1,13 @@
-"""One forward pass of an attached adapter: the shadow state on its way through the base's layers.
+"""One forward pass of an adapter: how the shadow's state corrects the base's layers.
 
-    variants "released", "paper":   h = inject(h, s)   h = layer_l(h)   s = update(h, s)      for each ridden layer l
-    variant "transient":            h = settle(layer_l(h + delta_l))                          and, at the end, read_out(h, s)
+    variants "published", "peft"   h = inject(h, s)   h = layer_l(h)   s = update(h, s)      for each adapted layer l
+    variant "readout"              h = correct_output(layer_l(h + delta_l))                  and, at the end, read_out(h, s)
 
-A passage lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
+A coupling lives as long as one call. It computes in the dtype and on the device of the base's hidden states, so a base in
 bf16, a residual stream in float32 or a base spread over devices needs nothing special; autocast is suspended, since it would
 round the residual stream.
 
-Some architectures widen the residual stream between layers; `Stream` says how the shadow state meets it.
+Some architectures widen the residual stream between layers; `ResidualStream` says how the shadow state is aligned to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadow_peft.base.architectures import Stream
+from shadow_peft.base.architectures import ResidualStream
 from shadow_peft.layers.fused_update_injection import fused_update_injection
 from shadow_peft.layers.injection import ShadowInjectionModel, inject
 from shadow_peft.layers.output_correction import ShadowOutputModel, correct_output, inject_transient
@@ -27,16 +27,16 @@ from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights, up
 
 
 class Coupling:
-    """What all passages share (see `attach.Passage`).
+    """What all variants share; implements `base.hooks.LayerCallbacks`.
 
     Args:
         state: initial shadow state s, `[B, T, d]`.
-        injection: the injection maps of the ridden layers.
+        injection: the injection weights of the adapted layers.
         alpha: factor of the injected correction.
         dropout: probability of dropping; 0 outside training.
-        stream: how the base's residual stream is laid out.
-        dtype: dtype that the base computes in; maps are cast to it once.
-        keep_head_input: keep the base's final hidden state and hand its own head an empty one.
+        residual_stream: how the base's residual stream is laid out.
+        dtype: dtype that the base computes in; weights are cast to it once.
+        keep_head_input: keep the base's final hidden state in `head_input` and give its own head an empty one.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Coupling:
         *,
         alpha: float,
         dropout: float,
-        stream: Stream,
+        residual_stream: ResidualStream,
         dtype: torch.dtype,
         keep_head_input: bool = False,
     ) -> None:
@@ -55,35 +55,39 @@ class Coupling:
         self._injection_weights = injection.weights(dtype)
         self._alpha = alpha
         self._dropout = dropout
-        self._stream = stream
+        self._stream = residual_stream
         self._dtype = dtype
         self._device = injection.injection_downs.device
         self._keep_head_input = keep_head_input
 
     def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
+        """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         raise NotImplementedError
 
     def post_layer(self, index: int, h: Tensor) -> Tensor | None:
-        """Take notice of the output of ridden layer `index`; what is to stand in its place, or None."""
+        """Process the output of adapted layer `index`; its replacement, or None."""
         raise NotImplementedError
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
-        """What is to stand in the place of the final hidden state; None leaves it."""
-        return None
+        """Replacement of the final hidden state, or None; what the head is to read is kept if asked for."""
+        replacement = self._read_out(h)
+        if self._keep_head_input:
+            self.head_input = h if replacement is None else replacement
+        return replacement
 
     def pre_head(self, h: Tensor) -> Tensor | None:
-        """Keep the final hidden state when it is wanted; the base's own head then computes no token."""
-        if not self._keep_head_input:
-            return None
-        self.head_input = h
-        return h[..., :0, :]
+        """No tokens for the base's own head where its input is kept; else None."""
+        return h[..., :0, :] if self._keep_head_input else None
+
+    def _read_out(self, h: Tensor) -> Tensor | None:
+        """The final hidden state after a read-out, or None where the variant has none."""
+        return None
 
     def _same_placement(self, h: Tensor) -> bool:
         return h.dtype == self._dtype and h.device == self._device
 
     def _weights_at(self, h: Tensor, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A pair of maps where `h` is, and in its dtype."""
+        """A pair of weights on the device and in the dtype of `h`."""
         down, up = weights
         return weights if self._same_placement(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
 
@@ -95,12 +99,12 @@ class Coupling:
 
 
 class StaticStateCoupling(Coupling):
-    """The variant "transient": the shadow state rests, corrections pass.
+    """The variant "readout": every layer sees the initial shadow state.
 
     Args:
         state, injection, **settings: see `Coupling`.
-        output: the maps of what the layers add.
-        readout: the maps of the read-out.
+        output: the weights of the output correction.
+        readout: the weights of the read-out.
     """
 
     def __init__(
@@ -113,46 +117,46 @@ class StaticStateCoupling(Coupling):
     ) -> None:
         super().__init__(state, injection, **settings)
         self._readout = readout
-        self._outputs = output.weights(self._dtype)
-        self._state = self._stream.enter(state)
-        self._read: tuple[Tensor, Tensor] | None = None
+        self._output_weights = output.weights(self._dtype)
+        self._state = self._stream.expand(state)
+        self._pending: tuple[Tensor, Tensor] | None = None
 
     def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """What ridden layer `index` is to read, in the shape and dtype of `h`."""
+        """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         wide, state = self._align(self._state, h)
         down, up = self._weights_at(h, self._injection_weights[index])
         with _no_autocast(h):
             corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
-        self._read = wide, delta
+        self._pending = wide, delta
         return corrected.view_as(h)
 
     def post_layer(self, index: int, h: Tensor) -> Tensor:
-        """What the stream keeps of what ridden layer `index` returned."""
-        assert self._read is not None
-        (h_in, delta), self._read = self._read, None
-        down, up = self._weights_at(h, self._outputs[index])
+        """The output of adapted layer `index` without the injected correction, and corrected itself."""
+        assert self._pending is not None
+        (h_in, delta), self._pending = self._pending, None
+        down, up = self._weights_at(h, self._output_weights[index])
         with _no_autocast(h):
             h_in, delta = (tensor.to(h.device, h.dtype) for tensor in (h_in, delta))
             corrected = correct_output(h.view_as(delta), delta, h_in, down, up)
         return corrected if corrected.shape == h.shape else corrected.view_as(h)  # a view would trouble FSDP
 
-    def final_hidden(self, h: Tensor) -> Tensor:
-        """The final state with the shadow's blended in."""
+    def _read_out(self, h: Tensor) -> Tensor:
+        """The final hidden state after the read-out."""
         state = self._initial[..., -h.shape[-2] :, :]
         with _no_autocast(h):
             return self._readout(h, state)
 
 
 class EvolvingStateCoupling(Coupling):
-    """The variants "released" and "paper": the shadow state moves on behind every layer.
+    """The variants "published" and "peft": the shadow state is updated after every layer.
 
-    Where gradients are wanted, the update waits for the next layer, so that both are one step (see `between`); if the base
-    does something of its own between the two, they stay two.
+    Where gradients are wanted, the update is deferred to the next layer and fused with its injection (see
+    `layers.fused_update_injection`); if the base changes the hidden state between the two layers, they run one by one.
 
     Args:
         state, injection, **settings: see `Coupling`.
-        updating: the update maps of all ridden layers but the last.
-        dropout_before_down: where injection drops, see `injection.inject`.
+        updating: the update weights of all adapted layers but the last.
+        dropout_before_down: where injection drops, see `layers.injection.inject`.
     """
 
     def __init__(
@@ -165,18 +169,18 @@ class EvolvingStateCoupling(Coupling):
         **settings: Any,
     ) -> None:
         super().__init__(state, injection, **settings)
-        self.state = self._stream.enter(state)
-        self._waiting: tuple[Tensor, int] | None = None
-        self._updates = updating.weights(self._dtype)
+        self.state = self._stream.expand(state)
+        self._deferred: tuple[Tensor, int] | None = None
+        self._update_weights = updating.weights(self._dtype)
         self._norm = updating.norm(self._dtype)
         self._dropout_before_down = dropout_before_down
 
     def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """The corrected input of ridden layer `index`, in the shape and dtype of `h`."""
+        """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         fused = self._is_untouched(h)
-        if self._waiting is not None and not fused:
-            self._update(index - 1, self._waiting[0])
-        self._waiting = None
+        if self._deferred is not None and not fused:
+            self._update(index - 1, self._deferred[0])
+        self._deferred = None
         wide, state = self._align_state(h)
         down, up = self._weights_at(h, self._injection_weights[index])
         settings = (self._alpha, self._dropout, self._dropout_before_down)
@@ -188,14 +192,14 @@ class EvolvingStateCoupling(Coupling):
             return corrected.view_as(h)
 
     def post_layer(self, index: int, h: Tensor) -> None:
-        """Move the shadow state on with the output of ridden layer `index`, now or together with the next injection."""
+        """Update the shadow state with the output of adapted layer `index`, now or fused with the next injection."""
         if torch.is_grad_enabled():
-            self._waiting = h, _version(h)
+            self._deferred = h, _version(h)
         else:
             self._update(index, h)
 
     def _update(self, index: int, h: Tensor) -> None:
-        if index == len(self._updates):
+        if index == len(self._update_weights):
             return
         wide, state = self._align_state(h)
         weights, norm = self._updating(index, h)
@@ -203,13 +207,13 @@ class EvolvingStateCoupling(Coupling):
             self.state = update(wide, state, weights, norm, self._dropout)
 
     def _updating(self, index: int, h: Tensor) -> tuple[UpdateWeights, Norm | None]:
-        """The maps of an update where `h` is."""
-        weights, norm = self._updates[index], self._norm
+        """The weights of an update on the device and in the dtype of `h`."""
+        weights, norm = self._update_weights[index], self._norm
         return (weights, norm) if self._same_placement(h) else (weights.to(h.device, h.dtype), _move_norm(norm, h))
 
     def _is_untouched(self, h: Tensor) -> bool:
         """Whether `h` is the output of the layer before, and not another tensor nor changed in place."""
-        return self._waiting is not None and self._waiting[0] is h and self._waiting[1] == _version(h)
+        return self._deferred is not None and self._deferred[0] is h and self._deferred[1] == _version(h)
 
     def _align_state(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape."""

@@ -2,71 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shadow_peft.backbone.explicit import Signature
-from shadow_peft.cache import ShadowCache, StatePair
+from shadow_peft.base.signature import Signature
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelInputs:
     """One forward call.
 
     Attributes:
         input_ids: token ids `[B, T]`, or None.
         inputs_embeds: embeddings `[B, T, d]`, or None.
-        attention_mask: 1 for tokens, 0 for padding, `[B, P + T]` with P cached tokens; other shapes are handed on.
+        attention_mask: 1 for tokens, 0 for padding, `[B, P + T]` with P cached tokens; other shapes are passed on.
         position_ids: positions `[B, T]`, or None.
-        cache: the states of base and backbone from an earlier call, or None.
-        use_cache: whether states are returned.
+        cache: the cache that the caller passes; once ready, that of base and backbone, or None.
+        use_cache: whether the cache is returned; None leaves it to the base's config.
+        extra: whatever else the base's forward takes.
     """
 
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    cache: ShadowCache | StatePair | None
-    use_cache: bool
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    cache: Any = None
+    use_cache: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: ShadowCache | StatePair | None,
-        use_cache: bool,
-        first_position: int = 0,
-    ) -> Call:
-        """A call with positions counted from the mask, `first_position` being that of the first token.
+    def checked(self) -> ModelInputs:
+        """The same inputs.
 
         Raises:
             ValueError: neither or both of tokens and embeddings.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        if (self.input_ids is None) == (self.inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions(attention_mask, tokens.shape[1]) + first_position
-        return cls(input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
+        return self
+
+    def with_positions(self, first_position: int) -> ModelInputs:
+        """The same inputs with positions counted from the mask, `first_position` being that of the first token."""
+        mask = self.attention_mask
+        if self.position_ids is not None or mask is None or mask.dim() != 2:
+            return self
+        return replace(self, position_ids=positions(mask, self.length) + first_position)
 
     @property
     def length(self) -> int:
         """Number of tokens T."""
         return next(iter(self.tokens.values())).shape[1]
 
-    def without_first(self, count: int) -> Call:
-        """The same call without its first tokens, which the backbone has read already."""
+    def without_first(self, count: int) -> ModelInputs:
+        """The same inputs without their first tokens, which the backbone has read already."""
         if count == 0:
             return self
-        given = {name: getattr(self, name) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        cut: dict[str, Any] = {name: value[:, count:] for name, value in given.items() if value is not None}
-        return replace(self, **cut)
+        per_token = {name: getattr(self, name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+        rest: dict[str, Any] = {name: value[:, count:] for name, value in per_token.items() if value is not None}
+        return replace(self, **rest)
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -80,7 +75,7 @@ class Call:
         """Mask, positions and cache, those that a model's forward knows, under its names."""
         mask = self.attention_mask
         if signature.is_recurrent and mask is not None and mask.dim() == 2:
-            mask = mask[:, -next(iter(self.tokens.values())).shape[1] :]
+            mask = mask[:, -self.length :]
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": self.position_ids}
         if signature.cache_name is not None:
             arguments |= {signature.cache_name: cache, "use_cache": self.use_cache}

@@ -74,7 +74,7 @@ def test_recipe_runs_unchanged_on_stand_ins(name: str, tmp_path: Path, model_fol
         small.save_pretrained(tmp_path / "small")
         places += ["--shadow_model", str(tmp_path / "small")]
     assert main(["train", "--config", str(ROOT / "recipes" / f"{name}.yaml"), *places, *SMALL, *QUIET]) == 0
-    weights = "adapter_model.safetensors" if settings.get("use_peft") else "shadow_adapter_transient.safetensors"
+    weights = "adapter_model.safetensors" if settings.get("use_peft") else "shadow_adapter_readout.safetensors"
     assert (out / weights).is_file()
     results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
     assert results["train_loss"] > 0

@@ -166,7 +166,7 @@ def test_resumed_run_ends_where_the_whole_one_does(model_folder: Path, data_file
     losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, resumed)]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
-    one, other = (load_file(tmp_path / run / "shadow_adapter_transient.safetensors") for run in ("whole", "cut"))
+    one, other = (load_file(tmp_path / run / "shadow_adapter_readout.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -212,7 +212,7 @@ def test_a_model_of_ones_own_becomes_the_shadow(shares: bool, model_folder: Path
     small.save_pretrained(tmp_path / "small")
     options = ["--shadow_model", str(tmp_path / "small"), *["--share_embeddings"] * shares]
     trained(model_folder, data_file, output, "--max_steps", "1", "--learning_rate", "0", "--export", *options)
-    stored, own = load_file(output / "shadow_adapter_transient.safetensors"), small.model.state_dict()
+    stored, own = load_file(output / "shadow_adapter_readout.safetensors"), small.model.state_dict()
     if shares:
         del own["embed_tokens.weight"]
     found = {name.removeprefix("shadow_model."): t for name, t in stored.items() if name.startswith("shadow_model.")}
@@ -232,7 +232,7 @@ def test_a_narrow_model_speaks_through_the_head_of_the_base(model_folder: Path, 
     trained(model_folder, data_file, output, *options)
     base, exported, ids = load_model(str(model_folder)), load_model(str(output / "shadow")), torch.arange(3, 23)[None]
     best = torch.linalg.lstsq(base.lm_head.weight.double(), small.lm_head.weight.double()).solution
-    stored = load_file(output / "shadow_adapter_transient.safetensors")["shadow_hidden_projection.weight"]
+    stored = load_file(output / "shadow_adapter_readout.safetensors")["shadow_hidden_projection.weight"]
     torch.testing.assert_close(stored.double(), best, rtol=1e-4, atol=1e-5)
     states = small.model(ids).last_hidden_state
     torch.testing.assert_close(exported(ids).logits, base.lm_head(states @ best.float().T), rtol=1e-3, atol=1e-4)

@@ -51,7 +51,7 @@ def test_train_writes_adapter_tokenizer_and_export(trained: Path) -> None:
     config = json.loads((trained / "shadow_config.json").read_text())
     assert config["injection_hidden_size"] == 4
     names = {path.name for path in trained.iterdir()}
-    assert {"shadow_adapter_transient.safetensors", "tokenizer.json", "tokenizer_config.json", "shadow"} <= names
+    assert {"shadow_adapter_readout.safetensors", "tokenizer.json", "tokenizer_config.json", "shadow"} <= names
     assert AutoModelForCausalLM.from_pretrained(trained / "shadow").num_parameters() > 0
 
 

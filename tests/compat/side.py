@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, classification": {"base": ("Qwen3", "SequenceClassification")},
     "qwen3, both heads saved": {"base": ("Qwen3", "CausalLM"), "config": {"modules_to_save": ["lm_head", "shadow_lm_head"]}},
     "gpt2, implicit": {"base": ("GPT2", "CausalLM")},
-    "llama, not of 0.1.x": {"base": ("Llama", "CausalLM"), "config": {"variant": "transient"}, "refused": True},
+    "llama, not of 0.1.x": {"base": ("Llama", "CausalLM"), "config": {"variant": "readout"}, "refused": True},
     "peft: llama, mirror": {"base": ("Llama", "CausalLM"), "peft": {}},
     "peft: llama, narrow mirror": {
         "base": ("Llama", "CausalLM"),
@@ -119,8 +119,8 @@ def save_native(side: str, case: dict[str, Any], folder: Path) -> tuple[dict[str
     if "shadow_width" in case:
         shadow = make_shadow(base, case["shadow_width"])
         shadow.save_pretrained(folder / "shadow_model")
-    paper = {"variant": "paper", **paper_names(case["peft"])} if "peft" in case else {}
-    published = {"variant": "released"} if side == "ours" else {}  # 0.1.x has no other
+    paper = {"variant": "peft", **paper_names(case["peft"])} if "peft" in case else {}
+    published = {"variant": "published"} if side == "ours" else {}  # 0.1.x has no other
     config = ShadowConfig(**{**ADAPTER, **published, **case.get("config", {}), **paper})
     adapted = get_shadow_model(base, config, shadow_model=shadow)
     model = task_class(case)(adapted)

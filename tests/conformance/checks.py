@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
-from shadow_peft.base.architectures import FEWEST_EXPORTED
+from shadow_peft.base.architectures import ARCHITECTURES, Architecture
 from tests.conformance import base_facts as facts
 from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
 from tests.conformance.tiny import tiny_model
@@ -311,7 +311,7 @@ def export(model_type: str) -> None:
 def reload(model_type: str) -> None:
     """The exported shadow, saved and loaded as any model is, computes the same."""
     needs(facts.reloads, model_type, "is not the same after saving and loading")
-    fewest, _ = FEWEST_EXPORTED.get(model_type, (1, ""))
+    fewest, _ = ARCHITECTURES.get(model_type, Architecture()).min_exported_layers
     for layers in {fewest, 2}:
         exported = adapted(model_type, num_shadow_layers=layers).export_shadow()
         require(facts.reloads(exported), f"{layers} layers")

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from shadow_peft.base.architectures import UNSUPPORTED
+from shadow_peft.base.architectures import ARCHITECTURES
 from tests.conformance.checks import CHECKS, Outcome, outcome
 from tests.conformance.tiny import NOT_APPLICABLE, applicable_types
 
+UNSUPPORTED = {name: a.unsupported for name, a in ARCHITECTURES.items() if a.unsupported is not None}
 COMMAND = "python -m tests.conformance.sweep"
 PACKAGES = ("shadow-peft", "torch", "transformers")
 

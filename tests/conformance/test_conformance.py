@@ -10,9 +10,8 @@ from __future__ import annotations
 import pytest
 
 from shadow_peft import ShadowConfig, get_shadow_model
-from shadow_peft.base.architectures import UNSUPPORTED
 from tests.conformance.checks import CHECKS, NotApplicable
-from tests.conformance.sweep import document, failing, sweep
+from tests.conformance.sweep import UNSUPPORTED, document, failing, sweep
 from tests.conformance.tiny import applicable_types, tiny_model
 
 TYPES = (

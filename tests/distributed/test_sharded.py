@@ -47,7 +47,7 @@ def test_gathered_state_is_saved_as_without_shards(sharded: ShadowForCausalLM, t
     whole = causal_lm(llama(), modules_to_save=["lm_head", "shadow_lm_head"])
     sharded.save_pretrained(tmp_path / "sharded", state_dict=get_model_state_dict(sharded, options=WHOLE))
     whole.save_pretrained(tmp_path / "whole")
-    for file in ("shadow_adapter_transient.safetensors", "shadow_modules.safetensors", "model.safetensors.index.json"):
+    for file in ("shadow_adapter_readout.safetensors", "shadow_modules.safetensors", "model.safetensors.index.json"):
         assert (tmp_path / "sharded" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     logits = [model.eval()(input_ids=tokens()).logits for model in (sharded, whole)]  # shards are back in their places
     torch.testing.assert_close(*logits)

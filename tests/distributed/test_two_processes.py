@@ -50,7 +50,7 @@ HEADS = ["--modules_to_save", "lm_head", "shadow_lm_head"]
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two bases, tied and untied, and data."""
-    folder = tmp_path_factory.mktemp("scale")
+    folder = tmp_path_factory.mktemp("distributed")
     for name, tied in (("tied", True), ("untied", False)):
         llama(vocab_size=300, eos_token_id=1, bos_token_id=None, tie_word_embeddings=tied).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
@@ -93,7 +93,7 @@ def launch(configuration: str, runs: list[list[str]]) -> None:
     command = [
         *(f"{sysconfig.get_path('scripts')}/accelerate", "launch", "--main_process_port", "0"),
         *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{configuration}.yaml")),
-        *(str(ROOT / "tests" / "scale" / "worker.py"), json.dumps(runs)),
+        *(str(ROOT / "tests" / "distributed" / "worker.py"), json.dumps(runs)),
     ]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -123,7 +123,7 @@ def test_losses_are_those_of_one_process(alone: Path, together: Path) -> None:
 
 def test_adapter_is_saved_as_one_process_saves_it(alone: Path, together: Path) -> None:
     for run in RUNS[together.name]:
-        for file in ("shadow_adapter_transient", "shadow_modules")[: 1 + (run == "heads")]:
+        for file in ("shadow_adapter_readout", "shadow_modules")[: 1 + (run == "heads")]:
             expected, saved = (load_file(folder / run / f"{file}.safetensors") for folder in (alone, together))
             assert saved.keys() == expected.keys()
             for name, tensor in expected.items():
@@ -139,7 +139,7 @@ def test_saved_adapter_reloads_to_what_was_trained(together: Path) -> None:
 
 def test_resumed_run_goes_on_as_the_whole_one_did(together: Path) -> None:
     assert losses(together / "resumed", "loss") == losses(together / "whole", "loss")
-    one, other = (load_file(together / run / "shadow_adapter_transient.safetensors") for run in ("whole", "resumed"))
+    one, other = (load_file(together / run / "shadow_adapter_readout.safetensors") for run in ("whole", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -48,7 +48,7 @@ def test_rates_and_decay_by_hand() -> None:
 
 
 def test_stacked_biases_do_not_decay() -> None:
-    model = get_shadow_model(base(), ShadowConfig(variant="paper"))
+    model = get_shadow_model(base(), ShadowConfig(variant="peft"))
     bare = [p for group in parameter_groups(model, 1.0, 0.1) if not group["weight_decay"] for p in group["params"]]
     biases = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
     assert any(bias.ndim == 2 for bias in biases)

@@ -1,9 +1,9 @@
-"""The implicit shadow backbone: a short twin of the base, random or cut from the base's own pretrained layers.
+"""The implicit shadow backbone: a short copy of the base's decoder, random or initialised from the base's own layers.
 
-The twin has the base's backbone class and config with fewer layers (see `shortening`). It keeps no embedding table: it is
-fed the base's input embeddings, or reads the base's table where its layers need the token ids (see `borrowed`). Cut from the
-base, layer i of the twin starts as base layer `chosen[i]`; where the twin is narrower, it keeps the MLP neurons and
-attention heads that weigh most, measured by the norms of their weights (see `narrowing`).
+It has the base's backbone class and config with fewer layers (see `truncated_config`). It keeps no embedding table: it is
+fed the base's input embeddings, or reads the base's table where its layers need the token ids (see `shared_embedding`).
+Initialised from the base, layer i starts as base layer `selected[i]`; where the backbone is narrower, it keeps the MLP
+neurons and attention heads of largest weight norm (see `pruning`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadow_peft.backbone.dequantize import CannotInitFromBase, dequantized_view
+from shadow_peft.backbone.explicit import remove_embeddings
 from shadow_peft.backbone.pruning import WeightSlice, block_rows, select_slices
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.backbone.truncated_config import selected_layers, truncated_config
-from shadow_peft.base.architectures import LAYER_ROWS, NOT_TEXT, TOKEN_TABLES, WITHOUT_GRADIENT, Decoder, read_size
-from shadow_peft.base.task_head import input_embeddings, path_of
+from shadow_peft.base.architectures import WITHOUT_GRADIENT, architecture_of, read_size
+from shadow_peft.base.decoder import Decoder
+from shadow_peft.base.task_head import path_of
 from shadow_peft.config import ShadowConfig
 
 logger = logging.getLogger(__name__)
@@ -33,20 +35,20 @@ def build_implicit_backbone(
     """The implicit shadow backbone of a base, in float32 on the CPU.
 
     Args:
-        stack: the base's decoder.
-        config: how long and how wide the twin is, and where it starts.
-        cut: False leaves the weights random whatever the config says, for a checkpoint that is about to be loaded.
+        decoder: the base's decoder.
+        config: depth and width of the backbone, and how it is initialised.
+        init_from_base: False leaves the weights random whatever the config says, for a checkpoint that is about to be
+            loaded.
 
     Returns:
-        The backbone, and the name that the weight of its embedding table had before it was dropped; None if it keeps a table
+        The backbone, and the name that the weight of its embedding table had before it was removed; None if it keeps a table
         of its own, because it is of another width.
 
     Raises:
         ValueError: more layers than the base has, a size the base's config does not know, or `shadow_init="base"`
             where the sizes do not allow it.
     """
-    twin_config = truncated_config(decoder, config)
-    backbone: PreTrainedModel = type(decoder.backbone)(twin_config).to(torch.float32)
+    backbone: PreTrainedModel = type(decoder.backbone)(truncated_config(decoder, config)).to(torch.float32)
     _remove_unused_modules(backbone, decoder)
     _freeze_without_gradient(backbone)
     shared_name = _share_tables(backbone, decoder, config)
@@ -58,8 +60,8 @@ def build_implicit_backbone(
 
 
 def _remove_unused_modules(backbone: PreTrainedModel, decoder: Decoder) -> None:
-    """Take away what does not read text, and optional parts that this base was built without, such as BERT's pooler."""
-    not_text = NOT_TEXT.get(decoder.config.model_type, ())
+    """Remove what does not read text, and optional parts that this base was built without, such as BERT's pooler."""
+    not_text = architecture_of(decoder.config).non_text_modules
     for name in list(backbone._modules):
         if name in not_text or getattr(decoder.backbone, name) is None:
             backbone._modules[name] = None
@@ -73,15 +75,15 @@ def _freeze_without_gradient(backbone: PreTrainedModel) -> None:
 
 
 def _share_tables(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> str | None:
-    """Put the base's tables into a twin that must be given token ids.
+    """Let a backbone that must be given token ids read the base's tables.
 
     Returns:
         The name that the weight of its embedding table had; None if it needs no ids, or keeps tables of its own width.
     """
-    names = TOKEN_TABLES.get(decoder.config.model_type)
-    if names is None or config.shadow_hidden_size not in (None, decoder.hidden_size):
+    architecture = architecture_of(decoder.config)
+    if not architecture.needs_token_ids or config.shadow_hidden_size not in (None, decoder.hidden_size):
         return None
-    for name in _present(names, decoder):
+    for name in _existing(architecture.token_tables, decoder):
         table = decoder.backbone.get_submodule(name)
         backbone._modules[name] = SharedEmbedding(table, _layer_blocks(decoder, config, table.weight.shape[1]))
     path = path_of(backbone, backbone.get_input_embeddings())
@@ -89,33 +91,17 @@ def _share_tables(backbone: PreTrainedModel, decoder: Decoder, config: ShadowCon
     return f"{path}.weight"
 
 
-def _present(names: tuple[str, ...], decoder: Decoder) -> list[str]:
+def _existing(names: tuple[str, ...], decoder: Decoder) -> list[str]:
     return [name for name in names if name in decoder.backbone._modules]
 
 
 def _layer_blocks(decoder: Decoder, config: ShadowConfig, size: int) -> Tensor:
-    """Indices of the chosen layers' parts among `size` entries that hold a part for every layer of the base."""
+    """Indices of the selected layers' parts among `size` entries that hold a part for every layer of the base."""
     return block_rows(torch.tensor(selected_layers(decoder, config)), size // len(decoder.layers))
 
 
-def remove_embeddings(backbone: PreTrainedModel) -> str | None:
-    """Take a backbone's input embedding table away; it must be fed `inputs_embeds` from then on.
-
-    Returns:
-        The name that the table's weight had, or None if there was none.
-    """
-    table = input_embeddings(backbone)
-    if table is None:
-        return None
-    path = path_of(backbone, table)
-    parent, _, name = path.rpartition(".")
-    backbone.get_submodule(parent)._modules[name] = None
-    backbone.main_input_name = "inputs_embeds"
-    return f"{path}.weight"
-
-
 def _init_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> None:
-    """Cut the twin from the base; where that cannot be, raise or, if the config leaves the choice, keep it random."""
+    """Initialise from the base; where that cannot be, raise or, if the config leaves the choice, stay random."""
     try:
         _copy_from_base(backbone, decoder, config)
     except CannotInitFromBase as reason:
@@ -126,10 +112,10 @@ def _init_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowC
 
 @torch.no_grad()
 def _copy_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowConfig) -> None:
-    """Copy every parameter and saved buffer of the twin from the base; all are found before the first is written."""
+    """Copy every parameter and saved buffer from the base; all are found before the first is written."""
     _require_same_heads(backbone.config, decoder.config, config)
     copies: list[tuple[Tensor, Tensor]] = []
-    head_dim = getattr(decoder.config, "head_dim", None) if _drops_heads(config) else None
+    head_dim = getattr(decoder.config, "head_dim", None) if _prunes_heads(config) else None
     for index, layer in enumerate(backbone.get_submodule(decoder.layers_path).children()):
         source = decoder.layers[selected_layers(decoder, config)[index]]
         with materialized(source):
@@ -145,30 +131,30 @@ def _copy_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowC
         target.copy_(value)
 
 
-def _drops_heads(config: ShadowConfig) -> bool:
+def _prunes_heads(config: ShadowConfig) -> bool:
     return config.shadow_num_attention_heads is not None or config.shadow_num_key_value_heads is not None
 
 
 def _layer_rows(decoder: Decoder, config: ShadowConfig) -> dict[str, WeightSlice]:
-    """What the twin keeps of maps beside the layers that hold a part for every layer."""
-    names = _present(LAYER_ROWS.get(decoder.config.model_type, ()), decoder)
+    """Slices of the linear maps beside the layers that hold a part for every layer."""
+    names = _existing(architecture_of(decoder.config).layer_rows, decoder)
     weights = {name: decoder.backbone.get_submodule(name).weight for name in names}
-    return {name: WeightSlice(rows=_layer_blocks(decoder, config, weight.shape[0])) for name, weight in weights.items()}
+    return {name: WeightSlice(rows=_layer_blocks(decoder, config, w.shape[0])) for name, w in weights.items()}
 
 
-def _require_same_heads(backbone: PreTrainedConfig, base: PreTrainedConfig, config: ShadowConfig) -> None:
-    """Heads can be dropped whole, not reshaped: the width of a head must be declared and stay."""
+def _require_same_heads(short: PreTrainedConfig, base: PreTrainedConfig, config: ShadowConfig) -> None:
+    """Whole heads can be pruned, not reshaped: the width of a head must be declared and stay."""
     heads = config.shadow_num_attention_heads
     if heads is None or heads == read_size(base, "num_attention_heads"):
         return
-    if getattr(backbone, "head_dim", None) is None or backbone.head_dim != getattr(base, "head_dim", None):
+    if getattr(short, "head_dim", None) is None or short.head_dim != getattr(base, "head_dim", None):
         raise CannotInitFromBase("another number of heads changes the width of a head")
 
 
-def _pairs(layer: nn.Module, source: nn.Module, kept: dict[str, WeightSlice]) -> list[tuple[Tensor, Tensor]]:
+def _pairs(layer: nn.Module, source: nn.Module, slices: dict[str, WeightSlice]) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for path, module in layer.named_modules():
-        pairs += _own_pairs(module, _counterpart(source, path), path, kept)
+        pairs += _own_pairs(module, _counterpart(source, path), path, slices)
     return pairs
 
 
@@ -179,13 +165,15 @@ def _counterpart(source: nn.Module, path: str) -> nn.Module:
         raise CannotInitFromBase(f"the base has no module {path!r} there") from None
 
 
-def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, WeightSlice]) -> list[tuple[Tensor, Tensor]]:
-    """(tensor of the twin, value from the base) for the parameters and saved buffers that stand in `module` itself."""
+def _own_pairs(
+    module: nn.Module, source: nn.Module, path: str, slices: dict[str, WeightSlice]
+) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the backbone, value from the base) for the parameters and saved buffers of `module` itself."""
     values, pairs = own_tensors(source), []
     for name, target in own_tensors(module).items():
         value = values.get(name)
-        if value is not None and value.shape != target.shape and path in kept:
-            value = kept[path].of(value)
+        if value is not None and value.shape != target.shape and path in slices:
+            value = slices[path].of(value)
         if value is None and name.endswith("bias"):
             value = torch.zeros_like(target)  # a bias that the base does without
         if value is None or value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
@@ -195,7 +183,7 @@ def _own_pairs(module: nn.Module, source: nn.Module, path: str, kept: dict[str, 
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and saved buffers that stand in a module itself, by name."""
+    """The parameters and saved buffers of a module itself, without its children's, by name."""
     buffers = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
     return {**dict(module.named_parameters(recurse=False)), **buffers}
 
@@ -203,10 +191,10 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def materialized(module: nn.Module) -> Iterator[None]:
     """Hold a module's weights in memory for a while, where accelerate has offloaded them."""
-    with ExitStack() as decoder:
+    with ExitStack() as stack:
         for part in module.modules():
             if "_hf_hook" in part.__dict__:
                 from accelerate.utils import align_module_device
 
-                decoder.enter_context(align_module_device(part))
+                stack.enter_context(align_module_device(part))
         yield

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadow_peft.backbone.explicit import prepare_shadow_model, registered_config
+from shadow_peft.backbone.projection import fit_projection
 from shadow_peft.losses.language_modeling import next_token_loss, shifted
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
@@ -191,7 +192,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             if reference is None:
                 raise ValueError("init_optimal_projection needs reference_lm_head: shadow_model has no output embedding.")
             with torch.no_grad():
-                model.shadow_hidden_projection.weight.copy_(optimal_projection(lm_head.weight, reference.weight))
+                model.shadow_hidden_projection.weight.copy_(fit_projection(lm_head.weight, reference.weight))
         model.config.architectures = [cls.__name__]
         return model.to(backbone.device)
 
@@ -267,12 +268,6 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
-
-
-def optimal_projection(large_head: Tensor, small_head: Tensor) -> Tensor:
-    """P `[d, S]` that minimises |W_large @ P - W_small| over the vocabulary both heads share, `[V, d]` and `[V, S]`."""
-    rows = min(large_head.shape[0], small_head.shape[0])
-    return torch.linalg.lstsq(large_head[:rows].detach().double(), small_head[:rows].detach().double()).solution
 
 
 def _check_projection(projection: nn.Linear, backbone: PreTrainedModel, hidden_size: int) -> None:

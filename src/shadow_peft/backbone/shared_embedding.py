@@ -1,7 +1,7 @@
-"""An embedding table of the base, lent to its twin.
+"""An embedding table of the base that an implicit backbone reads.
 
-Some backbones must be given token ids: their layers look tokens up beside the embeddings. Their twin reads the base's own
-tables, which stand beside its modules, so that it neither trains nor saves nor moves them.
+Some backbones must be given token ids: their layers look tokens up beside the embeddings. Such a backbone reads the base's
+own tables. They are no modules of it, so it neither trains nor saves nor moves them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class SharedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The entries that are read, `[V, m]`."""
-        return self._read(self.table.weight)
+        return self._select(self.table.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embeddings `[B, T, m]`; leaves in training: reentrant checkpoints drop gradients of inputs that need none."""
-        embeds = self._read(self.table(input_ids))
+        embeds = self._select(self.table(input_ids))
         return embeds.detach().requires_grad_() if self.training and torch.is_grad_enabled() else embeds
 
-    def owned(self) -> nn.Embedding:
-        """A copy of the table with the columns that are read."""
+    def materialize(self) -> nn.Embedding:
+        """A table of its own with a copy of the columns that are read."""
         own = copy.deepcopy(self.table)
         own.weight = nn.Parameter(self.weight.detach().clone())
         return own
 
-    def _read(self, entries: Tensor) -> Tensor:
+    def _select(self, entries: Tensor) -> Tensor:
         return entries if self.columns is None else entries[..., self.columns.to(entries.device)]

@@ -1,4 +1,4 @@
-"""The config of a twin: the base's config with fewer layers.
+"""The config of an implicit backbone: the base's config with fewer layers.
 
 A config describes its layers one by one in lists, in lists of indices, in counts, in periods, or in overrides by index.
 Generic rule: a list as long as the base is deep holds one value per layer. The tables declare what is written otherwise.
@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from shadow_peft.base.architectures import DEPTH_NAMES, Decoder, write_size
+from shadow_peft.base.architectures import DEPTH_NAMES, architecture_of, write_size
+from shadow_peft.base.decoder import Decoder
 from shadow_peft.config import ShadowConfig
 
 _SIZES = {
@@ -45,21 +46,15 @@ _CYCLES = ("block_types",)
 """Settings that list kinds of layers which are repeated up to the base's depth."""
 
 _RESET: dict[str, Any] = {"num_kv_shared_layers": 0, "ple_layer_ids": []}
-"""Settings that a twin does without: keys shared between layers, and n-gram tables inside layers."""
-
-_LAST_KINDS: dict[str, str] = {"gemma4_text": "full_attention", "gemma4_unified_text": "full_attention"}
-"""`model_type` -> the kind of the last layer, which the config makes so when it is loaded."""
-
-_SHARING_KINDS: dict[str, str] = {"zamba": "hybrid"}
-"""`model_type` -> the kind of layer whose weights are shared among all layers of the kind."""
+"""Settings that an implicit backbone does without: keys shared between layers, and n-gram tables inside layers."""
 
 
 def selected_layers(decoder: Decoder, config: ShadowConfig) -> list[int]:
-    """Base layers that the twin's layers follow.
+    """The base layers that the backbone's layers correspond to.
 
-    They are the first ones, or ones evenly spaced from the first to the last. The last chosen one gives way to the next base
-    layer of the right kind: where none keeps keys but the base has layers that do (recurrent and attention layers mixed),
-    and where the config wants its last layer to be of one kind.
+    They are the first ones, or ones evenly spaced from the first to the last. The last one is replaced by the next base
+    layer of the right kind where no selected layer keeps keys but some base layer does (recurrent and attention layers
+    mixed), and where the config wants its last layer to be of one kind.
 
     Raises:
         ValueError: more layers than the base has.
@@ -68,28 +63,29 @@ def selected_layers(decoder: Decoder, config: ShadowConfig) -> list[int]:
     if n > count:
         raise ValueError(f"num_shadow_layers is {n}, but the base has only {count} decoder layers.")
     if config.shadow_init_layers == "first" or n == 1:
-        chosen = list(range(n))
+        selected = list(range(n))
     else:
-        chosen = [round(i * (count - 1) / (n - 1)) for i in range(n)]
+        selected = [round(i * (count - 1) / (n - 1)) for i in range(n)]
     right = _right_last_layers(decoder.config)
-    if right and not set(right) & set(chosen[-1:] if decoder.config.model_type in _LAST_KINDS else chosen):
-        chosen[-1] = next((i for i in right if i > chosen[-1]), right[-1])
-    return sorted(chosen)
+    checked = selected[-1:] if architecture_of(decoder.config).last_layer_kind else selected
+    if right and not set(right) & set(checked):
+        selected[-1] = next((i for i in right if i > selected[-1]), right[-1])
+    return sorted(selected)
 
 
 def _right_last_layers(config: PreTrainedConfig) -> list[int]:
-    """Base layers of the kind that one of the twin's layers, or its last one, must have."""
-    last = _LAST_KINDS.get(config.model_type)
+    """Base layers of the kind that one of the backbone's layers, or its last one, must have."""
+    last = architecture_of(config).last_layer_kind
     return [i for i, kind in enumerate(_kinds(config)) if (kind == last if last else kind not in _WITHOUT_KEYS)]
 
 
 def truncated_config(decoder: Decoder, config: ShadowConfig) -> PreTrainedConfig:
-    """The base's config with the twin's layers and the sizes that `ShadowConfig` overrides."""
-    chosen, stored = selected_layers(decoder, config), decoder.config.to_dict()
+    """The base's config with the selected layers and the sizes that `ShadowConfig` overrides."""
+    selected, stored = selected_layers(decoder, config), decoder.config.to_dict()
     short = copy.deepcopy(decoder.config)
-    for name, value in _truncated(stored, chosen, len(decoder.layers)).items():
+    for name, value in _truncated(stored, selected, len(decoder.layers)).items():
         setattr(short, name, value)
-    if _kinds(short).count(_SHARING_KINDS.get(short.model_type, "")) == 1:
+    if _kinds(short).count(architecture_of(short).shared_layer_kind or "") == 1:
         short.tie_word_embeddings = False  # transformers refuses to tie a layer's weights to no other layer's
     for size, field in _SIZES.items():
         value = getattr(config, field)
@@ -103,37 +99,37 @@ def _kinds(config: PreTrainedConfig) -> list[str]:
     return list(getattr(config, "layer_types", None) or [])
 
 
-def _truncated(stored: dict[str, Any], chosen: list[int], depth: int) -> dict[str, Any]:
-    """The settings that change when only the `chosen` of `depth` layers stay; overrides by index come last."""
+def _truncated(stored: dict[str, Any], selected: list[int], depth: int) -> dict[str, Any]:
+    """The settings that change when only the `selected` of `depth` layers stay; overrides by index come last."""
     changed: dict[str, Any] = {name: value for name, value in _RESET.items() if name in stored}
-    changed |= {name: len(chosen) for name in (*DEPTH_NAMES, *_OTHER_DEPTHS) if stored.get(name) is not None}
+    changed |= {name: len(selected) for name in (*DEPTH_NAMES, *_OTHER_DEPTHS) if stored.get(name) is not None}
     for name, value in stored.items():
         if name in changed:
             continue
         if name in _INDICES and value is not None:
-            changed[name] = [new for new, old in enumerate(chosen) if old in value]
+            changed[name] = [new for new, old in enumerate(selected) if old in value]
         elif name in _COUNTS and value is not None:
-            changed[name] = sum(old < value for old in chosen)
+            changed[name] = sum(old < value for old in selected)
         elif name in _CYCLES and value:
-            changed[name] = [value[old % len(value)] for old in chosen]
+            changed[name] = [value[old % len(value)] for old in selected]
         elif isinstance(value, (list, tuple)) and len(value) == depth:
-            changed[name] = [value[old] for old in chosen]
+            changed[name] = [value[old] for old in selected]
     for period, offset in _PERIODS:
         if period in stored:
-            changed[period], changed[offset] = _period(stored[period], stored[offset], chosen)
+            changed[period], changed[offset] = _period(stored[period], stored[offset], selected)
     if stored.get("per_layer_config"):
-        changed["per_layer_config"] = _by_index(stored["per_layer_config"], chosen)
+        changed["per_layer_config"] = _by_index(stored["per_layer_config"], selected)
     return changed
 
 
-def _by_index(overrides: dict[Any, Any], chosen: list[int]) -> dict[int, Any]:
+def _by_index(overrides: dict[Any, Any], selected: list[int]) -> dict[int, Any]:
     known = {int(index): override for index, override in overrides.items()}
-    return {new: known[old] for new, old in enumerate(chosen) if old in known}
+    return {new: known[old] for new, old in enumerate(selected) if old in known}
 
 
-def _period(period: int, offset: int, chosen: list[int]) -> tuple[int, int]:
-    """A period and offset under which the twin's layers are of the kinds of the chosen ones; the base's if there is none."""
-    wanted = [old % period == offset for old in chosen]
-    candidates = [(p, o) for p in range(1, len(chosen) + 2) for o in range(p)]
-    fitting = (c for c in candidates if [new % c[0] == c[1] for new in range(len(chosen))] == wanted)
+def _period(period: int, offset: int, selected: list[int]) -> tuple[int, int]:
+    """A period and offset that give the new layers the kinds of the selected ones; the base's if there is none."""
+    wanted = [old % period == offset for old in selected]
+    candidates = [(p, o) for p in range(1, len(selected) + 2) for o in range(p)]
+    fitting = (c for c in candidates if [new % c[0] == c[1] for new in range(len(selected))] == wanted)
     return next(fitting, (period, offset))

@@ -1,8 +1,8 @@
-"""Ride a base's decoder layers: inject before a layer, update after it, and undo the ride exactly.
+"""Forward hooks on a base's decoder layers, and removing them exactly.
 
 The only file that touches a foreign model. The touch is a pair of forward hooks on unmodified layers: names, classes, state
-dict and `save_pretrained` of the base stay what they were. The hooks do nothing unless a passage is under way in the
-calling thread. What a passage carries (the shadow state) lives in the passage, never on a module; so a bare call of the
+dict and `save_pretrained` of the base stay what they were. The hooks do nothing unless a coupling is active in the calling
+thread. The state of a forward pass (the shadow state) belongs to its coupling, never to a module; so a bare call of the
 base is the bare base, several attachments share one base, and dropping a wrapper leaves hooks that do nothing.
 
 transformers checkpoints a layer's `forward`, so these hooks stay outside the region that a backward pass recomputes.
@@ -20,79 +20,90 @@ from transformers.utils import ModelOutput
 
 
 class LayerCallbacks(Protocol):
-    """What one forward pass does at the layers it rides."""
+    """What one forward pass does at the adapted layers; `coupling.Coupling` implements it."""
 
     def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input `[B, T, d]` of layer `index`."""
 
     def post_layer(self, index: int, h: Tensor) -> Tensor | None:
-        """What is to stand in the place of the output `[B, T, d]` of layer `index`; None leaves it."""
+        """Replacement of the output `[B, T, d]` of layer `index`, or None."""
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
-        """What is to stand in the place of the final hidden state `[B, T, d]`; None leaves it."""
+        """Replacement of the final hidden state `[B, T, d]`, or None."""
 
     def pre_head(self, h: Tensor) -> Tensor | None:
-        """What the base's own head is to read instead of `h` `[B, T, d]`; None leaves it."""
+        """Replacement of the input `[B, T, d]` of the base's own head, or None."""
 
 
 class Attachment:
-    """The hooks of one adapter on one base, and the passage that is under way in each thread.
+    """The hooks of one adapter on one base, and the coupling that is active in each thread.
 
     Args:
-        layers: decoder layers to ride, in order; `Passage` methods are called with their index here.
-        input_name: keyword of the hidden state in a call of a layer.
-        end: the model whose first output is the final hidden state.
+        layers: decoder layers to adapt, in order; `LayerCallbacks` methods are called with their index here.
+        layer_input_name: keyword of the hidden state in a call of a layer.
+        output_module: the model whose first output is the final hidden state.
         head: the base's output embedding, when its input is wanted too.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], input_name: str, end: nn.Module, head: nn.Module | None = None) -> None:
-        self._here = threading.local()
-        self._hosts = [*layers, end, *([] if head is None else [head])]
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        layer_input_name: str,
+        output_module: nn.Module,
+        head: nn.Module | None = None,
+    ) -> None:
+        self._thread = threading.local()
+        self._hooked = [*layers, output_module, *([] if head is None else [head])]
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_PreLayer(self, index, input_name), with_kwargs=True)
+            layer.register_forward_pre_hook(_PreLayer(self, index, layer_input_name), with_kwargs=True)
             layer.register_forward_hook(_PostLayer(self, index))
-        end.register_forward_hook(_FinalHidden(self))
+        output_module.register_forward_hook(_FinalHidden(self))
         if head is not None:
             head.register_forward_pre_hook(_PreHead(self))
 
     @property
     def coupling(self) -> LayerCallbacks | None:
-        """The passage under way in this thread."""
-        return getattr(self._here, "passage", None)
+        """The coupling that is active in this thread."""
+        return getattr(self._thread, "coupling", None)
 
-    @coupling.setter
-    def coupling(self, coupling: LayerCallbacks | None) -> None:
-        self._here.coupling = coupling
+    @contextmanager
+    def active(self, coupling: LayerCallbacks) -> Iterator[None]:
+        """Inside the context, forward passes of the base in this thread run coupled."""
+        outer, self._thread.coupling = self.coupling, coupling
+        try:
+            yield
+        finally:
+            self._thread.coupling = outer
 
     @property
     def enabled(self) -> bool:
         """False inside `disabled()`, in this thread."""
-        return getattr(self._here, "enabled", True)
+        return getattr(self._thread, "enabled", True)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """No passage starts in this thread while the context lasts."""
-        before, self._here.enabled = self.enabled, False
+        """Inside the context, no coupling becomes active in this thread."""
+        before, self._thread.enabled = self.enabled, False
         try:
             yield
         finally:
-            self._here.enabled = before
+            self._thread.enabled = before
 
     def detach(self) -> None:
-        """Take every hook of this attachment off the base."""
-        for module in self._hosts:
+        """Remove every hook of this attachment from the base."""
+        for module in self._hooked:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
                     if isinstance(hook, _Hook) and hook.attachment is self:
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
-        self._hosts = []
+        self._hooked = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_hosts": self._hosts}
+        return {"_hooked": self._hooked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _here=threading.local())
+        self.__dict__.update(state, _thread=threading.local())
 
 
 class _Hook:

@@ -1,8 +1,8 @@
-"""A task class's own way from the final hidden state to its logits, without its decoder.
+"""A task class's own computation of logits from the final hidden state, without its decoder.
 
 `logits = head(h)` must mean for the shadow what it means for the base: softcapping, logit scales and multi-layer heads
-included. Instead of restating every architecture's arithmetic, the head is the task model itself with a stand-in for the
-decoder that hands on the state it is given. It shares every module with the base and copies no tensor.
+included. Instead of repeating every architecture's arithmetic, the head is the task model itself with a stub for the decoder
+that returns the state it is given. It shares every module with the base and copies no tensor.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class _HiddenStateOnly(BaseModelOutputWithPast):
 
 
 class _DecoderStub(nn.Module):
-    """Takes the decoder's place and hands on what it is given as embeddings; answers for the decoder in all else."""
+    """Replaces the decoder: returns what it is given as embeddings; every other attribute is the decoder's."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.__dict__["decoder_itself"] = decoder  # beside the modules: it shall not be walked, moved or saved
+        self.__dict__["decoder"] = decoder  # beside the modules, so that it is not walked, moved or saved
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HiddenStateOnly:
         return _HiddenStateOnly(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["decoder_itself"], name)
+        return getattr(self.__dict__["decoder"], name)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -83,17 +83,17 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 class TaskHead:
     """`head(h)`: logits `[B, T, V]` of final hidden states `[B, T, d]`, as the base's own class computes them.
 
-    States `[N, d]` have logits `[N, V]`. What kind of head it is shows in a trial on a few random states, once.
+    States `[N, d]` have logits `[N, V]`. The kind of head is found once, by a trial on a few random states.
 
     Args:
         base: a causal language model.
-        head_input_path: where the model stands whose output the head reads, see `layouts.Stack`.
-        output_embeddings: a module that takes the place of the base's output embedding, such as a trained copy.
+        head_input_path: where the model is whose output the head reads, see `base.decoder.Decoder`.
+        output_embeddings: a module that replaces the base's output embedding, such as a trained copy.
         width: d.
 
     Attributes:
         reads_states: whether the output embedding is given the states themselves, with nothing before it.
-        is_linear: whether besides nothing comes after it: the logits are its product with the states.
+        is_linear: whether also nothing comes after it: the logits are its product with the states.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TaskHead:
             view = replace_module(view, path_of(base, base.get_output_embeddings()), output_embeddings)
         self._view, self._dtype = view, base.dtype
         self._output: Any = base.get_output_embeddings() if output_embeddings is None else output_embeddings
-        self.reads_states, self.is_linear = self._tried(width)
+        self.reads_states, self.is_linear = self._probe(width)
 
     def __call__(self, h: Tensor) -> Tensor:
         """The logits of `h`."""
@@ -119,10 +119,10 @@ class TaskHead:
         return logits if h.dim() == 3 else logits.squeeze(0)
 
     def linear_for(self, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Weight `[V, d]` and bias, where the logits are a linear map of `h` in float32 or wider that lies at hand whole.
+        """Weight `[V, d]` and bias, where the logits are a linear map of `h` whose whole weight is in memory in float32.
 
-        Weights that a trainer has sharded, that are held elsewhere between calls, or that half precision or autocast
-        would round are for the head itself to apply.
+        Weights that a trainer has sharded, that are offloaded between calls, or that half precision or autocast would round
+        are left to the head itself.
         """
         if not self.is_linear or torch.is_autocast_enabled(h.device.type):
             return None
@@ -132,11 +132,11 @@ class TaskHead:
         return (weight, bias) if weight.device == h.device and weight.shape[-1:] == h.shape[-1:] else None
 
     @torch.no_grad()
-    def _tried(self, width: int) -> tuple[bool, bool]:
+    def _probe(self, width: int) -> tuple[bool, bool]:
         weight: Tensor = self._output.weight
         seen: list[Tensor] = []
-        held_elsewhere = "_hf_hook" in self._output.__dict__
-        if weight.is_meta and not held_elsewhere:
+        offloaded = "_hf_hook" in self._output.__dict__
+        if weight.is_meta and not offloaded:
             return False, False
         states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
         states = states.to(torch.device("cpu") if weight.is_meta else weight.device)
@@ -147,6 +147,6 @@ class TaskHead:
         finally:
             hook.remove()
         reads_states = len(seen) == 1 and seen[0].shape == states.shape and torch.equal(seen[0].to(states), states)
-        if not reads_states or held_elsewhere or type(self._output) is not nn.Linear or weight.shape[-1] != width:
+        if not reads_states or offloaded or type(self._output) is not nn.Linear or weight.shape[-1] != width:
             return reads_states, False
         return True, torch.equal(logits, F.linear(states, weight, self._output.bias))

@@ -1,4 +1,4 @@
-"""The adapter of a model as tensors and files: counted, saved, uploaded, exported.
+"""The adapter of a model as tensors and files: state dicts, saved, loaded, uploaded.
 
 `state_dict()` holds the adapter and the trained heads under their names in the files and nothing of the base, so a trainer's
 checkpoint is an adapter.
@@ -8,35 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
+from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft, store
-from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.storage.files import fill
 from shadow_peft.storage.hub import push
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 
-if TYPE_CHECKING:
-    from shadow_peft.model import ShadowPeftModel
+_WRAPPERS = ("module.", "_orig_mod.", "peft_model.")
+"""What wrappers and parent modules put before the names of a state dict."""
 
 
-class AdapterFiles(nn.Module):
-    """What a `ShadowPeftModel` can do with its adapter's tensors."""
+class CheckpointMixin(ShadowAdapter):
+    """What a `ShadowPeftModel` does with its adapter's tensors and files."""
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable parameters, and of all parameters."""
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
-        return sum(t for t, _ in counts), sum(n for _, n in counts)
+    def unload(self) -> PreTrainedModel:
+        """Remove the adapter from its base."""
+        raise NotImplementedError
 
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    # ---------------------------------------------------------------- tensors
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
@@ -48,7 +45,7 @@ class AdapterFiles(nn.Module):
         Raises:
             ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
         """
-        shared = store.shared_table(self._model)
+        shared = store.shared_table(self)
         fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
 
     def state_dict(  # type: ignore[override]
@@ -56,14 +53,21 @@ class AdapterFiles(nn.Module):
     ) -> dict[str, Any]:
         """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs.
 
-        While parameters are sharded over processes, their names are those of the parameters, see `sharded`.
+        While parameters are sharded over processes, their names are those of the parameters, see `storage.sharded`.
         """
         destination = {} if destination is None else destination
-        destination.update({prefix + name: view for name, view in self._state_views().items()})
+        destination.update({prefix + name: _with_own_storage(view) for name, view in self._state_views().items()})
         return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy what `state_dict` returned into this model; without `strict`, a part of it.
+        """Copy what `state_dict` returned, of this model or of a module around it, into this model.
+
+        Prefixes of wrappers (`module.`, `peft_model.`) are removed, and the base's own parameters ignored.
+
+        Args:
+            state_dict: name -> tensor.
+            strict: every tensor of the adapter must be there.
+            assign: has no meaning here, since tensors of the file are views of the parameters.
 
         Returns:
             torch's pair of missing and unexpected keys, the latter always empty.
@@ -72,17 +76,19 @@ class AdapterFiles(nn.Module):
             ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
         """
         views = self._state_views()
-        if is_sharded(self):  # torch's loader adds the base's own parameters to what it was given
-            own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("base_model.")}
-            state_dict = sharded_like(views, own)
-        fill(views, state_dict, "The state dict", strict)
-        return _IncompatibleKeys([name for name in views if name not in state_dict], [])
+        own = _own_entries(state_dict, views)
+        fill(views, sharded_like(views, own) if is_sharded(self) else own, "The state dict", strict)
+        return _IncompatibleKeys([name for name in views if name not in own], [])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load from the state dict of a parent module, in which torch looks for the parameters' own names."""
+        load_nested(self, self._state_views(), state_dict, prefix, args[1], args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _state_views(self) -> dict[str, Tensor]:
-        model = self._model
         if not is_sharded(self):
-            return {**self._adapter_views(), **native.head_views(model), **peft_adapters.views(model.base_model)}
-        if model.shadow_config.train_base_adapters:
+            return {**self._adapter_views(), **native.head_views(self), **peft_adapters.views(self.base_model)}
+        if self.shadow_config.train_base_adapters:
             raise ValueError("Adapters of the base cannot be trained while parameters are sharded over processes.")
         return own_state(self, without="base_model")
 
@@ -91,11 +97,13 @@ class AdapterFiles(nn.Module):
             raise ValueError(
                 "The adapter's parameters are sharded over processes; gather them with accelerator.get_state_dict(model)."
             )
-        return (peft if self._model.shadow_config.variant == "paper" else native).adapter_views(self._model)
+        return (peft if self.shadow_config.variant == "peft" else native).adapter_views(self)
+
+    # ---------------------------------------------------------------- files
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
-        store.save(self._model, save_directory, **kwargs)
+        store.save(self, save_directory, **kwargs)
 
     def push_to_hub(
         self,
@@ -110,7 +118,7 @@ class AdapterFiles(nn.Module):
     ) -> str:
         """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
 
-        `save` is who writes the files, where a task model has more to say than the adapter knows.
+        `save` writes the files, where a task model stores more than the adapter.
         """
         return push(
             self.save_pretrained if save is None else save,
@@ -122,16 +130,118 @@ class AdapterFiles(nn.Module):
             create_pr=create_pr,
         )
 
-    def export_shadow(self) -> PreTrainedModel:
-        """The shadow alone as a self-contained model, see `export.standalone`.
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        pretrained_shadow_path: str | Path,
+        *,
+        is_trainable: bool = False,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> Self:
+        """Attach a stored adapter to a base; heads that were trained with it belong to the task models and are left out.
+
+        Args:
+            model: the base.
+            pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            is_trainable: False freezes the adapter.
+            shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
+            autocast_adapter_dtype: see the class.
 
         Raises:
-            ValueError: parameters are sharded over processes.
+            ValueError: no adapter there, a damaged file, or an adapter that does not fit the base; the base stays untouched.
         """
-        if is_sharded(self):
-            raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
-        return build_standalone_model(self._model)
+        return cls.from_checkpoint(
+            model,
+            store.read(pretrained_shadow_path).without_heads(),
+            is_trainable=is_trainable,
+            shadow_model=shadow_model,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
-    @property
-    def _model(self) -> ShadowPeftModel:
-        return cast("ShadowPeftModel", self)
+    @classmethod
+    def from_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        stored: store.Checkpoint,
+        *,
+        is_trainable: bool = False,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+        make_head: Callable[[Any, str], nn.Module] | None = None,
+    ) -> Self:
+        """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
+        if shadow_model is None:
+            shadow_model = build_stored_shadow(stored.provenance)
+        base = peft_adapters.unwrap_base(model)
+        injected = peft_adapters.inject_adapters(base, stored.provenance.get("base_adapters") or {})
+        try:
+            peft_model = cls(
+                model,
+                stored.config,
+                shadow_model=shadow_model,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                init_from_base=False,
+            )
+        except BaseException:
+            peft_adapters.remove_adapters(base, injected)
+            raise
+        peft_model._injected_adapters = () if injected is None else (injected,)
+        try:
+            if make_head is not None:
+                for name in stored.head_names:
+                    peft_model.task_heads[name] = make_head(peft_model, name)
+            store.load_into(peft_model, stored)
+        except ValueError:
+            peft_model.unload()
+            raise
+        if not is_trainable:
+            peft_model.requires_grad_(False).eval()
+        return peft_model
+
+
+def load_nested(
+    module: nn.Module, views: Mapping[str, Tensor], state_dict: dict[str, Any], prefix: str, strict: bool, errors: list[str]
+) -> None:
+    """Copy a part of a parent's state dict into views, and let torch find every parameter of the module in its place.
+
+    Args:
+        module: the module that torch is about to load.
+        views: name in files -> destination.
+        state_dict: of the parent; changed in place.
+        prefix: what the parent puts before the module's names.
+        strict: every view needs a value.
+        errors: problems are added here, as torch wants them.
+    """
+    entries = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    try:
+        own = _own_entries({name[len(prefix) :]: tensor for name, tensor in entries.items()}, views)
+        fill(views, own, f"The state dict at {prefix!r}", strict)
+    except ValueError as error:
+        errors.append(str(error))
+    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        state_dict[prefix + name] = tensor  # itself, so that torch copies nothing and misses nothing
+
+
+def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries without the prefixes of wrappers and without the base's own parameters."""
+    entries = {_unwrapped(name, known): tensor for name, tensor in state_dict.items()}
+    return {name: tensor for name, tensor in entries.items() if not name.startswith("base_model.")}
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """A tensor that shares its storage with no other entry of a state dict: slices of stacked weights are copied."""
+    if type(view) is not Tensor or view.untyped_storage().nbytes() == view.numel() * view.element_size():
+        return view
+    return view.clone()
+
+
+def _unwrapped(name: str, known: Mapping[str, Tensor]) -> str:
+    """A name without the prefixes of wrappers around the model that has `known` names."""
+    while name not in known:
+        prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
+        if prefix is None:
+            break
+        name = name.removeprefix(prefix)
+    return name

@@ -6,15 +6,12 @@ the maps of all layers are stacked. Copying a view out saves, copying into it lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from shadow_peft.model import ShadowPeftModel
+from shadow_peft.adapter import ShadowAdapter
 
 ADAPTER_FILE = "shadow_adapter.safetensors"
-READOUT_FILE = "shadow_adapter_transient.safetensors"
+READOUT_FILE = "shadow_adapter_readout.safetensors"
 """Another name, so that `shadow-peft` 0.1.x finds no adapter where it could not compute it."""
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"
@@ -23,16 +20,16 @@ BASE_ADAPTER_FILE = "base_adapter.safetensors"
 
 def adapter_file(variant: str) -> str:
     """Name of the file that holds an adapter's tensors."""
-    return READOUT_FILE if variant == "transient" else ADAPTER_FILE
+    return READOUT_FILE if variant == "readout" else ADAPTER_FILE
 
 
-def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in the file -> view of the parameter, for every tensor of the adapter; task heads are apart.
 
     Raises:
         ValueError: the adapter's mathematics has no place in this dialect.
     """
-    if model.shadow_config.variant == "paper":
+    if model.shadow_config.variant == "peft":
         raise ValueError(
             f"An adapter of variant {model.shadow_config.variant!r} cannot be stored in the dialect of shadow-peft 0.1.x; "
             'save it with dialect="peft".'
@@ -43,13 +40,13 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     injection = model.shadow_injection_model
     views["shadow_injection_model.injection_downs"] = injection.injection_downs.detach()
     views["shadow_injection_model.injection_ups"] = injection.injection_ups.detach()
-    if model.shadow_config.variant == "transient":
+    if model.shadow_config.variant == "readout":
         parts = ("shadow_output_model", "shadow_readout_model")
         return views | {f"{part}.{n}": t for part in parts for n, t in saved_tensors(getattr(model, part)).items()}
     return views | {f"shadow_update_model.{name}": view for name, view in _update_views(model).items()}
 
 
-def head_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+def head_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in `shadow_modules.safetensors` -> tensor of a trained head."""
     return {
         f"{head}.{name}": tensor
@@ -63,7 +60,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
-def _update_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+def _update_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: dropout stands at 2)."""
     updating, k = model.shadow_update_model, model.shadow_config.gate_hidden_size
     assert updating is not None

@@ -1,4 +1,4 @@
-"""Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "paper".
+"""Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "peft".
 
 It has two files:
 
@@ -8,15 +8,13 @@ It has two files:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.checkpoint.native import saved_tensors
 from shadow_peft.config import ShadowConfig
-
-if TYPE_CHECKING:
-    from shadow_peft.model import ShadowPeftModel
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -36,16 +34,16 @@ _FIELDS = {
 """Field of `adapter_config.json` -> field of ShadowConfig with the same meaning."""
 
 
-def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
+def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in `adapter_model.safetensors` -> view of the parameter.
 
     Raises:
         ValueError: the adapter's mathematics has no place in this dialect.
     """
-    if model.shadow_config.variant != "paper":
+    if model.shadow_config.variant != "peft":
         raise ValueError(
             f"An adapter of variant {model.shadow_config.variant!r} cannot be stored in peft's dialect, which holds the "
-            'variant "paper" alone.'
+            'variant "peft" alone.'
         )
     views: dict[str, Tensor] = {}
     for i, block in enumerate(block_paths(model)):
@@ -58,13 +56,13 @@ def adapter_views(model: ShadowPeftModel) -> dict[str, Tensor]:
     return views
 
 
-def block_paths(model: ShadowPeftModel) -> list[str]:
+def block_paths(model: ShadowAdapter) -> list[str]:
     """Paths of the base's decoder layers, as `target_modules` lists them."""
     stem = ".".join(filter(None, (model.decoder.path, model.decoder.layers_path)))
     return [f"{stem}.{i}" for i in range(len(model.decoder.layers))]
 
 
-def _block_views(model: ShadowPeftModel, i: int) -> dict[str, Tensor]:
+def _block_views(model: ShadowAdapter, i: int) -> dict[str, Tensor]:
     injection, k = model.shadow_injection_model, model.shadow_config.gate_hidden_size
     assert model.shadow_update_model is not None
     weights = model.shadow_update_model.all_weights()[i]
@@ -101,12 +99,12 @@ def config_from_peft(data: dict[str, Any]) -> ShadowConfig:
         **values,
         num_shadow_layers=data.get("shadow_num_hidden_layers") or 1,
         gate_hidden_size=data.get("update_hidden_size") or data["r"],
-        variant="paper",
+        variant="peft",
         shadow_init="random",
     )
 
 
-def peft_config(model: ShadowPeftModel, base_name: str | None) -> dict[str, Any]:
+def peft_config(model: ShadowAdapter, base_name: str | None) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter."""
     config = model.shadow_config
     return {

@@ -7,14 +7,15 @@ import logging
 import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.checkpoint import native, peft
@@ -22,9 +23,6 @@ from shadow_peft.config import CONFIG_FILE, ShadowConfig
 from shadow_peft.storage.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
 from shadow_peft.storage.hub import local_directory
 from shadow_peft.storage.sharded import is_sharded, own_state, parameters_replaced
-
-if TYPE_CHECKING:
-    from shadow_peft.model import ShadowPeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +73,13 @@ class Checkpoint:
         """Names of the trained heads that the checkpoint holds."""
         return sorted({name.partition(".")[0] for name in self.heads})
 
+    def without_heads(self) -> Checkpoint:
+        """The same checkpoint for a model without task heads."""
+        if self.heads:
+            heads = " and ".join(self.head_names)
+            logger.info("%s also holds %s; load it with a task model to get them.", self.directory, heads)
+        return replace(self, heads={}, config=replace(self.config, modules_to_save=[]))
+
 
 def read(path_or_repo: str | Path) -> Checkpoint:
     """Read a checkpoint of either dialect.
@@ -123,7 +128,7 @@ def _required(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def save(
-    model: ShadowPeftModel,
+    model: ShadowAdapter,
     save_directory: str | Path,
     *,
     dialect: Dialect | None = None,
@@ -138,7 +143,7 @@ def save(
     Args:
         model: the adapted model.
         save_directory: created when it is missing.
-        dialect: which files; None takes peft's for the variant "paper" and ours for all others.
+        dialect: which files; None takes peft's for the variant "peft" and ours for all others.
         include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
             implicit shadow whose class does not call its table `embed_tokens`.
         is_main_process: False writes nothing, as in transformers.
@@ -160,7 +165,7 @@ def save(
 
 
 def _save(
-    model: ShadowPeftModel,
+    model: ShadowAdapter,
     save_directory: str | Path,
     dialect: Dialect | None,
     training: Mapping[str, float] | None,
@@ -187,7 +192,7 @@ def _save(
         write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
 
 
-def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
     """The model with whole parameters from a gathered state dict, for as long as a file is written."""
     missing = [name for name in own_state(model, without="base_model") if name not in (state_dict or {})]
     if state_dict is None or missing:
@@ -200,7 +205,7 @@ def _gathered(model: ShadowPeftModel, state_dict: Mapping[str, Tensor] | None) -
     )
 
 
-def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
+def _save_peft(model: ShadowAdapter, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
     if native.head_views(model) or peft_adapters.views(model.base_model):
         raise ValueError("peft's dialect has no place for trained heads, nor for adapters of the base.")
     with all_or_none(save_directory, replacing=FILES) as staging:
@@ -214,11 +219,11 @@ def _save_peft(model: ShadowPeftModel, save_directory: str | Path, training: Map
         write_json({"metadata": {}, "weight_map": dict.fromkeys(adapter, peft.ADAPTER_FILE)}, staging / INDEX_FILE)
 
 
-def _dialect_of(model: ShadowPeftModel) -> Dialect:
-    return "peft" if model.shadow_config.variant == "paper" else "native"
+def _dialect_of(model: ShadowAdapter) -> Dialect:
+    return "peft" if model.shadow_config.variant == "peft" else "native"
 
 
-def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
+def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model; all are checked before the first is copied.
 
     Raises:
@@ -235,14 +240,14 @@ def load_into(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
     fill({**views, **heads, **below}, {**known, **checkpoint.heads, **checkpoint.base_adapters}, str(checkpoint.directory))
 
 
-def _require_same_base(model: ShadowPeftModel, checkpoint: Checkpoint) -> None:
+def _require_same_base(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
     stored, here = checkpoint.provenance.get("base_sizes", {}), base_sizes(model)
     differing = [f"{name} {stored[name]} (here {here[name]})" for name in here if stored.get(name, here[name]) != here[name]]
     if differing:
         raise ValueError(f"{checkpoint.directory} was made for another base: {', '.join(differing)}.")
 
 
-def shared_table(model: ShadowPeftModel) -> dict[str, Tensor]:
+def shared_table(model: ShadowAdapter) -> dict[str, Tensor]:
     """The base's embedding table under the name that an implicit shadow's own table would have."""
     name = model.shared_table_name
     if name is None:
@@ -250,7 +255,7 @@ def shared_table(model: ShadowPeftModel) -> dict[str, Tensor]:
     return {f"shadow_model.{name}": model.base_model.get_input_embeddings().weight.detach()}
 
 
-def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = None) -> dict[str, Any]:
+def provenance(model: ShadowAdapter, training: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Where an adapter comes from: versions, base, base sizes, seed, and the factors of the loss where they are known."""
     base = model.base_model
     return {
@@ -270,7 +275,7 @@ def provenance(model: ShadowPeftModel, training: Mapping[str, float] | None = No
     }
 
 
-def base_sizes(model: ShadowPeftModel) -> dict[str, int]:
+def base_sizes(model: ShadowAdapter) -> dict[str, int]:
     """The sizes of a base that an adapter depends on."""
     table = model.base_model.get_input_embeddings()
     sizes = {"hidden_size": model.decoder.hidden_size, "num_hidden_layers": len(model.decoder.layers)}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
-from shadow_peft.tasks.base import InferenceMode
+from shadow_peft.model import InferenceMode
 
 DESCRIPTION = (
     "Scores a model by lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
 from shadow_peft.cli.parsing import UserError, make_parser, parse
-from shadow_peft.generation.candidate_generator import DraftStatistics
+from shadow_peft.generation.drafting import DraftStatistics
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from shadow_peft.backbone.explicit import carried_projection, prepare_shadow_model
+from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
+from shadow_peft.backbone.projection import carried_projection
 from shadow_peft.cli.parsing import UserError
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 

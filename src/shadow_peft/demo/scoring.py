@@ -11,7 +11,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.demo.robot_commands import Command
-from shadow_peft.losses.language_modeling import IGNORE_INDEX, next_token_loss, shifted
+from shadow_peft.losses.language_modeling import next_token_loss, shifted
+from shadow_peft.losses.reduction import IGNORE_INDEX
 
 BATCH = 100
 LONGEST_ANSWER = 64

@@ -1,4 +1,4 @@
-"""export_shadow: the backbone with its own copies of embeddings and head, in a stock architecture where there is one.
+"""The detached shadow: the backbone with its own copies of embeddings and head, in a stock architecture where there is one.
 
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
@@ -10,7 +10,7 @@ The exported model computes exactly the attached model's `shadow_logits` and sha
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +20,44 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.implicit import materialized, own_tensors
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
 )
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
-from shadow_peft.base.architectures import FEWEST_EXPORTED, classifier_name, read_size
+from shadow_peft.base.architectures import architecture_of, read_size
+from shadow_peft.base.decoder import classifier_name
 from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
-
-if TYPE_CHECKING:
-    from shadow_peft.model import ShadowPeftModel
+from shadow_peft.storage.sharded import is_sharded
 
 
 @torch.no_grad()
-def build_standalone_model(model: ShadowPeftModel) -> PreTrainedModel:
+def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
     Raises:
-        ValueError: the shadow has no form of its own that would compute what it computes when attached.
+        ValueError: parameters are sharded over processes, or the shadow has no form of its own that would compute what it
+            computes when attached.
     """
+    if is_sharded(model):
+        raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
     _require_loadable(model.shadow_model.config)
     same_width = isinstance(model.shadow_hidden_projection, nn.Identity)
     if model.has_implicit_shadow and same_width and _is_text_model(model.base_model):
         exported = _stock(model, _task_class(model))
     else:
-        exported = _causal_lm(model, same_width)
+        exported = _explicit_causal_lm(model, same_width)
     exported.generation_config = copy.deepcopy(getattr(model.base_model, "generation_config", None))
     return exported.to(model.shadow_model.device, model.shadow_model.dtype).eval()
 
 
 def _require_loadable(config: PreTrainedConfig) -> None:
-    if config.model_type not in FEWEST_EXPORTED:
+    fewest, reason = architecture_of(config).min_exported_layers
+    if fewest == 1:
         return
-    (fewest, reason), layers = FEWEST_EXPORTED[config.model_type], read_size(config, "num_hidden_layers")
+    layers = read_size(config, "num_hidden_layers")
     if layers < fewest:
         raise ValueError(
             f"A {config.model_type!r} shadow of {layers} layer could be saved but not loaded: {reason}. Train one with "
@@ -65,7 +69,7 @@ def _is_text_model(base: PreTrainedModel) -> bool:
     return base.config.get_text_config(decoder=True) is base.config
 
 
-def _task_class(model: ShadowPeftModel) -> type[PreTrainedModel]:
+def _task_class(model: ShadowAdapter) -> type[PreTrainedModel]:
     """The class of the base; for a classifier on a base without a classification head, the classifier of its type."""
     base = model.base_model
     if "shadow_classifier_head" in model.task_heads and classifier_name(base) is None:
@@ -73,7 +77,7 @@ def _task_class(model: ShadowPeftModel) -> type[PreTrainedModel]:
     return type(base)
 
 
-def _stock(model: ShadowPeftModel, task_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTrainedModel:
     config = copy.deepcopy(model.shadow_model.config)
     if "shadow_lm_head" in model.task_heads:
         config.tie_word_embeddings = False
@@ -90,16 +94,16 @@ def _stock(model: ShadowPeftModel, task_class: type[PreTrainedModel]) -> PreTrai
     return exported
 
 
-def _source(model: ShadowPeftModel, path: str) -> nn.Module:
+def _source(model: ShadowAdapter, path: str) -> nn.Module:
     """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
-    outside = "" if model.decoder.path == "" else f"{model.stack.path}."
+    outside = "" if model.decoder.path == "" else f"{model.decoder.path}."
     known = dict(model.shadow_model.named_modules())
     if path.startswith(outside) and path[len(outside) :] in known:
         return known[path[len(outside) :]]
     return model.base_model.get_submodule(path)
 
 
-def _trained_heads(model: ShadowPeftModel, exported: PreTrainedModel) -> dict[str, nn.Module]:
+def _trained_heads(model: ShadowAdapter, exported: PreTrainedModel) -> dict[str, nn.Module]:
     """Path of a head in the exported model -> the shadow's own trained head."""
     heads = {}
     if "shadow_lm_head" in model.task_heads:
@@ -111,15 +115,15 @@ def _trained_heads(model: ShadowPeftModel, exported: PreTrainedModel) -> dict[st
 
 
 def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
-    source = source.owned() if isinstance(source, SharedEmbedding) else source
+    source = source.materialize() if isinstance(source, SharedEmbedding) else source
     with materialized(source):
         values = own_tensors(source)
         for name, target in own_tensors(module).items():
             target.copy_(values[name])
 
 
-def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
-    """A causal LM around a backbone that is no twin of the base's width.
+def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
+    """A causal LM around an explicit backbone, or one of another width than the base.
 
     Raises:
         ValueError: the base is no causal LM, or its head does more than the exported form can hold.
@@ -129,7 +133,7 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
     for path, module in list(backbone.named_modules()):
         if isinstance(module, SharedEmbedding):
-            backbone.set_submodule(path, module.owned())
+            backbone.set_submodule(path, module.materialize())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
     head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
@@ -149,7 +153,7 @@ def _causal_lm(model: ShadowPeftModel, same_width: bool) -> PreTrainedModel:
     return exported
 
 
-def _restore_embeddings(backbone: PreTrainedModel, model: ShadowPeftModel) -> None:
+def _restore_embeddings(backbone: PreTrainedModel, model: ShadowAdapter) -> None:
     """Give a backbone that was fed by the base a copy of the base's embedding table."""
     table = model.base_model.get_input_embeddings()
     with materialized(table):
@@ -173,7 +177,7 @@ def softcap_of(base: PreTrainedModel) -> float | None:
     return cap
 
 
-def _head_scale(model: ShadowPeftModel) -> float:
+def _head_scale(model: ShadowAdapter) -> float:
     """The constant by which the base's class multiplies what its output embedding returns.
 
     Raises:
@@ -181,10 +185,8 @@ def _head_scale(model: ShadowPeftModel) -> float:
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-    plain, full = (
-        head(x).double(),
-        TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)(x).double(),
-    )
+    task_head = TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)
+    plain, full = head(x).double(), task_head(x).double()
     if cap is not None:
         full = torch.atanh(full / cap) * cap
     scale = float((plain * full).sum() / plain.square().sum())

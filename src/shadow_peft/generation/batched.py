@@ -1,22 +1,22 @@
 """Drafting for a batch: every row keeps its own accepted length.
 
 transformers' assisted generation takes one row. Here one pass of the base verifies the drafts of all rows, of which every
-row accepts another number. Afterwards each row is shifted to the right by what it lost, so that the tokens of all rows end
-together again, and the gap on the left is padding to the mask:
+row accepts another number. Afterwards each row is shifted to the right by the number of tokens that it lost, so that the
+tokens of all rows end together again, and the gap on the left is masked as padding:
 
     row 0   p p p a b c | x y z    all accepted      p p p a b c x y z
     row 1   . p p a b c | x y z    one accepted      . . . p p a b c x
 
-So positions, sliding windows and attention kernels see nothing but a batch that is padded on the left, and the result is
-that of ordinary decoding of such a batch. Logits processors and stopping criteria see every row's text in the layout of
-ordinary decoding: the prompts as they were given, and behind them what was written.
+So positions, sliding windows and attention kernels see an ordinary batch that is padded on the left, and the result is that
+of ordinary decoding of such a batch. Logits processors and stopping criteria see every row's text in the layout of ordinary
+decoding: the prompts as they were given, followed by what was generated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,32 +24,31 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from shadow_peft.cache import DraftedStates, ShadowCache
-from shadow_peft.generation.candidate_generator import (
-    AcceptanceEstimate,
+from shadow_peft.cache import ShadowCache
+from shadow_peft.generation.draft_length import AcceptanceEstimate, DraftLength
+from shadow_peft.generation.drafting import (
+    Draft,
     DraftedGenerateOutput,
+    Drafter,
     DraftingGenerationConfig,
-    DraftLength,
-    adaptive_cost,
+    grow_draft,
 )
 
-if TYPE_CHECKING:
-    from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
+class BatchDrafter(Drafter, Protocol):
+    """What batched drafting asks of a model: drafting, and the steps of transformers' own decoding."""
 
-@dataclass(frozen=True)
-class Draft:
-    """What the shadow proposes to B rows.
+    def __call__(self, **inputs: Any) -> Any:
+        """A forward pass of the adapted base."""
 
-    Attributes:
-        tokens: `[B, k]`.
-        logits: the processed logits `[B, k, V]` that they were chosen by.
-        confidences: the shadow's own probability of its likeliest token, `[B, k]`.
-    """
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any: ...
 
-    tokens: Tensor
-    logits: Tensor
-    confidences: Tensor
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of the next forward pass."""
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int = 1
+    ) -> dict[str, Any]: ...
 
 
 def accept(draft: Draft, logits: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
@@ -79,13 +78,13 @@ def accept(draft: Draft, logits: Tensor, do_sample: bool) -> tuple[Tensor, Tenso
 
 
 class RowTexts:
-    """What B rows have written, in the layout of ordinary decoding.
+    """The texts of B rows, in the layout of ordinary decoding.
 
     Args:
         prompts: token ids `[B, T]`, padded on the left.
 
     Attributes:
-        tokens: `[B, M]`; behind a row's length stands what is being drafted, or nothing of meaning.
+        tokens: `[B, M]`; behind a row's length are drafted tokens, or meaningless ones.
         lengths: `[B]`.
     """
 
@@ -93,13 +92,12 @@ class RowTexts:
         self.tokens = prompts
         self.lengths = torch.full((prompts.shape[0],), prompts.shape[1], device=prompts.device)
 
-    @property
-    def last(self) -> Tensor:
-        """The last token of each row, `[B, 1]`."""
-        return self.tokens.gather(1, self.lengths[:, None] - 1)
+    def last(self, ahead: int = 0) -> Tensor:
+        """The last token of each row, `[B, 1]`, counting `ahead` drafted ones."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1 + ahead)
 
     def put(self, tokens: Tensor, ahead: int | Tensor) -> None:
-        """Put a token `[B]` `ahead` places behind each row's text, which is not longer by that."""
+        """Write a token `[B]` `ahead` places behind each row's text, without making the text longer."""
         places = self.lengths + ahead
         missing = max(0, int(places.max()) + 1 - self.tokens.shape[1])
         self.tokens = F.pad(self.tokens, (0, missing)).scatter(1, places[:, None], tokens[:, None])
@@ -127,12 +125,12 @@ class BatchedDrafting:
         model_kwargs: what travels with the generation.
 
     Raises:
-        ValueError: a cache whose rows cannot be shifted, or something is asked for that a ragged batch does not have.
+        ValueError: a cache whose rows cannot be shifted, or something is asked for that a drafted batch does not have.
     """
 
     def __init__(
         self,
-        model: ShadowForCausalLM,
+        model: BatchDrafter,
         config: DraftingGenerationConfig,
         processor: LogitsProcessorList,
         criteria: StoppingCriteriaList,
@@ -148,7 +146,7 @@ class BatchedDrafting:
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._estimate = AcceptanceEstimate()
-        self._cost = adaptive_cost(model, config, rows=len(prompts))
+        self._cost = model.adaptive_cost(config, rows=len(prompts))
         self._written: list[DecodedStep] = []
 
     def run(self) -> Any:
@@ -193,38 +191,43 @@ class BatchedDrafting:
         if mask is None:
             mask = prompts.new_ones(len(self._ends), self._cache.get_seq_length())
         logits = outputs.logits[:, -1:].to(torch.float32)
-        self._take(Draft(prompts[:, :0], logits[:, :0], logits[:, :0, 0]), logits)
+        self._take(Draft.empty(len(prompts), 1, prompts.device), logits)
         self._advance(outputs, mask, 1)
 
     def _draft(self) -> Draft:
         """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
-        config, live, texts = self._config, self._live, self._texts
-        room = int((config.max_length - texts.lengths[live]).max()) - 1
+        config, texts = self._config, self._texts
+        room = int((config.max_length - texts.lengths[self._live]).max()) - 1
         length = DraftLength(self._cost, self._estimate)
-        last, states, drafted = texts.last, [], []
-        for ahead in range(min(int(config.num_assistant_tokens), room) if length.may_begin else 0):
-            mask = F.pad(self._kwargs["attention_mask"], (0, ahead), value=1)
-            states.append(self._model.peft_model.shadow_step(last, mask, None, self._cache))
-            logits = self._processed(self._model.shadow_logits(states[-1])[:, -1], ahead)
-            confidence = logits.softmax(-1).amax(-1)
-            if not length.grows(confidence[live]):  # decided before a token is drawn, or sampling would be biased
-                break
-            last = self._chosen(logits)
-            texts.put(last[:, 0], ahead)
-            drafted.append((last[:, 0], logits, confidence))
-            if float(confidence[live].max()) < (config.assistant_confidence_threshold or 0.0):
-                break
-        self._cache.drafted = DraftedStates(torch.cat(states, dim=1)) if states else None
-        if not drafted:
-            nothing = torch.empty(len(live), 0, device=last.device)
-            return Draft(last[:, :0], nothing[..., None], nothing)
-        return Draft(*(torch.stack(column, 1) for column in zip(*drafted, strict=True)))
+        draft = grow_draft(self, self._cache, config, length, min(int(config.num_assistant_tokens), room))
+        if draft is None:
+            return Draft.empty(len(texts.lengths), 1, texts.tokens.device)
+        return draft
+
+    @property
+    def going_on(self) -> Tensor:
+        """Rows `[B]` that have not ended."""
+        return self._live
+
+    def state_of_last(self, ahead: int) -> Tensor:
+        """s `[B, 1, d]` of each row's last token, `ahead` tokens being drafted already."""
+        mask = F.pad(self._kwargs["attention_mask"], (0, ahead), value=1)
+        return self._model.shadow_step(self._texts.last(ahead), mask, None, self._cache)
+
+    def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
+        """The shadow's processed logits `[B, V]` of the next token."""
+        return self._processed(self._model.shadow_logits(state)[:, -1], ahead)
+
+    def append(self, tokens: Tensor, ahead: int) -> bool:
+        """Write a drafted token `[B]` behind each row's text; what ends a row is decided when it is verified."""
+        self._texts.put(tokens, ahead)
+        return True
 
     def _verify(self, draft: Draft) -> None:
         """One pass of the base over all drafts; rows take what they accept and are shifted to end together again."""
         count = draft.tokens.shape[1]
         mask = F.pad(self._kwargs["attention_mask"], (0, count), value=1)
-        tokens = torch.cat([self._texts.last, draft.tokens], 1)
+        tokens = torch.cat([self._texts.last(), draft.tokens], 1)
         inputs = self._model.prepare_inputs_for_generation(
             tokens, next_sequence_length=count + 1, is_first_iteration=False, **{**self._kwargs, "attention_mask": mask}
         )
@@ -252,20 +255,20 @@ class BatchedDrafting:
         texts, live, count = self._texts, self._live, draft.tokens.shape[1]
         processed = torch.stack([self._processed(logits[:, i], i) for i in range(count + 1)], 1)
         if count == 0:
-            draft = Draft(draft.tokens, processed[:, :0], draft.confidences)
+            draft = Draft.empty(len(processed), processed.shape[-1], processed.device)
         accepted, token = accept(draft, processed, bool(self._config.do_sample))
         texts.put(token, accepted)
-        taken = self._until_ends(accepted + 1, live)
+        taken = self._up_to_ends(accepted + 1, live)
         self._written.append(DecodedStep(texts.lengths, taken * live, processed, logits))
         for row in live.nonzero()[:, 0].tolist():
             kept = int(taken[row]) - 1
-            self._config.statistics.note(count, kept)
-            self._estimate.judge(draft.confidences[row].tolist(), kept)
+            self._config.statistics.record(count, kept)
+            self._estimate.update(draft.confidences[row].tolist(), kept)
         texts.lengths = texts.lengths + taken * live
         return taken
 
-    def _until_ends(self, taken: Tensor, live: Tensor) -> Tensor:
-        """Of newly put tokens `[B]` those up to each row's end, which is noted."""
+    def _up_to_ends(self, taken: Tensor, live: Tensor) -> Tensor:
+        """Of newly written tokens `[B]` the number up to each row's end, which is recorded."""
         lengths = self._texts.lengths
         taken = torch.minimum(taken, (self._config.max_length - lengths).clamp(min=1))
         for ahead in range(1, int(taken[live].max()) + 1):
@@ -289,12 +292,6 @@ class BatchedDrafting:
         if not len(self._processor):
             return logits
         return self._texts.each(ahead, lambda text: self._processor(text, logits.clone()))
-
-    def _chosen(self, logits: Tensor) -> Tensor:
-        """A token per row, `[B, 1]`."""
-        if self._config.do_sample:
-            return torch.multinomial(logits.softmax(-1), num_samples=1)
-        return logits.argmax(-1, keepdim=True)
 
     def _columns(self, name: str, length: int) -> tuple[Tensor, ...]:
         """Scores or logits `[B, V]` of every written place; zero where a row had ended."""

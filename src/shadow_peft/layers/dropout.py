@@ -1,9 +1,9 @@
-"""Dropout in two steps: which entries are kept, and what remains of a tensor.
+"""Dropout in two steps: sample a mask, apply it.
 
-    keep ~ Bernoulli(1 - p)        dropped(x) = keep * x / (1 - p)
+    mask ~ Bernoulli(1 - p)        apply_mask(x) = mask * x / (1 - p)
 
-The choice is a tensor of its own, so that a step which is computed again in the backward pass meets the same one, and what
-follows the choice is a function without chance.
+The mask is a tensor of its own, so a step that is recomputed in the backward pass sees the same one, and everything after
+sampling is deterministic.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def sample_mask(shape: tuple[int, ...], device: torch.device, probability: float) -> Tensor | None:
-    """Which entries stay when they are dropped with a probability, as booleans; None keeps all of them."""
+    """Which entries dropout keeps, as booleans of a shape; None keeps all of them."""
     if not probability:
         return None
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - probability)
 
 
 def apply_mask(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """What remains of `x`, scaled so that the mean stays; a gradient's way back is the same."""
+    """`x` without what was dropped, scaled so that the mean stays; a gradient goes back the same way."""
     return x if mask is None else x * mask * (1 / (1 - probability))

@@ -1,13 +1,13 @@
 """Injection: the base's hidden state is corrected by what it lacks of the shadow's state.
 
-    h' = h + alpha * drop((h - s) @ D) @ U              variant "released"
-    h' = h + alpha * (drop(h - s) @ D) @ U              variant "paper"
+    h' = h + alpha * drop((h - s) @ D) @ U              variant "published"
+    h' = h + alpha * (drop(h - s) @ D) @ U              variant "peft"
 
     h, s   [B, T, d]  hidden state of the base before a layer; shadow state
-    D      [d, r]     down map, drawn from N(0, 0.02)
-    U      [r, d]     up map, zero at the start: a fresh adapter changes nothing
+    D      [d, r]     down projection, drawn from N(0, 0.02)
+    U      [r, d]     up projection, zero at the start: a fresh adapter changes nothing
 
-The maps of all layers are stored stacked, as the files have them, and taken apart once per forward.
+The weights of all layers are stored stacked, as in the files, and split once per forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def inject(
         up: U, `[r, d]`.
         alpha: factor of the correction.
         dropout: probability of dropping; 0 outside training.
-        dropout_before_down: drop entries of h - s (variant "paper") instead of entries of its down product.
+        dropout_before_down: drop entries of h - s (variant "peft") instead of entries of its down product.
 
     Returns:
         The corrected hidden state, `[B, T, d]`, in the dtype of `h`.
@@ -54,25 +54,25 @@ def thin_product(difference: Tensor, down: Tensor, mask: Tensor | None, dropout:
 
 
 class ShadowInjectionModel(nn.Module):
-    """The injection maps of N layers: `injection_downs` `[N, d, r]` and `injection_ups` `[N, r, d]`.
+    """The injection weights of N layers: `injection_downs` `[N, d, r]` and `injection_ups` `[N, r, d]`.
 
     Args:
         num_layers: N, the number of injected layers.
         hidden_size: d, the width of the base.
         rank: r.
-        variant: how D is drawn: "released" from N(0, 0.02), "transient" from N(0, 1 / d), "paper" as an `nn.Linear` does.
+        variant: how D is drawn: "published" from N(0, 0.02), "readout" from N(0, 1 / d), "peft" as an `nn.Linear` does.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, rank: int, variant: str = "released") -> None:
+    def __init__(self, num_layers: int, hidden_size: int, rank: int, variant: str = "published") -> None:
         super().__init__()
         self.injection_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank))
         self.injection_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
         scale = hidden_size**-0.5
         with torch.no_grad():
-            if variant == "paper":
+            if variant == "peft":
                 self.injection_downs.uniform_(-scale, scale)
             else:
-                self.injection_downs.normal_(std=scale if variant == "transient" else 0.02)
+                self.injection_downs.normal_(std=scale if variant == "readout" else 0.02)
 
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""

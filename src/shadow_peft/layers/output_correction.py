@@ -1,17 +1,18 @@
-"""Transient correction: a layer reads a corrected state, and the stream keeps what the layer made of it, corrected as well.
+"""Transient injection and output correction: the injected correction is removed after the layer, and what the layer adds is
+corrected too.
 
     delta = alpha * drop((h - s) @ D) @ U
     c     = layer(h + delta) - delta - h                 what the layer adds to the residual stream
-    h'    = h + c + c @ E @ V                            variant "transient"
+    h'    = h + c + c @ E @ V                            variant "readout"
 
     h, h'  [B, T, d]  hidden state of the base before and after a layer
     s      [B, T, d]  shadow state, the same at every layer
-    D, E   [d, r] [d, q]  down maps, drawn from N(0, 1 / d)
-    U, V   [r, d] [q, d]  up maps, zero at the start: a fresh adapter changes nothing
+    D, E   [d, r] [d, q]  down projections, drawn from N(0, 1 / d)
+    U, V   [r, d] [q, d]  up projections, zero at the start: a fresh adapter changes nothing
 
-The first is what a low-rank change of all maps that read the stream does, with what the shadow knows; the second is that of
-the maps that write to it. The injected correction itself does not stay: such corrections pile up over the layers (LOG.md has
-what either form reaches).
+The first acts like a low-rank change of the weights that read the residual stream, conditioned on the shadow; the second
+like one of the weights that write to it. The injected correction itself is removed, since such corrections accumulate over
+the layers (LOG.md has the figures of either form).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Read-out: at the end the shadow's state is blended into the base's, token by token, and what parts them is mapped.
+"""Read-out: behind the last layer the shadow's state is blended into the base's, and a low-rank map of their difference.
 
-    h' = h + tanh(h @ A @ B + b) * (s - h) + (h - s) @ F @ G          variant "transient"
+    h' = h + tanh(h @ A @ B + b) * (s - h) + (h - s) @ F @ G          variant "readout"
 
     h, s   [B, T, d]  final hidden state of the base, after its last norm; initial shadow state
-    A, F   [d, k] [d, m]  down maps, drawn from N(0, 1 / d)
-    B, b, G  [k, d] [d] [m, d]  up maps and bias, zero at the start: a fresh adapter changes nothing
+    A, F   [d, k] [d, m]  down projections, drawn from N(0, 1 / d)
+    B, b, G  [k, d] [d] [m, d]  up projections and bias, zero at the start: a fresh adapter changes nothing
 
-Both states are what a head reads, so what the shadow alone has learned need not find its way through the base's layers.
+Both states are inputs of a head, so what the shadow alone has learned need not pass through the base's layers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _ReadOut(torch.autograd.Function):
 
 
 class ShadowReadoutModel(nn.Module):
-    """The maps of the read-out: `gate_down` `[d, k]`, `gate_up` `[k, d]`, `gate_bias` `[d]`, `down` `[d, m]`, `up` `[m, d]`.
+    """The read-out's weights: `gate_down` `[d, k]`, `gate_up` `[k, d]`, `gate_bias` `[d]`, `down` `[d, m]`, `up` `[m, d]`.
 
     Args:
         hidden_size: d, the width of the base.

@@ -1,16 +1,16 @@
 """Update: a gate moves the shadow state towards a transform of the base's new hidden state.
 
-    n  = LayerNorm(h)                                    one LayerNorm for all layers   (variant "released"; "paper": n = h)
+    n  = LayerNorm(h)                                    one LayerNorm for all layers   (variant "published"; "peft": n = h)
     t  = drop(act(n @ A_t)) @ B_t      g = sigmoid(act(n @ A_g) @ B_g)
     s' = s + g * (t - s)
 
     h, s      [B, T, d]  hidden state of the base after a layer; shadow state
-    A_t, A_g  [d, k]     down maps: transform and gate read the same input, so both are one product
-    B_t, B_g  [k, d]     up maps
-    act                  SiLU without biases ("released") or GELU with biases ("paper"; it has no dropout here)
+    A_t, A_g  [d, k]     down projections: transform and gate read the same input, so both are one product
+    B_t, B_g  [k, d]     up projections
+    act                  SiLU without biases ("published") or GELU with biases ("peft"; it has no dropout here)
 
-The state after the last layer is read by nobody, so the last layer's maps are kept for the file alone: they are frozen
-and never computed. The maps of all other layers are stacked.
+Nothing reads the state after the last layer, so the last layer's weights exist for the file alone: they are frozen and never
+computed. The weights of all other layers are stacked.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
         h: hidden state of the base after the layer, `[B, T, d]`.
         s: shadow state, `[B, T, d]`.
         maps: the layer's maps.
-        norm: the shared LayerNorm ("released", SiLU) or None ("paper", GELU).
+        norm: the shared LayerNorm ("published", SiLU) or None ("peft", GELU).
         dropout: probability of dropping entries of the transform; 0 outside training.
 
     Returns:
@@ -112,14 +112,14 @@ class ShadowUpdateModel(nn.Module):
         num_layers: N, the number of updated layers as the file counts them; the last one's maps are frozen storage.
         hidden_size: d, the width of the base.
         gate_hidden_size: k.
-        paper: the variant "paper": biases, no LayerNorm.
+        peft: the variant "peft": biases, no LayerNorm.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, paper: bool = False) -> None:
+    def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, peft: bool = False) -> None:
         super().__init__()
-        self.hidden_norm = None if paper else nn.LayerNorm(hidden_size, eps=NORM_EPS)
-        self.live = StackedUpdateWeights(num_layers - 1, hidden_size, gate_hidden_size, bias=paper)
-        self.last = StackedUpdateWeights(1, hidden_size, gate_hidden_size, bias=paper)
+        self.hidden_norm = None if peft else nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.live = StackedUpdateWeights(num_layers - 1, hidden_size, gate_hidden_size, bias=peft)
+        self.last = StackedUpdateWeights(1, hidden_size, gate_hidden_size, bias=peft)
         self.freeze_unread()
 
     def freeze_unread(self) -> None:
@@ -137,7 +137,7 @@ class ShadowUpdateModel(nn.Module):
         return self.live.weights(dtype)
 
     def norm(self, dtype: torch.dtype) -> Norm | None:
-        """The shared LayerNorm in the dtype of the computation; None in the variant "paper"."""
+        """The shared LayerNorm in the dtype of the computation; None in the variant "peft"."""
         if self.hidden_norm is None:
             return None
         return Norm(self.hidden_norm.weight.to(dtype), self.hidden_norm.bias.to(dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from transformers import PreTrainedModel
 
 from shadow_peft.backbone.implicit import materialized
 from shadow_peft.checkpoint import store
-from shadow_peft.model import ShadowPeftModel
+from shadow_peft.model import InferenceMode, ShadowPeftModel
 from shadow_peft.storage.sharded import is_sharded
-
-InferenceMode = Literal["base_shadow", "shadow_only"]
 
 TRAINER_TAG = "shadow-peft"
 """With this among its tags, a trainer of TRL says that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""

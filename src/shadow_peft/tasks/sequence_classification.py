@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from shadow_peft.backbone.explicit import returned_cache
-from shadow_peft.base.architectures import classifier_name
-from shadow_peft.cache import shadow_only_cache
-from shadow_peft.losses.language_modeling import classification_loss, problem_type_of
+from shadow_peft.base.decoder import classifier_name
+from shadow_peft.inputs import ModelInputs
+from shadow_peft.losses.classification import classification_loss, problem_type_of
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
 
@@ -100,7 +99,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi
                 label; adds `loss` of the kind that `config.problem_type` or else the labels decide.
             use_cache: return the states of both networks.
-            num_items_in_batch: divisor of both losses, see `loss`.
+            num_items_in_batch: divisor of both losses, see `losses.classification`.
             output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
                 them.
             return_dict: False returns a tuple.
@@ -109,27 +108,22 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         Returns:
             `ShadowSequenceClassifierOutput` with logits `[B, C]`.
         """
-        peft = self.peft_model
-        call = peft.call(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, bool(use_cache), kwargs)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        adapted = self.peft_model.run(
+            ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs),
+            self.inference_mode,
+            skip_head=True,
+        )
         assert tokens is not None
         last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
-        result = ShadowSequenceClassifierOutput()
-        if not peft.attachment.enabled:
-            outputs = peft.run_base(call, kwargs, skip_head=True)
-            result.logits = self._classify(self.classifier_head, outputs[0], last)
-            result.past_key_values = returned_cache(outputs)
+        result = ShadowSequenceClassifierOutput(past_key_values=adapted.cache)
+        wants_shadow = adapted.base is None or self.wants_shadow_logits(output_shadow_logits)
+        if adapted.shadow_state is not None and wants_shadow:
+            result.shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
+        if adapted.base is None:
+            result.logits = result.shadow_logits
         else:
-            state, shadow_cache = peft.initial_state(call, kwargs)
-            if self.inference_mode == "shadow_only":
-                result.logits = result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
-                result.past_key_values = shadow_only_cache(shadow_cache)
-            else:
-                outputs, _ = peft.run_coupled(state, shadow_cache, call, kwargs, skip_head=True)
-                result.logits = self._classify(self.classifier_head, outputs[0], last)
-                result.past_key_values = returned_cache(outputs)
-                if self.wants_shadow_logits(output_shadow_logits):
-                    result.shadow_logits = self._classify(self.shadow_classifier_head, state, last)
+            result.logits = self._classify(self.classifier_head, adapted.base[0], last)
         if labels is not None:
             result.loss = self._loss(result, labels, num_items_in_batch)
         return result.to_tuple() if return_dict is False else result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from shadow_peft.losses.language_modeling import IGNORE_INDEX
+from shadow_peft.losses.reduction import IGNORE_INDEX
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, reject_options, without_dropout
 from shadow_peft.training.scoring import Reference, Scored

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from shadow_peft.losses.language_modeling import IGNORE_INDEX, at_least_float32
+from shadow_peft.losses.reduction import IGNORE_INDEX, at_least_float32
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from shadow_peft.losses.language_modeling import IGNORE_INDEX, next_token_loss, shifted
+from shadow_peft.losses.language_modeling import next_token_loss, shifted
+from shadow_peft.losses.reduction import IGNORE_INDEX
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, reject_options
 

@@ -1,0 +1,295 @@
+"""ShadowAdapter: the trained parts of an adapter, built for a base and placed beside it, and running its backbone.
+
+s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S to d, the identity when they agree
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
+from shadow_peft.backbone.implicit import build_implicit_backbone
+from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
+from shadow_peft.backbone.recompute import checkpoint_except_matmuls
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.base import peft_adapters
+from shadow_peft.base.architectures import architecture_of
+from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.signature import Signature, returned_cache
+from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.cache import ShadowCache
+from shadow_peft.config import ShadowConfig
+from shadow_peft.coupling import Coupling, EvolvingStateCoupling, StaticStateCoupling
+from shadow_peft.inputs import ModelInputs
+from shadow_peft.layers.injection import ShadowInjectionModel
+from shadow_peft.layers.output_correction import ShadowOutputModel
+from shadow_peft.layers.readout import ShadowReadoutModel
+from shadow_peft.layers.update import ShadowUpdateModel
+from shadow_peft.storage.sharded import is_sharded
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ShadowAdapter(nn.Module):
+    """The parts of a shadow adapter on a base; building them changes nothing of the base.
+
+    Args:
+        base_model: a transformers model with at least two decoder layers, or a `peft.PeftModel` of one.
+        shadow_config: the adapter's hyperparameters.
+        shadow_model: an explicit shadow; None builds an implicit one from the base.
+        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        init_from_base: False leaves an implicit backbone random, for a checkpoint that is about to be loaded.
+
+    Attributes:
+        base_model: the base.
+        decoder: where its decoder layers are.
+        shadow_model: the backbone.
+        shadow_hidden_projection: P, a linear map or the identity.
+        shadow_injection_model: the injection weights of all adapted layers.
+        shadow_update_model: their update weights; None in the variant "readout".
+        shadow_output_model: their output corrections; None in the other variants.
+        shadow_readout_model: the read-out behind the last layer; None in the other variants.
+        task_heads: trained heads that a task model has added; saved beside the adapter.
+        has_implicit_shadow: whether the backbone was built from the base.
+        shared_table_name: name that the embedding weight of an implicit backbone had before it was removed, or None.
+        recompute_backbone: in training, save the backbone's matrix products alone, see `backbone.recompute`.
+
+    Raises:
+        TypeError: the base or the shadow is no transformers model.
+        ValueError: the base cannot be adapted, or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        shadow_config: ShadowConfig,
+        *,
+        shadow_model: PreTrainedModel | None = None,
+        autocast_adapter_dtype: bool = True,
+        init_from_base: bool = True,
+    ) -> None:
+        super().__init__()
+        base_model = peft_adapters.unwrap_base(base_model)
+        decoder = find_decoder(base_model)
+        if shadow_model is None:
+            backbone, shared_table_name = build_implicit_backbone(decoder, shadow_config, init_from_base)
+        else:
+            backbone, shared_table_name = prepare_shadow_model(shadow_model), None
+        self.shadow_config = shadow_config
+        self.has_implicit_shadow = shadow_model is None
+        self.shared_table_name = shared_table_name
+        self.decoder = decoder
+        self.base_model = base_model
+        self.shadow_model = backbone
+        self.shadow_hidden_projection = make_projection(backbone, decoder.hidden_size)
+        self._add_layer_parts(len(decoder.layers) - shadow_config.first_injected_layer, decoder.hidden_size)
+        self.task_heads = nn.ModuleDict()
+        self._backbone_signature = Signature.of(backbone)
+        self._embedding_map: Tensor | None = None
+        self._checkpointing = False
+        self.recompute_backbone = True
+        self._injected_adapters: Any = ()
+        self._configure_embeddings(shadow_model)
+        self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
+
+    def _add_layer_parts(self, num_layers: int, width: int) -> None:
+        config = self.shadow_config
+        variant, k = config.variant, config.gate_hidden_size
+        self.shadow_injection_model = ShadowInjectionModel(num_layers, width, config.injection_hidden_size, variant)
+        self.shadow_update_model = self.shadow_output_model = self.shadow_readout_model = None
+        if variant == "readout":
+            self.shadow_output_model = ShadowOutputModel(num_layers, width, config.output_hidden_size)
+            self.shadow_readout_model = ShadowReadoutModel(width, k, config.readout_hidden_size)
+        else:
+            self.shadow_update_model = ShadowUpdateModel(num_layers, width, k, peft=variant == "peft")
+
+    def _configure_embeddings(self, shadow_model: PreTrainedModel | None) -> None:
+        """Freeze the table of an explicit shadow unless it is to be trained; refuse one that cannot be fed.
+
+        An implicit shadow of another width has a random table of its own, which is trained.
+
+        Raises:
+            ValueError: a shadow without embeddings that does not read the base's width.
+        """
+        own, base = input_embeddings(self.shadow_model), self.base_model.get_input_embeddings()
+        if own is not None:
+            made_here = shadow_model is None and self.shared_table_name is None
+            trained = self.shadow_config.train_shadow_embeddings or trains_embeddings(shadow_model)
+            own.requires_grad_(trained or made_here)
+        elif shadow_model is not None and base.weight.shape[1] != self.shadow_hidden_size:
+            raise ValueError(
+                f"The shadow has no embeddings of its own and reads states {self.shadow_hidden_size} wide, but "
+                f"the base's embeddings are {base.weight.shape[1]} wide. Keep the shadow's embedding table."
+            )
+
+    def _place(self, dtype: torch.dtype) -> None:
+        """Move the adapter to the device on which the base embeds its tokens."""
+        device = execution_device(self.base_model.get_input_embeddings())
+        for part in self.parts().values():
+            part.to(device, dtype)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The adapter's own modules by name, without the base and the trained heads."""
+        return {name: part for name, part in self.named_children() if name not in ("base_model", "task_heads")}
+
+    @property
+    def shadow_hidden_size(self) -> int:
+        """S, the width of the backbone."""
+        return backbone_width(self.shadow_model)
+
+    @property
+    def base_hidden_size(self) -> int:
+        """d, the width of the base."""
+        return self.decoder.hidden_size
+
+    # ---------------------------------------------------------------- running the backbone
+
+    def initial_state(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting computed are reused."""
+        cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
+        if cache is None or cache.drafted is None:
+            return self._run_backbone(inputs)
+        drafted, cache.drafted = cache.drafted, None
+        rest = inputs.without_first(drafted.states.shape[1])
+        if rest.length == 0:
+            return drafted.states, cache.shadow
+        state, backbone_cache = self._run_backbone(rest)
+        return torch.cat([drafted.states, state], dim=1), backbone_cache
+
+    def _run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        cache = None if inputs.cache is None else inputs.cache.shadow
+        signature = self._backbone_signature
+        arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
+        tokens = self._backbone_tokens(inputs)
+        with self._backbone_precision():
+            if self._recomputes(inputs):
+                save_matmuls = not architecture_of(self.shadow_model.config).modifies_outputs_in_place
+                outputs = checkpoint_except_matmuls(self.shadow_model, tokens, arguments, save_matmuls)
+            else:
+                outputs = self.shadow_model(**tokens, **arguments)
+            return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
+
+    def _recomputes(self, inputs: ModelInputs) -> bool:
+        """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.
+
+        FSDP's hooks on the layers act differently the second time, so a sharded backbone saves everything.
+        """
+        wanted = self.recompute_backbone and self.training and torch.is_grad_enabled()
+        never = self._checkpointing or inputs.use_cache or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
+        return wanted and not never
+
+    def _backbone_tokens(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """The tokens as the backbone reads them: token ids for its own embeddings, or the base's embeddings."""
+        own = input_embeddings(self.shadow_model)
+        if inputs.input_ids is not None and own is not None:
+            return {"input_ids": inputs.input_ids}
+        if own is None or isinstance(own, SharedEmbedding):
+            given = inputs.inputs_embeds
+            embeds = self.base_model.get_input_embeddings()(inputs.input_ids) if given is None else given.clone()
+        else:
+            assert inputs.inputs_embeds is not None
+            embeds = self._to_shadow_width(inputs.inputs_embeds)
+        if self._checkpointing and self.training and not embeds.requires_grad:
+            # reentrant checkpoints drop gradients of inputs that need none; no leaf, since CTRL and GIT modify it in place
+            embeds = embeds.detach().requires_grad_().clone()
+        return {"inputs_embeds": embeds}
+
+    def _to_shadow_width(self, embeds: Tensor) -> Tensor:
+        """The base's embeddings `[B, T, d]` for a shadow with its own table: the least-squares map between the tables."""
+        if self._embedding_map is None:
+            tables = (m.get_input_embeddings().weight.detach() for m in (self.base_model, self.shadow_model))
+            self._embedding_map = fit_embedding_map(*tables)
+        return embeds.to(self._embedding_map.dtype) @ self._embedding_map.to(embeds.device)
+
+    def _backbone_precision(self) -> AbstractContextManager[Any]:
+        """Beside a base in half precision, float32 masters of the backbone compute in the base's dtype."""
+        parameter = next(self.shadow_model.parameters())
+        kind, dtype = parameter.device.type, self.base_model.dtype
+        if dtype in _HALF and parameter.dtype == torch.float32 and not torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, dtype)
+        return nullcontext()
+
+    # ---------------------------------------------------------------- activations of base and backbone
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute the layers of base and backbone in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`.
+            **kwargs: `every_n_layers` and `offload`, as transformers takes them.
+        """
+        self.base_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        self.base_model.disable_input_require_grads()  # transformers' hook would send gradients through untouched layers
+        for layer in self.decoder.layers[: self.shadow_config.first_injected_layer]:
+            for module in layer.modules():
+                if "gradient_checkpointing" in module.__dict__:  # nothing below the first injection needs a gradient
+                    vars(module)["gradient_checkpointing"] = False
+        if self.shadow_model.supports_gradient_checkpointing:
+            self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        self._checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Save all activations of base and backbone again."""
+        for model in (self.base_model, self.shadow_model):
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
+        self._checkpointing = False
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The name that transformers gives `gradient_checkpointing_enable` from 5.23 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """The name that transformers gives `gradient_checkpointing_disable` from 5.23 on."""
+        self.gradient_checkpointing_disable()
+
+    # ---------------------------------------------------------------- coupling it to the base
+
+    def make_coupling(self, state: Tensor, keep_head_input: bool = False) -> Coupling:
+        """The coupling of one forward pass of the base, of the adapter's variant, from an initial state s `[B, T, d]`."""
+        config = self.shadow_config
+        settings: dict[str, Any] = {
+            "alpha": config.alpha,
+            "dropout": config.dropout if self.training else 0.0,
+            "residual_stream": self.decoder.residual_stream,
+            "dtype": self.base_model.dtype,
+            "keep_head_input": keep_head_input,
+        }
+        injection = self.shadow_injection_model
+        if self.shadow_update_model is not None:
+            before_down = config.variant == "peft"
+            return EvolvingStateCoupling(
+                state, injection, self.shadow_update_model, dropout_before_down=before_down, **settings
+            )
+        assert self.shadow_output_model is not None
+        assert self.shadow_readout_model is not None
+        return StaticStateCoupling(state, injection, self.shadow_output_model, self.shadow_readout_model, **settings)
+
+    # ---------------------------------------------------------------- sizes
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters, and of all parameters."""
+        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
+        return sum(t for t, _ in counts), sum(n for _, n in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, also when accelerate holds its weights elsewhere between calls."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return next(module.parameters()).device

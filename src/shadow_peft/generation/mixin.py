@@ -1,0 +1,153 @@
+"""Generation of a model with a shadow, through transformers' own: both caches, and drafting as a switch of `generate`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from shadow_peft.cache import num_uncached_tokens, select_cache
+from shadow_peft.generation import draft_length
+from shadow_peft.generation.batched import BatchedDrafting
+from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
+from shadow_peft.generation.drafting import DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
+from shadow_peft.model import InferenceMode, ShadowPeftModel
+
+
+class ShadowGenerationMixin(GenerationMixin):
+    """`generate` of a causal language model with a shadow; implements `generation.drafting.Drafter`.
+
+    Attributes:
+        peft_model: the adapted base.
+        inference_mode: which network answers.
+    """
+
+    peft_model: ShadowPeftModel
+    inference_mode: InferenceMode
+
+    def can_generate(self) -> bool:
+        """Always: a causal LM generates."""
+        return True
+
+    # ---------------------------------------------------------------- both caches
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Whatever the base's `generate` takes is taken; only the base knows which names those are."""
+        self.peft_model.base_model._validate_model_kwargs(dict(model_kwargs))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the base prepare the kind of cache that is asked for, and add one for the backbone."""
+        base, name = self.peft_model.base_model, self.peft_model.cache_name
+        given = model_kwargs.pop("past_key_values", None)
+        if name is not None and given is not None:
+            model_kwargs[name] = select_cache(given, self.inference_mode == "base_shadow")
+        base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepared = None if name is None else model_kwargs.pop(name, None)
+        if given is not None:
+            model_kwargs["past_key_values"] = given
+        elif prepared is not None:
+            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(prepared)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The base's own preparation, on the base's own cache."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        peft, cache = self.peft_model, kwargs.pop("past_key_values", None)
+        attention_mask = kwargs.get("attention_mask")
+        uncached_tokens = kwargs.pop("uncached_tokens", None)
+        if kwargs.get("is_first_iteration") and uncached_tokens is not None:
+            kwargs["next_sequence_length"] = uncached_tokens
+        if cache is not None and peft.cache_name is not None:
+            kwargs[peft.cache_name] = select_cache(cache, self.inference_mode == "base_shadow")
+        inputs: dict[str, Any] = peft.base_model.prepare_inputs_for_generation(input_ids, **kwargs)
+        if peft.cache_name is not None:
+            inputs.pop(peft.cache_name, None)
+        return {**inputs, "past_key_values": cache, "attention_mask": attention_mask, "output_shadow_logits": False}
+
+    # ---------------------------------------------------------------- drafting
+
+    def shadow_step(self, *args: Any) -> Tensor:
+        """See `ShadowPeftModel.shadow_step`."""
+        return self.peft_model.shadow_step(*args)
+
+    def shadow_logits(self, state: Tensor) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
+        raise NotImplementedError
+
+    def adaptive_cost(self, config: GenerationConfig, rows: int) -> float:
+        """What a drafted token costs, in base passes; 0 where the length of drafts does not adapt."""
+        constant = config.num_assistant_tokens_schedule == "constant"
+        return 0.0 if constant else draft_length.drafting_cost(self.peft_model, rows)
+
+    def _prepare_generation_config(
+        self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config.
+
+        Where nobody says how the length of drafts changes, it is "heuristic": it adapts.
+        """
+        schedule = "num_assistant_tokens_schedule"
+        given = [kwargs.get(schedule), *(getattr(c, schedule, None) for c in (generation_config, self.generation_config))]
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if use_shadow_draft is not None:
+            prepared.use_shadow_draft = use_shadow_draft
+        prepared.num_assistant_tokens_schedule = next(filter(None, given), "heuristic")
+        return DraftingGenerationConfig.of(prepared), model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
+        """Several samples of a prompt are rows of a batch, which drafting takes."""
+        if isinstance(generation_config, DraftingGenerationConfig):
+            generation_config = copy.copy(generation_config)
+            generation_config.num_return_sequences = 1
+        super()._validate_generation_mode(generation_mode, generation_config, *args)
+
+    def _assisted_decoding(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' assisted generation; with the shadow as drafter, its statistics come back with the output."""
+        drafting = isinstance(generation_config, DraftingGenerationConfig)
+        kwargs["uncached_tokens"] = num_uncached_tokens(input_ids, kwargs)
+        if drafting:
+            if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
+                raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
+            generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
+            if input_ids.shape[0] > 1:
+                return self._drafted_batch(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        output = super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        if drafting and generation_config.return_dict_in_generate:
+            return DraftedGenerateOutput(**output, draft_statistics=generation_config.statistics)
+        return output
+
+    def _drafted_batch(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: DraftingGenerationConfig,
+        *,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Drafting for several rows, see `generation.batched`; transformers' assisted generation takes one.
+
+        Raises:
+            ValueError: a streamer, or ranks that decode in step.
+        """
+        if streamer is not None or synced_gpus:
+            raise ValueError("A batch that drafts works without streamer and without synced_gpus.")
+        for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "uncached_tokens"):
+            kwargs.pop(unused, None)
+        return BatchedDrafting(self, generation_config, logits_processor, stopping_criteria, input_ids, kwargs).run()
+
+    def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
+        """The shadow as drafter, where it is asked for; transformers' other drafters else."""
+        if not isinstance(generation_config, DraftingGenerationConfig):
+            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        return ShadowCandidateGenerator(self, generation_config, kwargs["logits_processor"], kwargs["model_kwargs"])
