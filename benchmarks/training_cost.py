@@ -64,11 +64,11 @@ def with_peft_shadow(base: LlamaForCausalLM) -> nn.Module:
     )
 
 
-def with_shadow(base: LlamaForCausalLM, **sizes: int) -> nn.Module:
+def with_shadow(base: LlamaForCausalLM, **config: Any) -> nn.Module:
     """The published package and ours have one interface."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    return ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**sizes)))
+    return ShadowForCausalLM(get_shadow_model(base, ShadowConfig(**config)))
 
 
 def with_published(base: LlamaForCausalLM) -> nn.Module:
@@ -77,7 +77,9 @@ def with_published(base: LlamaForCausalLM) -> nn.Module:
 
 def with_ours(base: LlamaForCausalLM) -> nn.Module:
     """As large, with more of it between the layers."""
-    return with_shadow(base, shadow_intermediate_size=640, injection_hidden_size=85, output_hidden_size=42)
+    return with_shadow(
+        base, variant="readout", shadow_intermediate_size=640, injection_hidden_size=85, output_hidden_size=42
+    )
 
 
 PUBLISHED = "shadow-peft 0.1.1"

@@ -11,7 +11,7 @@ from shadow_peft import ShadowConfig, get_shadow_model
 base, input_ids = causal_lm().eval(), token_ids()
 with torch.no_grad():
     bare = base(input_ids=input_ids).logits
-    model = get_shadow_model(base, ShadowConfig(alpha=1.0))
+    model = get_shadow_model(base, ShadowConfig(alpha=1.0)).eval()
     torch.nn.init.normal_(model.shadow_injection_model.injection_ups)  # as if it had been trained
     adapted = model(input_ids=input_ids).logits
     assert not torch.allclose(bare, adapted)

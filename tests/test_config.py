@@ -31,11 +31,18 @@ def test_published_defaults(variant: str) -> None:
     assert {name: config[name] for name in PUBLISHED} == PUBLISHED
 
 
-def test_a_stored_config_without_a_variant_is_the_published_packages() -> None:
-    stored = {name: value for name, value in ShadowConfig(variant="published").to_dict().items() if name in PUBLISHED}
-    assert ShadowConfig.from_dict(stored) == ShadowConfig(variant="published")
-    assert ShadowConfig().variant == "readout"
-    assert (ShadowConfig().alpha, ShadowConfig(variant="published").alpha, ShadowConfig(alpha=0.5).alpha) == (1.0, 0.1, 0.5)
+def test_the_default_is_the_published_method() -> None:
+    assert ShadowConfig() == ShadowConfig(variant="published", **PUBLISHED)
+    assert ShadowConfig.from_dict({}) == ShadowConfig()
+    assert ShadowConfig.from_dict(PUBLISHED) == ShadowConfig()
+
+
+def test_a_variant_has_defaults_of_its_own() -> None:
+    readout = ShadowConfig(variant="readout")
+    assert (readout.injection_hidden_size, readout.gate_hidden_size, readout.alpha, readout.dropout) == (64, 16, 1.0, 0.0)
+    assert (readout.output_hidden_size, readout.readout_hidden_size) == (32, 32)
+    assert ShadowConfig(variant="readout", alpha=0.5).alpha == 0.5
+    assert ShadowConfig().output_hidden_size is None
 
 
 def test_round_trip(tmp_path: Path) -> None:

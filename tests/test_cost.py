@@ -76,8 +76,13 @@ def test_the_last_update_is_stored_but_not_trained() -> None:
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     model = causal_lm(llama())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total
     model.print_trainable_parameters()
-    assert f"trainable params: {trainable:,} ||" in capsys.readouterr().out
+    assert (
+        f"Trainable params: {trainable:,} || Total params: {total:,} || Trainable%: {share:.2f}%\n"
+        == capsys.readouterr().out
+    )
 
 
 class Operations(TorchDispatchMode):
@@ -128,7 +133,7 @@ def test_operations_per_layer(variant: str, most: int) -> None:
     def added(layers: int) -> int:
         base, ids = llama(num_hidden_layers=layers), tokens()
         alone = operations(base, ids)
-        return operations(get_shadow_model(base, ShadowConfig(variant=variant)), ids) - alone
+        return operations(get_shadow_model(base, ShadowConfig(variant=variant)).eval(), ids) - alone
 
     assert (added(8) - added(4)) / 4 <= most
 

@@ -78,7 +78,9 @@ def test_a_base_spread_by_device_map(offload: str, tmp_path: Path) -> None:
     ids, before = tokens(), llama()(tokens()).logits
     torch.manual_seed(1)
     settings = {"alpha": 0.7, "dropout": 0.0, "injection_hidden_size": 8, "gate_hidden_size": 6, "shadow_init": "base"}
-    model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, ShadowConfig(**settings, num_shadow_layers=3))))
+    model = ShadowForCausalLM(
+        with_nonzero_weights(get_shadow_model(base, ShadowConfig(**settings, num_shadow_layers=3)))
+    ).eval()
     expected = causal_lm(llama(), num_shadow_layers=3, shadow_init="base")
     expected.load_state_dict(model.state_dict())
     outputs = model(ids, labels=ids)

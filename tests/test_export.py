@@ -122,8 +122,9 @@ def test_wrap_solves_for_the_best_projection() -> None:
     drawn, _, _ = wrapped(optimal=False)
     errors = [(m(ids).logits - small(ids).logits).square().mean() for m in (model, drawn)]
     assert errors[0] < errors[1]
-    assert not model.lm_head.weight.requires_grad
+    assert model.lm_head.weight.requires_grad == large.lm_head.weight.requires_grad
     assert no_shared_tensor(model.lm_head, large)
+    assert no_shared_tensor(model.shadow_model, small)
 
 
 def test_a_wrapped_model_brings_its_projection_along() -> None:

@@ -106,13 +106,13 @@ def test_a_fresh_read_out_and_a_fresh_adapter_change_no_bit() -> None:
     assert torch.equal(ShadowReadoutModel(D, R, 2)(h, s), h)
     base, ids = llama(), tokens()
     expected = base(ids).logits
-    assert torch.equal(get_shadow_model(base, ShadowConfig())(ids).logits, expected)
+    assert torch.equal(get_shadow_model(base, ShadowConfig(variant="readout")).eval()(ids).logits, expected)
 
 
 def test_every_part_of_a_fresh_adapter_learns_soon() -> None:
     """The maps behind zeros get a gradient with the second step."""
     torch.manual_seed(0)
-    model, ids = ShadowForCausalLM(get_shadow_model(llama(), ShadowConfig())).train(), tokens()
+    model, ids = ShadowForCausalLM(get_shadow_model(llama(), ShadowConfig(variant="readout"))).train(), tokens()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     for _ in range(2):
@@ -142,7 +142,7 @@ def test_a_layer_keeps_thin_products_alone(name: str) -> None:
     """Per token and layer r + q numbers and what the layer added; h + delta is kept by the layer's norm anyway."""
 
     def kept(layers: int, rank: int) -> int:
-        model = causal_lm(llama(num_hidden_layers=layers), **{name: rank}).train()
+        model = causal_lm(llama(num_hidden_layers=layers), variant="readout", **{name: rank}).train()
         ids = tokens(2, 16)
         return saved_bytes(lambda: model(ids, labels=ids, use_cache=False).loss, [*model.parameters(), *model.buffers()])
 
@@ -154,7 +154,7 @@ def test_a_layer_keeps_thin_products_alone(name: str) -> None:
 
 @pytest.mark.parametrize("family", [llama, qwen3, gpt2])
 def test_cached_steps_equal_the_full_forward(family: Callable[[], object]) -> None:
-    model, ids = causal_lm(family()), tokens(2, 9)
+    model, ids = causal_lm(family(), variant="readout"), tokens(2, 9)
     with torch.no_grad():
         full, cache, rows = model(ids).logits, None, []
         for place in range(9):
@@ -166,7 +166,7 @@ def test_cached_steps_equal_the_full_forward(family: Callable[[], object]) -> No
 
 def test_the_bare_base_stays_bare() -> None:
     base, ids = llama(), tokens()
-    expected, model = base(ids).logits, causal_lm(base)
+    expected, model = base(ids).logits, causal_lm(base, variant="readout")
     assert not torch.equal(model(ids).logits, expected)
     assert torch.equal(base(ids).logits, expected)
     assert torch.equal(model.peft_model.unload()(ids).logits, expected)

@@ -53,7 +53,7 @@ def dora() -> nn.Module:
     return lora(use_dora=True)
 
 
-def released() -> nn.Module:
+def published() -> nn.Module:
     """`shadow-peft` 0.1.1."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
@@ -72,15 +72,15 @@ def tuner() -> nn.Module:
 
 
 def ours(**config: Any) -> nn.Module:
-    """This library, as it makes new adapters."""
+    """This library, its variant "readout" unless `config` says otherwise."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    config = config or OUR_SIZES
+    config = {"variant": "readout", **(config or OUR_SIZES)}
     return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**config, shadow_init="random"))).eval()
 
 
-def ours_released() -> nn.Module:
-    """This library with an adapter of `shadow-peft` 0.1.x."""
+def ours_published() -> nn.Module:
+    """This library with the published mathematics, as `shadow-peft` 0.1.x has it."""
     return ours(**PUBLISHED_SIZES, variant="published")
 
 
@@ -88,9 +88,9 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "bare base": bare,
     "LoRA": lora,
     "DoRA": dora,
-    "shadow-peft 0.1.1": released,
+    "shadow-peft 0.1.1": published,
     "peft Shadow": tuner,
-    "ours, variant published": ours_released,
+    "ours, variant published": ours_published,
     "ours": ours,
 }
 

@@ -284,7 +284,7 @@ class ShadowAdapter(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(f"Trainable params: {trainable:,} || Total params: {total:,} || Trainable%: {100 * trainable / total:.2f}%")
 
 
 def execution_device(module: nn.Module) -> torch.device:

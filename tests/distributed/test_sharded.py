@@ -45,10 +45,12 @@ def test_sharded_names_are_those_of_the_parameters(sharded: ShadowForCausalLM) -
 
 def test_gathered_state_is_saved_as_without_shards(sharded: ShadowForCausalLM, tmp_path: Path) -> None:
     whole = causal_lm(llama(), modules_to_save=["lm_head", "shadow_lm_head"])
-    sharded.save_pretrained(tmp_path / "sharded", state_dict=get_model_state_dict(sharded, options=WHOLE))
-    whole.save_pretrained(tmp_path / "whole")
-    for file in ("shadow_adapter_readout.safetensors", "shadow_modules.safetensors", "model.safetensors.index.json"):
-        assert (tmp_path / "sharded" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    sharded.save_pretrained(tmp_path / "sharded" / "checkpoint-1", state_dict=get_model_state_dict(sharded, options=WHOLE))
+    whole.save_pretrained(tmp_path / "whole" / "checkpoint-1")
+    for file in ("shadow_adapter.safetensors", "shadow_modules.safetensors", "model.safetensors.index.json"):
+        assert (tmp_path / "sharded" / "checkpoint-1" / file).read_bytes() == (
+            tmp_path / "whole" / "checkpoint-1" / file
+        ).read_bytes()
     logits = [model.eval()(input_ids=tokens()).logits for model in (sharded, whole)]  # shards are back in their places
     torch.testing.assert_close(*logits)
 

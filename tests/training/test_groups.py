@@ -39,7 +39,7 @@ def test_rates_and_decay_by_hand() -> None:
     settings = [(group["lr"], group["weight_decay"]) for group in groups]
     assert settings == [(1e-3, 0.1), (1e-3, 0.0), (5e-5, 0.1), (5e-5, 0.0)]
     rest, bare, shadow, shadow_bare = names_of(model, groups)
-    assert bare == {"shadow_readout_model.gate_bias"}
+    assert bare == {"shadow_update_model.hidden_norm.weight", "shadow_update_model.hidden_norm.bias"}
     assert {"shadow_injection_model.injection_ups", "task_heads.shadow_lm_head.weight"} < rest
     assert "shadow_hidden_projection.weight" in shadow
     assert all(name.startswith(("shadow_model.", "shadow_hidden_projection.")) for name in shadow | shadow_bare)

@@ -28,10 +28,12 @@ class DroppingTrainer(Trainer):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
 
-def fresh_model(weight: float = 0.5) -> ShadowForCausalLM:
-    """A fresh adapter, with up maps that are zero."""
+def fresh_model(weight: float = 0.5, variant: str = "published") -> ShadowForCausalLM:
+    """A fresh adapter, with up projections that are zero."""
     torch.manual_seed(0)
-    return ShadowForCausalLM(get_shadow_model(llama(), ShadowConfig(dropout=0.0)), shadow_loss_weight=weight)
+    return ShadowForCausalLM(
+        get_shadow_model(llama(), ShadowConfig(dropout=0.0, variant=variant)), shadow_loss_weight=weight
+    )
 
 
 def warnings_of(
@@ -70,7 +72,7 @@ def test_label_smoothing_of_a_stock_trainer_is_reported(caplog: Any, tmp_path: P
 
 
 def test_a_detached_part_is_named(caplog: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fresh_model()
+    model = fresh_model(variant="readout")
     monkeypatch.setattr(model.peft_model.shadow_readout_model, "forward", lambda h, s: h)
     (message,) = warnings_of(caplog, tmp_path, model)
     assert "No gradient reached shadow_readout_model of" in message
@@ -80,9 +82,10 @@ def test_no_shadow_loss_is_wanted_at_weight_zero(caplog: Any, tmp_path: Path) ->
     assert warnings_of(caplog, tmp_path, fresh_model(0.0), DroppingTrainer) == []
 
 
-def test_frozen_parts_are_not_missed(caplog: Any, tmp_path: Path) -> None:
-    model = fresh_model()
-    model.peft_model.shadow_readout_model.requires_grad_(False)
+@pytest.mark.parametrize(("variant", "part"), [("readout", "shadow_readout_model"), ("published", "shadow_update_model")])
+def test_frozen_parts_are_not_missed(caplog: Any, tmp_path: Path, variant: str, part: str) -> None:
+    model = fresh_model(variant=variant)
+    getattr(model.peft_model, part).requires_grad_(False)
     assert warnings_of(caplog, tmp_path, model) == []
 
 
@@ -100,7 +103,7 @@ def test_a_loop_of_ones_own_is_watched() -> None:
         watch, ids = GradientWatch(model, steps=2), tokens()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(2):
-            output = model(ids, labels=ids)
+            output = model(ids, labels=ids, output_logits=True)
             loss = output.loss if own else F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             assert watch.step() is (step == 1)

@@ -29,6 +29,12 @@ from shadow_peft.losses.language_modeling import next_token_loss, shifted
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
 
+_BACKBONE_SIZES = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings"),
+)
+"""Sizes of the backbone that tools look up in the outer config, as `shadow-peft` 0.1.x writes them."""
+
 
 class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
     """Config of a projected causal LM.
@@ -63,7 +69,9 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         if self.shadow_model_config:
             self.backbone_config()  # an unknown architecture is an error here, not somewhere inside transformers
-        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+        inner = {name: self.shadow_model_config.get(name) for name in _BACKBONE_SIZES}
+        sizes = {name: value for name, value in inner.items() if value is not None}
+        super().__init__(**{"tie_word_embeddings": False, "hidden_size": base_hidden_size, **sizes, **kwargs})
 
     @classmethod
     def around(cls, backbone: PreTrainedModel, base_hidden_size: int, vocab_size: int) -> Any:
@@ -121,7 +129,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
     ) -> None:
         super().__init__(config)
         inner = config.backbone_config() if backbone is None else backbone.config
-        self.shadow_model = AutoModel.from_config(inner) if backbone is None else backbone
+        self.shadow_model = _random_backbone(inner) if backbone is None else backbone
         width = inner.get_text_config(decoder=True).hidden_size
         self.shadow_hidden_projection = nn.Linear(width, config.base_hidden_size, bias=False)
         self.lm_head = nn.Linear(config.base_hidden_size, config.vocab_size, bias=False)
@@ -170,9 +178,9 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         """Put a small model under the head of a large one.
 
         Args:
-            shadow_model: the small model; its task head is stripped.
+            shadow_model: the small model; it is copied, and its task head is stripped.
             shadow_hidden_projection: a map from the small width S to the large width d.
-            lm_head: the large model's output embedding `[V, d]`; it is copied and frozen.
+            lm_head: the large model's output embedding `[V, d]`; it is copied.
             init_optimal_projection: set the projection to the least-squares solution of
                 min `|lm_head @ P - reference_lm_head|`, so that the projected model starts as the small model itself.
             reference_lm_head: the small model's output embedding `[V, S]`; None takes it from `shadow_model`.
@@ -181,13 +189,14 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             ValueError: the widths or vocabularies do not fit, or there is no reference head.
         """
         reference = shadow_model.get_output_embeddings() if reference_lm_head is None else reference_lm_head
-        backbone = prepare_shadow_model(shadow_model)
+        backbone = prepare_shadow_model(copy.deepcopy(shadow_model))
         vocab_size, hidden_size = lm_head.weight.shape
         _check_projection(shadow_hidden_projection, backbone, hidden_size)
         config = AutoModelForCausalLMWithHiddenProjectionConfig.around(backbone, hidden_size, vocab_size)
         model = cls(config, backbone)
         model.shadow_hidden_projection = copy.deepcopy(shadow_hidden_projection).to(backbone.dtype)
-        model.lm_head.weight = nn.Parameter(lm_head.weight.detach().to(backbone.dtype).clone(), requires_grad=False)
+        head = lm_head.weight
+        model.lm_head.weight = nn.Parameter(head.detach().to(backbone.dtype, copy=True), requires_grad=head.requires_grad)
         if init_optimal_projection:
             if reference is None:
                 raise ValueError("init_optimal_projection needs reference_lm_head: shadow_model has no output embedding.")
@@ -268,6 +277,11 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
+
+
+def _random_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone in torch's default dtype, which transformers sets to the dtype that a model is loaded in."""
+    return AutoModel.from_config(config, dtype=torch.get_default_dtype())
 
 
 def _check_projection(projection: nn.Linear, backbone: PreTrainedModel, hidden_size: int) -> None:

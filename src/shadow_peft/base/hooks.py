@@ -69,11 +69,11 @@ class Attachment:
     @contextmanager
     def active(self, coupling: LayerCallbacks) -> Iterator[None]:
         """Inside the context, forward passes of the base in this thread run coupled."""
-        outer, self._thread.coupling = self.coupling, coupling
+        self._thread.coupling = coupling
         try:
             yield
         finally:
-            self._thread.coupling = outer
+            self._thread.coupling = None
 
     @property
     def enabled(self) -> bool:

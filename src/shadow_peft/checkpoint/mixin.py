@@ -49,7 +49,7 @@ class CheckpointMixin(ShadowAdapter):
         fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
 
     def state_dict(  # type: ignore[override]
-        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+        self, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs.
 

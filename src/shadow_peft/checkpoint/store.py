@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,10 @@ FILES = frozenset(
 """All names that an adapter's files can have; a save leaves none of an earlier one."""
 
 INDEX_FILE = "model.safetensors.index.json"
-"""transformers' index of a checkpoint in several files; it lets a Trainer resume from ours as they are."""
+"""transformers' index of a checkpoint in several files; a Trainer resumes only from a folder with weights that it knows."""
+
+_TRAINER_FOLDER = re.compile(r"(last-)?checkpoint(-\d+)?")
+"""Names that a Trainer gives the folders it may resume from; no other folder gets an index."""
 
 
 _PEFT_WEIGHT = ("auxiliary_loss_weight", "shadow_loss_weight")
@@ -188,8 +192,7 @@ def _save(
             if tensors:
                 write_tensors(tensors, staging / file)
         write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
-        files = {name: file for file, tensors in contents.items() for name in tensors}
-        write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
+        _write_index({name: file for file, tensors in contents.items() for name in tensors}, save_directory, staging)
 
 
 def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
@@ -216,7 +219,12 @@ def _save_peft(model: ShadowAdapter, save_directory: str | Path, training: Mappi
         if training is not None:
             config[_PEFT_WEIGHT[0]] = training[_PEFT_WEIGHT[1]]
         write_json(config, staging / peft.CONFIG_FILE)
-        write_json({"metadata": {}, "weight_map": dict.fromkeys(adapter, peft.ADAPTER_FILE)}, staging / INDEX_FILE)
+        _write_index(dict.fromkeys(adapter, peft.ADAPTER_FILE), save_directory, staging)
+
+
+def _write_index(files: Mapping[str, str], save_directory: str | Path, staging: Path) -> None:
+    if _TRAINER_FOLDER.fullmatch(Path(save_directory).name):
+        write_json({"metadata": {}, "weight_map": dict(files)}, staging / INDEX_FILE)
 
 
 def _dialect_of(model: ShadowAdapter) -> Dialect:

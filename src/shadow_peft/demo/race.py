@@ -35,7 +35,7 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 Curve = list[tuple[int, float]]
 
 #: What stands around the shadow that is raced, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(injection_hidden_size=38, output_hidden_size=20)
+SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
 
 
 @dataclass(frozen=True)

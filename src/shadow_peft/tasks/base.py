@@ -178,7 +178,7 @@ class ShadowTaskModel(PreTrainedModel):
 
     # ---------------------------------------------------------------- files
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """The adapter's tensors and the trained heads under their names in the files; where sharded, see `sharded`."""
         prefix += _INNER if is_sharded(self) else ""
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
