@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft, store
 from shadow_peft.export.stock import build_standalone_model
-from shadow_peft.storage.files import fill
 from shadow_peft.storage.hub import push
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
+from shadow_peft.storage.tensors import fill
 
 if TYPE_CHECKING:
     from shadow_peft.model import ShadowPeftModel
