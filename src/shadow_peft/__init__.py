@@ -2,21 +2,34 @@
 
 The path of one batch, a file for each step:
 
-    tokens -> backbone (twin, narrowing) -> s               initial shadow state
-    tokens -> base layers, ridden by attach -> logits       passage: injection before a layer, update after it
-    logits, shadow_logits -> loss                           causal_lm, sequence_classification
+    tokens -> backbone -> s                                 initial shadow state
+    tokens -> base layers, hooked by base/hooks -> logits   coupling: injection before a layer, update after it
+    logits, shadow_logits -> loss                           tasks/causal_lm, tasks/sequence_classification
+
+A public name is imported when it is asked for: `import shadow_peft` loads neither torch nor transformers.
 """
 
-from shadow_peft.backbone.explicit import prepare_shadow_model
-from shadow_peft.backbone.projected_lm import (
-    AutoModelForCausalLMWithHiddenProjection,
-    AutoModelForCausalLMWithHiddenProjectionConfig,
-)
-from shadow_peft.cache import ShadowCache
-from shadow_peft.config import ShadowConfig
-from shadow_peft.model import ShadowPeftModel, get_shadow_model
-from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
-from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification, ShadowSequenceClassifierOutput
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shadow_peft.backbone.registration import register_projected_lm
+
+if TYPE_CHECKING:
+    from shadow_peft.backbone.explicit import prepare_shadow_model
+    from shadow_peft.backbone.projected_lm import (
+        AutoModelForCausalLMWithHiddenProjection,
+        AutoModelForCausalLMWithHiddenProjectionConfig,
+    )
+    from shadow_peft.cache import ShadowCache
+    from shadow_peft.config import ShadowConfig
+    from shadow_peft.model import ShadowPeftModel, get_shadow_model
+    from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
+    from shadow_peft.tasks.sequence_classification import (
+        ShadowForSequenceClassification,
+        ShadowSequenceClassifierOutput,
+    )
+
+    __version__: str
 
 __all__ = [
     "AutoModelForCausalLMWithHiddenProjection",
@@ -31,3 +44,46 @@ __all__ = [
     "get_shadow_model",
     "prepare_shadow_model",
 ]
+
+_MODULES = {
+    "AutoModelForCausalLMWithHiddenProjection": "backbone.projected_lm",
+    "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
+    "ShadowCache": "cache",
+    "ShadowCausalLMOutputWithPast": "tasks.causal_lm",
+    "ShadowConfig": "config",
+    "ShadowForCausalLM": "tasks.causal_lm",
+    "ShadowForSequenceClassification": "tasks.sequence_classification",
+    "ShadowPeftModel": "model",
+    "ShadowSequenceClassifierOutput": "tasks.sequence_classification",
+    "get_shadow_model": "model",
+    "prepare_shadow_model": "backbone.explicit",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _MODULES:
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    """The version of the installed package; "unknown" for a source tree that was not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("shadow-peft")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+register_projected_lm()

@@ -18,9 +18,9 @@ from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import native, peft, store
-from shadow_peft.storage.files import fill
 from shadow_peft.storage.hub import push
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
+from shadow_peft.storage.tensors import fill
 
 _WRAPPERS = ("module.", "_orig_mod.", "peft_model.")
 """What wrappers and parent modules put before the names of a state dict."""

@@ -21,9 +21,10 @@ from shadow_peft.base import peft_adapters
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.checkpoint import native, peft
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
-from shadow_peft.storage.files import all_or_none, fill, read_json, read_tensors, write_json, write_tensors
+from shadow_peft.storage.files import all_or_none, read_json, write_json
 from shadow_peft.storage.hub import local_directory
 from shadow_peft.storage.sharded import is_sharded, own_state, parameters_replaced
+from shadow_peft.storage.tensors import fill, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 

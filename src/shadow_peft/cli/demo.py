@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.demo.measure import side_by_side
 from shadow_peft.demo.race import Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
@@ -21,18 +22,9 @@ EXAMPLES = """examples:
 """
 
 
-@dataclass
-class DemoOptions:
-    """Options of `shadow-peft demo`."""
-
-    output: Path = field(default=Path("shadow-demo"), metadata={"help": "Folder of adapter, shadow, picture, results."})
-    smoke: bool = field(default=False, metadata={"help": "A few steps and commands only; the figures mean nothing."})
-    seed: int = field(default=0, metadata={"help": "Seed of commands, weights and order."})
-
-
 def run(arguments: list[str]) -> None:
     """Parses the options, runs the race and prints the table."""
-    (options,) = parse(make_parser("demo", [DemoOptions], DESCRIPTION, EXAMPLES), arguments)
+    (options,) = parse(make_parser("demo", OPTIONS["demo"], DESCRIPTION, EXAMPLES), arguments)
     settings = replace(RaceSettings(), seed=options.seed)
     if options.smoke:
         settings = replace(settings, steps=3, batch=4, test_commands=4)

@@ -1,10 +1,17 @@
-"""Finds the verb and runs it; users' mistakes become one clear message and exit status 1."""
+"""Finds the verb and runs it; users' mistakes become one clear message and exit status 1, or 2 for what does not exist.
+
+Nothing here imports torch: help, version and a mistyped option are answered at once.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+import shadow_peft
+from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
@@ -31,8 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(overview())
         return 0
+    if verb == "--version":
+        print(f"shadow-peft {shadow_peft.__version__}")
+        return 0
     if verb not in VERBS:
         print(f"shadow-peft: there is no verb {verb!r}\n\n{overview()}", file=sys.stderr)
+        return 2
+    mistyped = complaint(verb, rest)
+    if mistyped is not None:
+        print(mistyped, file=sys.stderr)
         return 2
     return _run(verb, rest)
 
@@ -40,13 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The verbs and what they do."""
     lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
-    return "\n".join(["usage: shadow-peft VERB [options]   (VERB --help shows the options)", "", *lines])
+    usage = "usage: shadow-peft VERB [options]   (VERB --help shows the options, --version the version)"
+    return "\n".join([usage, "", *lines])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
-        from shadow_peft.cli.parsing import UserError
-
         module = import_module(f"shadow_peft.cli.{verb}")
     except ImportError as error:
         extra = EXTRAS[verb]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -16,8 +15,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
-from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.cli.options import OPTIONS, EvalOptions
+from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.model import InferenceMode
 
 DESCRIPTION = (
@@ -33,29 +34,9 @@ EXAMPLES = """examples:
 PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 
-@dataclass
-class EvalOptions:
-    """Options of `shadow-peft eval`; those of the harness have its names."""
-
-    model: str = field(metadata={"help": "Folder or hub id of the model."})
-    tasks: list[str] = field(metadata={"help": "Names of tasks, groups or tags of the harness, or of --include_path."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
-    inference_mode: str = field(default="base_shadow", metadata={"help": "base_shadow, shadow_only, or both in turn."})
-    include_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task says by default."})
-    limit: float | None = field(default=None, metadata={"help": "Only so many examples of a task; below 1, that part."})
-    batch_size: str = field(default="1", metadata={"help": "A number, or auto."})
-    apply_chat_template: bool = field(default=False, metadata={"help": "Prompts are turns of the chat template."})
-    output: str | None = field(default=None, metadata={"help": "File for all results as JSON."})
-    log_samples: bool = field(default=False, metadata={"help": "Every example and answer in that file, too."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute; a GPU where there is one."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the model: auto, float32, bfloat16, float16."})
-    seed: int = field(default=0, metadata={"help": "Seed of what the harness draws."})
-
-
 def run(arguments: list[str]) -> None:
     """Parses the options, scores every mode and prints the tables."""
-    (options,) = parse(make_parser("eval", [EvalOptions], DESCRIPTION, EXAMPLES), arguments)
+    (options,) = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
     modes = _modes(options)
     manager = find_tasks(options.tasks, options.include_path)
     tokenizer = load_tokenizer(options.adapter, options.model)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
-from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.cli.options import OPTIONS, GenerateOptions, SamplingOptions
+from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.generation.drafting import DraftStatistics
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -25,35 +26,9 @@ EXAMPLES = """examples:
 """
 
 
-@dataclass
-class GenerateOptions:
-    """Options of `shadow-peft generate`."""
-
-    model: str = field(metadata={"help": "Folder or hub id of the model."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
-    shadow_only: bool = field(default=False, metadata={"help": "The shadow answers; the base's layers do not run."})
-    draft: bool = field(default=False, metadata={"help": "The shadow drafts, the base verifies: the same answer."})
-    chat: bool = field(default=False, metadata={"help": "Wrap each text as a user's message in the chat template."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-
-
-@dataclass
-class SamplingOptions:
-    """Fields of transformers' `GenerationConfig`; what is not given stays as the model's own file has it."""
-
-    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to add."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the likeliest."})
-    temperature: float | None = field(default=None, metadata={"help": "Divides the logits before drawing."})
-    top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
-    top_k: int | None = field(default=None, metadata={"help": "Draw from this many of the likeliest tokens."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of a beam search."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, discourages repetition."})
-
-
 def run(arguments: list[str]) -> None:
     """Parses the options, loads the model and prints one answer per text."""
-    parser = make_parser("generate", [GenerateOptions, SamplingOptions], DESCRIPTION, EXAMPLES)
+    parser = make_parser("generate", OPTIONS["generate"], DESCRIPTION, EXAMPLES)
     parser.add_argument("text", nargs="+", help="Text to go on with; the two characters \\n stand for a line break.")
     options, sampling, positional = parse(parser, arguments)
     if (options.shadow_only or options.draft) and options.adapter is None:

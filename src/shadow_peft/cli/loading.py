@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.backbone.projection import carried_projection
-from shadow_peft.cli.parsing import UserError
+from shadow_peft.cli.errors import UserError
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 

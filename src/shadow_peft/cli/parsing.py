@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-
-class UserError(Exception):
-    """A mistake in what was asked for; the message says what was wrong and what to do."""
+from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.spelling import split_config
 
 
 class HelpFormat(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -31,6 +30,6 @@ def parse(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
         UserError: a value that a dataclass refuses, or a file of options that is no YAML.
     """
     try:
-        return tuple(parser.parse_args_and_config(arguments))
+        return tuple(parser.parse_args_and_config(split_config(arguments)))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(str(error)) from error

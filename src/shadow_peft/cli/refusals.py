@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,12 +12,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
-from shadow_peft.cli.parsing import UserError
+from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.options import TrainOptions
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-if TYPE_CHECKING:
-    from shadow_peft.cli.train import TrainOptions
 
 
 def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, peft: ModelConfig) -> None:

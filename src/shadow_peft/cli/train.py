@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
-from shadow_peft.cli.parsing import UserError, make_parser, parse
+from shadow_peft.cli.options import OPTIONS, TemplateOptions, TrainOptions
+from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import get_shadow_model
@@ -55,53 +57,6 @@ DEFAULTS = {
 }
 
 
-@dataclass
-class TrainOptions:
-    """Options of `shadow-peft train` itself."""
-
-    model: str = field(metadata={"help": "Folder or hub id of the base."})
-    data: str = field(metadata={"help": "File, folder or hub id of the data to learn."})
-    output: str = field(metadata={"help": "Folder of the adapter, the tokenizer, the model card and the checkpoints."})
-    data_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, such as main."})
-    data_split: str = field(default="train", metadata={"help": "Split to learn; slices such as train[:1000] work."})
-    eval_data: str | None = field(default=None, metadata={"help": "File, folder or hub id of data to evaluate on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of --eval_data or else --data."})
-    eval_fraction: float | None = field(default=None, metadata={"help": "Hold out this part of the data to evaluate on."})
-    shadow_model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or hub id of a small model to be the shadow, instead of one made from the base."},
-    )
-    share_embeddings: bool = field(default=False, metadata={"help": "Feed it the base's embeddings instead of its own."})
-    export: bool = field(default=False, metadata={"help": "Also save the shadow as a model of its own, OUTPUT/shadow."})
-    shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
-    shadow_learning_rate_scale: float = field(
-        default=1.0, metadata={"help": "Rate of the backbone, in units of --learning_rate; about 0.05 for a pretrained one."}
-    )
-    distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the shadow's distance from the adapted base, which teaches it."}
-    )
-    distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions for that."})
-    distillation_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "First part of the training in which that weight rises from 0."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better loss, and keep the best."}
-    )
-    early_stopping_threshold: float = field(default=0.0, metadata={"help": "A loss is better if it falls by more."})
-
-
-@dataclass
-class TemplateOptions:
-    """How rows become prompts and completions, see `training.templates`."""
-
-    prompt: str | None = field(default=None, metadata={"help": 'Template, such as "Question: {question}\\nAnswer:".'})
-    completion: str | None = field(default=None, metadata={"help": 'Template, such as " {answer}" or "{choices[0]}".'})
-    completion_if_missing: str | None = field(default=None, metadata={"help": "Completion where a list is empty."})
-    class_column: str | None = field(default=None, metadata={"help": "Column of class indices to show by name."})
-    class_names: list[str] | None = field(default=None, metadata={"help": "Name of each class."})
-    chat: bool = field(default=False, metadata={"help": "Prompt and completion are turns, for the chat template."})
-
-
 def run(arguments: list[str]) -> None:
     """Parses the options, checks all data, trains and saves."""
     options, templates, shadow, sft, peft = parse(make_train_parser(), arguments)
@@ -121,8 +76,7 @@ def run(arguments: list[str]) -> None:
 
 def make_train_parser() -> TrlParser:
     """The parser: this verb's options, ShadowConfig's and TRL's with defaults that suit an adapter."""
-    options = [TrainOptions, TemplateOptions, ShadowConfig, SFTConfig, ModelConfig]
-    parser = make_parser("train", options, DESCRIPTION, EXAMPLES)
+    parser = make_parser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 

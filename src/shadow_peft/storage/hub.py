@@ -1,18 +1,10 @@
-"""Hugging Face Hub: where checkpoints are fetched from and pushed to."""
+"""Hugging Face Hub: where checkpoints are fetched from and pushed to; its client is imported when it is called."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 _PATTERNS = ["shadow_*", "adapter_*"]
 
@@ -28,19 +20,31 @@ def local_directory(path_or_repo: str | Path) -> Path:
         return path
     if path.is_file():
         raise ValueError(f"{path} is a file; pass the directory that holds the checkpoint.")
-    repo_id, _, revision = str(path_or_repo).partition("@")
+    return _snapshot(str(path_or_repo))
+
+
+def _snapshot(path_or_repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo_id, _, revision = path_or_repo.partition("@")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_PATTERNS))
     except RevisionNotFoundError as error:
         raise ValueError(f"The hub repository {repo_id!r} has no revision {revision!r}.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
-            f"{str(path_or_repo)!r} is neither a directory nor a hub repository that can be read here. Check its name; for "
+            f"{path_or_repo!r} is neither a directory nor a hub repository that can be read here. Check its name; for "
             "a private one, log in with a token that may read it."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{str(path_or_repo)!r} is no directory, and the hub cannot be reached for a repository of that name: {error}"
+            f"{path_or_repo!r} is no directory, and the hub cannot be reached for a repository of that name: {error}"
         ) from error
 
 
@@ -59,6 +63,8 @@ def push(
     Returns:
         The address of the commit, or of the pull request.
     """
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
         save(directory)  # first of all: what cannot be saved leaves nothing on the hub

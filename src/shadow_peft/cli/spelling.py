@@ -1,0 +1,113 @@
+"""Says at once that an option does not exist: before TRL, which parses the options in earnest, is imported."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from difflib import get_close_matches
+from typing import NoReturn
+
+from shadow_peft.cli.declared_fields import DeclaredField, fields_in_source, fields_of
+from shadow_peft.cli.options import OPTIONS, TRL_OPTIONS
+
+CONFIG = "--config"
+"""The option that TRL's parser takes out before all others."""
+
+
+class _RefusedError(Exception):
+    """What argparse refuses; the names alone make it refuse ambiguous prefixes only."""
+
+
+class _NamesParser(ArgumentParser):
+    """Knows which options there are, and neither their types nor how many values they take."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving the process."""
+        raise _RefusedError(message)
+
+
+def complaint(verb: str, arguments: list[str]) -> str | None:
+    """Three lines about options that a verb does not have; None where there is nothing to say, or nothing is known.
+
+    Args:
+        verb: name of the verb.
+        arguments: what stands behind it on the command line.
+    """
+    try:
+        fields = declared_fields(verb)
+    except (LookupError, OSError, ValueError, SyntaxError):
+        return None  # TRL is missing, or its source cannot be read: its parser has the word
+    wrong = _unknown(names_parser(fields), split_config(arguments))
+    if not wrong:
+        return None
+    known = [CONFIG, *(f"--{f.name}" for f in fields), *(f"--no_{f.name}" for f in fields if f.is_true)]
+    nearest = list(dict.fromkeys(name for word in wrong for name in _nearest(word, known)))[:3]
+    return (
+        f"shadow-peft {verb}: there is no option {', '.join(wrong)}\n"
+        f"nearest: {', '.join(nearest) or 'none is spelled like it'}\n"
+        f"all options: shadow-peft {verb} --help"
+    )
+
+
+def declared_fields(verb: str) -> list[DeclaredField]:
+    """The fields of all dataclasses that make the options of a verb.
+
+    Raises:
+        LookupError, OSError, ValueError, SyntaxError: those of TRL cannot be read.
+    """
+    ours = [field for options in OPTIONS[verb] for field in fields_of(options)]
+    return ours + [field for name in TRL_OPTIONS.get(verb, []) for field in fields_in_source("trl", name)]
+
+
+def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
+    """A parser of the options that TRL's parser makes of these fields, in each of their spellings."""
+    parser = _NamesParser(add_help=False, conflict_handler="resolve")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("positional", nargs="*")
+    for field in fields:
+        dashed = field.name.replace("_", "-")
+        parser.add_argument(*dict.fromkeys([f"--{field.name}", f"--{dashed}"]), *field.aliases, nargs="*")
+        if field.is_true:
+            parser.add_argument(f"--no_{field.name}", f"--no-{dashed}", nargs="*")
+    return parser
+
+
+def split_config(arguments: list[str]) -> list[str]:
+    """The arguments with `--config=FILE` as two of them, the only form in which TRL's parser finds it."""
+    parts = [a.split("=", 1) if a.startswith(f"{CONFIG}=") else [a] for a in arguments]
+    return [part for pair in parts for part in pair]
+
+
+def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """The arguments that argparse takes for options and does not know, as far as it was written; none if help is asked for.
+
+    argparse tells options from values by one argument at a time, so each is asked about alone.
+    """
+    if "--" in arguments:
+        arguments = arguments[: arguments.index("--")]
+    unknown = []
+    for argument in arguments:
+        try:
+            found, rest = parser.parse_known_args([argument])
+        except _RefusedError:
+            rest = [argument]
+        else:
+            if found.help:
+                return []
+        if rest and argument != CONFIG and not _is_number(argument):
+            unknown.append(argument.partition("=")[0])
+    return unknown
+
+
+def _nearest(word: str, known: list[str]) -> list[str]:
+    """Up to three options that are spelled like a word, or that begin with it."""
+    name = f"--{word.lstrip('-').replace('-', '_').lower()}"
+    return get_close_matches(name, known) or [option for option in known if option.startswith(name)][:3]
+
+
+def _is_number(argument: str) -> bool:
+    """A number such as -1e-3, which argparse takes for an option: its own message is about the value."""
+    try:
+        float(argument)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Tensors of a checkpoint: written, read with errors that name what is wrong, and copied into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, flushed to the disk; views become tensors of their own."""
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path, {"format": "pt"})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, or a legacy `.pt` file without running any code in it.
+
+    Raises:
+        ValueError: the file is truncated or holds something else than tensors.
+    """
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else _read_legacy(path)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    return tensors
+
+
+def _read_legacy(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} must hold a dictionary of tensors.")
+    return tensors
+
+
+def fill(views: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
+    """Copy tensors into the views of the same name, after all of them were checked.
+
+    Args:
+        views: name -> destination.
+        tensors: name -> value.
+        source: where the values come from, for the error.
+        strict: every view needs a value.
+
+    Raises:
+        ValueError: names every tensor that is missing, unknown or of another shape; nothing is changed then.
+    """
+    problems = [f"missing {name}" for name in views if strict and name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in views]
+    problems += [
+        f"{name} has shape {tuple(tensor.shape)} instead of {tuple(views[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in views and tensor.shape != views[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source} does not fit this model: {shown}.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            views[name].copy_(tensor)
