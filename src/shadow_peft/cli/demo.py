@@ -10,7 +10,7 @@ from pathlib import Path
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.demo.measure import side_by_side
-from shadow_peft.demo.race import Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
+from shadow_peft.demo.race import SHADOW, Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 
@@ -48,7 +48,9 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
 def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
     """The lines of the table, in its order."""
     budget = shadow_size(settings)
-    print(f"base + shadow and LoRA side by side: {settings.steps} steps of {settings.batch} commands, {budget:,} parameters")
+    print(
+        f"base + shadow (variant {SHADOW.variant!r}) and LoRA side by side: {settings.steps} steps of {settings.batch} commands, {budget:,} parameters"
+    )
     shadow, lora, bare = side_by_side(
         partial(race_shadow, settings, output), partial(race_lora, settings, budget), partial(race_base, settings)
     )

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from shadow_peft.config import ShadowConfig
 
+DEFAULT_SHADOW = ShadowConfig(variant="readout")
+"""The shadow that the command line trains unless it is told otherwise; in Python the default is "published"."""
+
 
 @dataclass
 class DemoOptions:

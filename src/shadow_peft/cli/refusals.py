@@ -13,7 +13,7 @@ from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.options import TrainOptions
+from shadow_peft.cli.options import DEFAULT_SHADOW, TrainOptions
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -46,7 +46,7 @@ def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig
             raise UserError(f"--{given[0]} belongs to LoRA; add --use_peft to train LoRA instead of a shadow")
         return
     of_shadow = ("shadow_model", "export", "shadow_learning_rate_scale", *ShadowForCausalLM.loss_settings)
-    given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(ShadowConfig(), f.name)]
+    given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(DEFAULT_SHADOW, f.name)]
     given += [f.name for f in fields(options) if f.name in of_shadow and getattr(options, f.name) != f.default]
     if given:
         raise UserError(f"--{given[0]} belongs to a shadow, and --use_peft trains LoRA instead; drop one of them")
@@ -59,7 +59,7 @@ def _check_shadow(options: TrainOptions, shadow: ShadowConfig) -> None:
             raise UserError("--share_embeddings belongs to --shadow_model; a shadow made from the base has none of its own")
         return
     shape = [f.name for f in fields(shadow) if f.name.startswith(("num_shadow_", "shadow_"))]
-    given = [name for name in shape if getattr(shadow, name) != getattr(ShadowConfig(), name)]
+    given = [name for name in shape if getattr(shadow, name) != getattr(DEFAULT_SHADOW, name)]
     if given:
         raise UserError(f"--{given[0]} shapes a shadow made from the base, and --shadow_model brings one; drop one of them")
 

@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
-from shadow_peft.cli.options import OPTIONS, TemplateOptions, TrainOptions
+from shadow_peft.cli.options import DEFAULT_SHADOW, OPTIONS, TemplateOptions, TrainOptions
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
 from shadow_peft.config import ShadowConfig
@@ -54,6 +54,7 @@ DEFAULTS = {
     "logging_steps": 10,
     "ddp_find_unused_parameters": False,
     "dtype": "auto",
+    "variant": DEFAULT_SHADOW.variant,
 }
 
 
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> None:
     options, templates, shadow, sft, peft = parse(make_train_parser(), arguments)
     sft.resume_from_checkpoint = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
+    print(method_line(shadow, peft), flush=True)
     sft.output_dir = options.output
     train_set, eval_set = _data(options, _template(templates), sft.seed)
     tokenizer = load_tokenizer(options.model)
@@ -79,6 +81,14 @@ def make_train_parser() -> TrlParser:
     parser = make_parser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
+
+
+def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
+    """The first line of output: what is trained, by which mathematics."""
+    if peft.use_peft:
+        return f"training {'DoRA' if peft.use_dora else 'LoRA'} of rank {peft.lora_r}"
+    other = {"readout": "published", "published": "readout", "peft": "published"}[shadow.variant]
+    return f"training ShadowPEFT, variant {shadow.variant!r} (for the other mathematics: --variant {other})"
 
 
 def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
