@@ -1,4 +1,4 @@
-"""The detached shadow: the backbone with its own copies of embeddings and head, in a stock architecture where there is one.
+"""The detached shadow: the backbone with copies of embeddings and head, in a stock architecture where one fits.
 
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
@@ -38,8 +38,7 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
     Raises:
-        ValueError: parameters are sharded over processes, or the shadow has no form of its own that would compute what it
-            computes when attached.
+        ValueError: parameters are sharded over processes, or no exported form computes what the attached shadow computes.
     """
     if is_sharded(model):
         raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
@@ -95,7 +94,7 @@ def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTraine
 
 
 def _source(model: ShadowAdapter, path: str) -> nn.Module:
-    """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
+    """The module to copy an exported module from: the backbone's, or the base's where the backbone has none."""
     outside = "" if model.decoder.path == "" else f"{model.decoder.path}."
     known = dict(model.shadow_model.named_modules())
     if path.startswith(outside) and path[len(outside) :] in known:
@@ -123,10 +122,10 @@ def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
 
 
 def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
-    """A causal LM around an explicit backbone, or one of another width than the base.
+    """A causal LM around an explicit backbone, or around one of another width than the base.
 
     Raises:
-        ValueError: the base is no causal LM, or its head does more than the exported form can hold.
+        ValueError: the base is no causal LM, or the exported form cannot represent its head.
     """
     base, backbone = model.base_model, copy.deepcopy(model.shadow_model)
     if base.get_output_embeddings() is None:
@@ -178,10 +177,10 @@ def softcap_of(base: PreTrainedModel) -> float | None:
 
 
 def _head_scale(model: ShadowAdapter) -> float:
-    """The constant by which the base's class multiplies what its output embedding returns.
+    """The constant by which the base's class multiplies the result of its output embedding.
 
     Raises:
-        ValueError: its head is no scaled, possibly capped, linear map.
+        ValueError: its logits are not a scaled, possibly capped, linear function.
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
@@ -192,7 +191,7 @@ def _head_scale(model: ShadowAdapter) -> float:
     scale = float((plain * full).sum() / plain.square().sum())
     if not torch.allclose(plain * scale, full, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
         raise ValueError(
-            f"{type(model.base_model).__name__} computes its logits by more than one linear map, which the exported form of "
-            "this shadow cannot hold."
+            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the exported form of "
+            "this shadow cannot represent."
         )
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale
