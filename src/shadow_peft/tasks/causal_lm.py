@@ -119,6 +119,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         peft, trained = self.peft_model, self.peft_model.task_heads
         base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
         path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
+        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # beside the modules, since it is the base's
         self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
         self._shadow_head = self._base_head
         if base_head is not shadow_head:
@@ -128,9 +129,9 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """The factors of the loss as far as the training is."""
+        """The factors of the loss: in training as far as it is, in evaluation always the final ones."""
         ratio, progress = self.distillation_warmup_ratio, self.training_progress
-        risen = progress / ratio if progress < ratio else 1.0
+        risen = progress / ratio if self.training and progress < ratio else 1.0
         return LossWeights(self.shadow_loss_weight, risen * self.distillation_weight, self.distillation_temperature)
 
     def forward(
@@ -172,6 +173,8 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
             `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those
             of the one network that runs.
         """
+        if self.peft_model.base_model.get_output_embeddings() is not self._base_output:
+            self._rebuild_heads()  # somebody has replaced it, for example by resizing the vocabulary
         targets = kwargs.pop("shift_labels", None)  # declared, a trainer would take it for a column of the data
         if targets is None and labels is not None:
             targets = shifted(labels)
@@ -248,16 +251,14 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return self._shadow_head(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base's embeddings; heads that are trained copies cannot follow.
+        """Resize the embeddings of base and shadow; heads that are trained copies cannot follow.
 
         Raises:
             ValueError: a head is a trained copy.
         """
         if len(self.peft_model.task_heads):
             raise ValueError("Resize the base's token embeddings before heads are copied for training.")
-        embeddings: nn.Module = self.peft_model.base_model.resize_token_embeddings(*args, **kwargs)
-        self._rebuild_heads()
-        return embeddings
+        return self.peft_model.resize_token_embeddings(*args, **kwargs)
 
 
 _ALL = slice(None)
