@@ -3,7 +3,7 @@
     python -m tests.compat.run                    makes an environment of the peers in a temporary folder (some minutes)
     python -m tests.compat.run --peer PYTHON      uses the interpreter of an environment that is there already
 
-1. Each side loads what the other saved (`side.py`); the table shows the largest differences of logits, shadow logits and loss.
+1. Each side loads what the other saved (`side.py`); a table shows the largest differences of logits, shadow logits, loss.
 2. All answer the same questions (`behaviour.py`), as the README shows them.
 3. The tests that 0.1.0 and 0.1.1 were published with run against this library (`published_tests.py`).
 4. So does the code on the package page of 0.1.1 (`page.py`).
