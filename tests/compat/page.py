@@ -448,15 +448,13 @@ def differing_defaults(block: str) -> list[str]:
     return [name for name, value in documented_defaults(block).items() if name not in here or here[name] != value]
 
 
-def run_all(peer: str | None = None) -> bool:
+def run_all(readme: Path, peer: str | None = None) -> bool:
     """Run everything and print a line each; whether all of it works."""
-    from tests.compat.sdists import unpack_sdist
     from tests.hub.fake import FakeHub, running
 
+    text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as temporary, running(FakeHub()) as hub:
         folder = Path(temporary)
-        readme = unpack_sdist(VERSION, folder) / "README.md"
-        text = readme.read_text(encoding="utf-8")
         make_models(folder)
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
@@ -489,7 +487,12 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with shadow-peft 0.1.1")
-    return 0 if run_all(parser.parse_args().peer) else 1
+    options = parser.parse_args()
+    from tests.compat.sdists import unpack_sdist
+
+    with tempfile.TemporaryDirectory() as folder:
+        readme = unpack_sdist(VERSION, Path(folder)) / "README.md"
+        return 0 if run_all(readme, options.peer) else 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ SHA256 = {
 }
 
 
+def unpack_sdists(folder: Path) -> dict[str, Path]:
+    """Download every version into a folder and unpack it there; version -> the folder of its files."""
+    return {version: unpack_sdist(version, folder) for version in SHA256}
+
+
 def unpack_sdist(version: str, folder: Path) -> Path:
     """Download one version into a folder and unpack it there; the folder of its files.
 
