@@ -468,7 +468,7 @@ def run_all(readme: Path, peer: str | None = None) -> bool:
             elif name in COUNTED and peer is not None:
                 there = in_a_process(peer, without_our_path(environment), "run", name, str(readme), str(folder))
                 if there != result:
-                    errors[name] = f"prints {result['printed'].strip()!r}, {VERSION} {there}"
+                    errors[name] = f"prints {result['printed'].strip()!r}, {VERSION} {next(iter(there.values())).strip()!r}"
             print(f"  {name:<26} {errors.get(name, 'ok')}", flush=True)
     different = differing_defaults(python_blocks(text)["configuration"])
     if different:
