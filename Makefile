@@ -4,7 +4,7 @@
 #   make test          formatting, types, dependency line and every test
 #   make lint          the first three of these alone
 #   make conformance   every architecture that transformers knows; writes docs/conformance.md
-#   make compat        files to and from the published packages, in an environment of its own
+#   make compat        beside the published packages: files both ways, behaviour, their tests, the code on their page
 #   make docs          the documentation, warnings are errors
 #   make clean         remove the environment and what was built
 

@@ -149,8 +149,11 @@ def test_bases_that_cannot_be_adapted_are_refused() -> None:
         get_shadow_model(nn.Linear(2, 2), ShadowConfig())
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         get_shadow_model(llama(), ShadowConfig(), shadow_model=nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="ShadowPeftModel"):
-        get_shadow_model(get_shadow_model(llama(), ShadowConfig()), ShadowConfig())
+    wrapped = get_shadow_model(llama(), ShadowConfig())
+    for twice in (wrapped, ShadowForCausalLM(wrapped)):
+        with pytest.raises(ValueError, match="carries a shadow adapter already"):
+            get_shadow_model(twice, ShadowConfig())
+    assert wrapped.shadow_injection_model.injection_ups.requires_grad
     with pytest.raises(TypeError, match="get_shadow_model"):
         ShadowForCausalLM(llama())
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
@@ -194,3 +194,52 @@ def test_rows_are_shifted() -> None:
     assert shifted(rows, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [0, 0, 0, 5]]
     states = rows[:, None, :, None].expand(-1, 2, -1, 3)
     assert shifted(states, torch.tensor([1, 2]), -2)[:, 1, :, 2].tolist() == [[0, 1, 2, 3], [0, 0, 5, 6]]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_prompt_of_embeddings_is_drafted_from(rows: int, masked: bool) -> None:
+    model, ids = causal_lm(llama(), num_shadow_layers=2), tokens(rows, 7)
+    embeds = model.get_input_embeddings()(ids).detach()
+    prompt = {"inputs_embeds": embeds, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+    expected = model.generate(**prompt, **LONG)
+    assert torch.equal(model.generate(**prompt, **LONG, **DRAFT), expected)
+
+
+def test_a_prefix_function_is_asked_about_texts_of_its_own_row_alone() -> None:
+    model, ids = causal_lm(llama(), num_shadow_layers=2), tokens(3, 7)
+
+    def successors(row: int, text: torch.Tensor) -> list[int]:
+        assert torch.equal(text[:7], ids[row])
+        for before, after in zip(text[6:-1].tolist(), text[7:].tolist(), strict=True):
+            assert after in ((before + 1 + row) % 96, (7 * before + row) % 96), "nobody wrote this text"
+        return [(int(text[-1]) + 1 + row) % 96, (7 * int(text[-1]) + row) % 96]
+
+    expected = model.generate(ids, prefix_allowed_tokens_fn=successors, **LONG)
+    assert torch.equal(model.generate(ids, prefix_allowed_tokens_fn=successors, **LONG, **DRAFT), expected)
+
+
+class Collects(StoppingCriteria):
+    """Never stops; keeps the texts that it is shown, and how many steps have scores."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, int | None]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        self.seen.append((input_ids.clone(), None if scores is None else len(scores)))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_stopping_criteria_see_texts_that_were_written_and_their_scores() -> None:
+    model, ids, criterion = causal_lm(llama(), num_shadow_layers=2), tokens(3, 7), Collects()
+    settings = {"return_dict_in_generate": True, "output_scores": True, "stopping_criteria": [criterion]}
+    written = model.generate(ids, **LONG, **DRAFT, **settings).sequences
+    assert criterion.seen
+    for texts, steps in criterion.seen:
+        assert steps == texts.shape[1] - 7
+        assert all(any(torch.equal(text, row[: len(text)]) for row in written) for text in texts)
+
+
+def test_guidance_is_refused() -> None:
+    with pytest.raises(ValueError, match="guidance_scale"):
+        causal_lm(llama()).generate(tokens(1, 7), guidance_scale=1.5, **LONG, **DRAFT)

@@ -56,6 +56,16 @@ def test_transformers_costs_no_more_after_shadow_peft() -> None:
     assert added == {"shadow_peft", "shadow_peft.backbone", "shadow_peft.backbone.registration"}
 
 
+def test_models_load_nothing_but_what_any_model_of_transformers_loads() -> None:
+    """What transformers imports is most of the cost; nothing of ours may add to it."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel; "
+        "before = {*sys.modules}; from shadow_peft import *; "
+        "print({name.partition('.')[0] for name in {*sys.modules} - before})"
+    )
+    assert run_python(code) == "{'shadow_peft'}\n"
+
+
 # ---------------------------------------------------------------- names
 
 

@@ -99,8 +99,37 @@ def test_default_arguments_train_and_evaluate(tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert losses[-1] < losses[0]
-    predictions = trainer.predict(rows(8)).predictions
-    assert [p.shape[-1] for p in predictions] == [96, 96]  # the adapted base's logits and the shadow's
+    assert trainer.predict(rows(8)).predictions.shape[-1] == 96, "the adapted base's logits, without the shadow's"
+
+
+@pytest.mark.parametrize("mode", ["base_shadow", "shadow_only"])
+def test_compute_metrics_gets_the_logits_that_answer(tmp_path: Path, mode: str) -> None:
+    model = classifier(qwen3_classifier())
+    model.set_inference_mode(mode)
+    data = [{"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "label": 0} for row in rows(8)]
+    data = [{**row, "input_ids": row["input_ids"][:3], "attention_mask": [1] * 3} for row in data]
+    seen = []
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        eval_dataset=data,
+        compute_metrics=lambda p: seen.append(p.predictions) or {"accuracy": 1.0},
+    )
+    trainer.evaluate()
+    expected = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in data]).detach()
+    torch.testing.assert_close(torch.as_tensor(seen[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_config_of_a_task_model_is_that_of_its_base() -> None:
+    model = causal_lm(llama())
+    base = model.peft_model.base_model
+    model.config.pad_token_id = 7
+    base.config.use_cache = False
+    assert base.config.pad_token_id == 7
+    assert model.config.use_cache is False
+    assert model.config.to_dict() == base.config.to_dict()
+    assert isinstance(model.config, type(base.config))
+    assert "shadow_logits" not in base.config.keys_to_ignore_at_inference
 
 
 def run_for_resume(directory: Path, resume: bool, classify: bool = False, steps: int = 6) -> list[float]:

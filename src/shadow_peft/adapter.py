@@ -5,6 +5,7 @@ s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,8 @@ from shadow_peft.layers.output_correction import ShadowOutputModel
 from shadow_peft.layers.readout import ShadowReadoutModel
 from shadow_peft.layers.update import ShadowUpdateModel
 from shadow_peft.storage.sharded import is_sharded
+
+logger = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -75,6 +78,11 @@ class ShadowAdapter(nn.Module):
     ) -> None:
         super().__init__()
         base_model = peft_adapters.unwrap_base(base_model)
+        if isinstance(base_model, nn.Module) and any(isinstance(module, ShadowAdapter) for module in base_model.modules()):
+            raise ValueError(
+                f"This {type(base_model).__name__} carries a shadow adapter already. Attach another one to its base "
+                "(`get_base_model()`), or take the first one off with `unload()`."
+            )
         decoder = find_decoder(base_model)
         if shadow_model is None:
             backbone, shared_table_name = build_implicit_backbone(decoder, shadow_config, init_from_base)
@@ -91,6 +99,7 @@ class ShadowAdapter(nn.Module):
         self.task_heads = nn.ModuleDict()
         self._backbone_signature = Signature.of(backbone)
         self._embedding_map: Tensor | None = None
+        self._embedding_map_of: list[tuple[int, int]] = []
         self._checkpointing = False
         self.recompute_backbone = True
         self._injected_adapters: Any = ()
@@ -121,6 +130,7 @@ class ShadowAdapter(nn.Module):
             made_here = shadow_model is None and self.shared_table_name is None
             trained = self.shadow_config.train_shadow_embeddings or trains_embeddings(shadow_model)
             own.requires_grad_(trained or made_here)
+            _check_vocabularies(own.get_parameter("weight").shape[0], base.weight.shape[0])
         elif shadow_model is not None and base.weight.shape[1] != self.shadow_hidden_size:
             raise ValueError(
                 f"The shadow has no embeddings of its own and reads states {self.shadow_hidden_size} wide, but "
@@ -201,9 +211,10 @@ class ShadowAdapter(nn.Module):
 
     def _to_shadow_width(self, embeds: Tensor) -> Tensor:
         """The base's embeddings `[B, T, d]` for a shadow with its own table: the least-squares map between the tables."""
-        if self._embedding_map is None:
-            tables = (m.get_input_embeddings().weight.detach() for m in (self.base_model, self.shadow_model))
-            self._embedding_map = fit_embedding_map(*tables)
+        tables = [m.get_input_embeddings().weight.detach() for m in (self.base_model, self.shadow_model)]
+        versions = [(table.data_ptr(), table._version) for table in tables]
+        if self._embedding_map is None or versions != self._embedding_map_of:
+            self._embedding_map, self._embedding_map_of = fit_embedding_map(*tables), versions
         return embeds.to(self._embedding_map.dtype) @ self._embedding_map.to(embeds.device)
 
     def _backbone_precision(self) -> AbstractContextManager[Any]:
@@ -285,6 +296,19 @@ class ShadowAdapter(nn.Module):
         """Print how many parameters are trained."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"Trainable params: {trainable:,} || Total params: {total:,} || Trainable%: {100 * trainable / total:.2f}%")
+
+
+def _check_vocabularies(shadow: int, base: int) -> None:
+    """Check that a shadow with its own table knows the base's tokens; tables are padded, so the last per cent may differ.
+
+    Raises:
+        ValueError: its table is smaller by more.
+    """
+    if shadow >= base:
+        return
+    if shadow < 0.99 * base:
+        raise ValueError(f"The shadow's embedding table has {shadow} tokens, the base's {base}: they differ in vocabulary.")
+    logger.warning("The shadow's embedding table has %d rows, the base's %d; tokens beyond would fail.", shadow, base)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
@@ -96,6 +97,36 @@ def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCa
             "with the past_key_values that this model returned, or start with an empty cache."
         )
     return ShadowCache(cache, make_shadow_cache(cache, backbone_config))
+
+
+def check_in_step(cache: Any) -> None:
+    """Check that base and backbone have read the same tokens, before both read more.
+
+    Caches in compiled graphs and on accelerators, whose lengths are tensors, are not asked.
+
+    Raises:
+        ValueError: one of them was used alone before.
+    """
+    if isinstance(cache, (ShadowCache, StatePair)) and cache.base is None:
+        raise ValueError("These past_key_values hold tokens of the shadow alone, which the base has not seen.")
+    if not isinstance(cache, ShadowCache) or torch.compiler.is_compiling():
+        return
+    assert cache.base is not None
+    base, shadow = _length(cache.base), _length(cache.shadow)
+    ahead = 0 if cache.drafted is None else cache.drafted.states.shape[1]
+    if base is not None and shadow is not None and base + ahead != shadow:
+        raise ValueError(
+            f"In these past_key_values the base holds {base} tokens and the shadow {shadow - ahead}: one of them was used "
+            "alone, with the adapter disabled or in the other inference mode. Use a cache of its own for each mode."
+        )
+
+
+def _length(cache: Cache) -> int | None:
+    """Number of tokens held; None where a cache cannot tell without waiting for its device, or counts none."""
+    if all(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
+        return None
+    length: Any = cache.get_seq_length()
+    return None if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
 
 
 def combine_caches(base: Any, shadow: Any) -> ShadowCache | StatePair | None:

@@ -69,7 +69,7 @@ class Coupling:
         raise NotImplementedError
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
-        """Replacement of the final hidden state, or None; what the head is to read is kept if asked for."""
+        """Replacement of the final hidden state, or None; keeps the head's input if asked to."""
         replacement = self._read_out(h)
         if self._keep_head_input:
             self.head_input = h if replacement is None else replacement

@@ -11,13 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
-from shadow_peft.cache import ShadowCache, base_only, combine_caches, shadow_only_cache, with_shadow_cache
+from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.cache import (
+    ShadowCache,
+    base_only,
+    check_in_step,
+    combine_caches,
+    shadow_only_cache,
+    with_shadow_cache,
+)
 from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
@@ -174,12 +183,12 @@ class ShadowPeftModel(CheckpointMixin):
         if mode == "base_only":
             outputs = self._run_base(inputs, skip_head)
             return AdaptedOutput(outputs, cache=returned_cache(outputs))
+        if mode == "base_shadow":
+            check_in_step(inputs.cache)
         state, backbone_cache = self.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
             return AdaptedOutput(shadow_state=state, cache=shadow_only_cache(own_cache))
-        if inputs.cache is not None and inputs.cache.base is None:
-            raise ValueError("These past_key_values hold tokens of the shadow alone, which the base has not seen.")
         coupling = self.make_coupling(state, keep_head_input)
         with attachment.active(coupling):
             outputs = self._run_base(inputs, skip_head)
@@ -267,6 +276,18 @@ class ShadowPeftModel(CheckpointMixin):
         self.base_model.train(self._base_was_training)
         given: PreTrainedModel = self._given[0]
         return given
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
+        own = input_embeddings(self.shadow_model)
+        embeddings: nn.Module = self.base_model.resize_token_embeddings(*args, **kwargs)
+        if isinstance(own, SharedEmbedding):
+            object.__setattr__(own, "table", embeddings)
+        elif own is not None:
+            self.shadow_model.resize_token_embeddings(*args, **kwargs)
+        self.attachment.hook_head(self.base_model.get_output_embeddings())
+        embeddings.requires_grad_(False)
+        return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
         """The base, still attached; calling it is calling the bare base."""

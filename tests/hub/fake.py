@@ -20,8 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
 
 ID = r"(?P<repo>[^/]+/[^/]+?)"
 
@@ -233,6 +238,23 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def connected(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """huggingface_hub takes a running hub for the only one, with an empty cache below `folder` and no token."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        huggingface_hub.close_session()  # no connection outlives its hub
 
 
 class _Handler(BaseHTTPRequestHandler):

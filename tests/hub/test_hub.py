@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel
-from tests.hub.fake import FakeHub, running
+from tests.hub.fake import FakeHub, connected, running
 from tests.tiny_models import adapted, causal_lm, llama, tokens
 
 # huggingface_hub's own way of sending a large file
@@ -27,19 +26,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "hub.py"
 @pytest.fixture(params=[False, True], ids=["regular", "lfs"])
 def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A fresh hub that huggingface_hub takes for the only one, with an empty cache and no token on this machine."""
-    with running(FakeHub(lfs=request.param)) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        huggingface_hub.utils.disable_progress_bars()
+    with running(FakeHub(lfs=request.param)) as hub, connected(hub, tmp_path, monkeypatch):
         yield hub
-        huggingface_hub.close_session()  # no connection outlives its hub
 
 
 def logits(model: ShadowPeftModel | ShadowForCausalLM) -> torch.Tensor:

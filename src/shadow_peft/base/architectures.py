@@ -1,7 +1,7 @@
 """What is special about single architectures: one table, and the names that configs use for sizes.
 
 Almost every decoder is found and adapted by the generic rules of `decoder`, `backbone.truncated_config` and
-`backbone.implicit`. What a rule cannot know stands in `ARCHITECTURES`, one entry per `model_type`.
+`backbone.implicit`. `ARCHITECTURES` declares what a rule cannot know, one entry per `model_type`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shadow_peft.base.architectures import CLASSIFIERS, ResidualStream, architecture_of, read_size
 
@@ -84,6 +86,7 @@ def find_decoder(model: PreTrainedModel, min_layers: int = MIN_LAYERS) -> Decode
     reason = architecture_of(config).unsupported or architecture_of(model.config).unsupported
     if reason is not None:
         raise ValueError(f"ShadowPEFT does not support {config.model_type!r} ({type(model).__name__}): {reason}")
+    _require_decoder(model, config)
     path, layers = _find_layers(model, config)
     if len(layers) < min_layers:
         raise ValueError(
@@ -95,6 +98,22 @@ def find_decoder(model: PreTrainedModel, min_layers: int = MIN_LAYERS) -> Decode
     assert isinstance(backbone, PreTrainedModel)
     inner = path[len(backbone_path) + 1 :] if backbone_path else path
     return Decoder(backbone, backbone_path, head_input_path, inner, tuple(layers), config)
+
+
+def _require_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Refuse encoders; a type that transformers does not know is left to the rules for layers.
+
+    Raises:
+        ValueError: the model is no decoder.
+    """
+    if config.model_type in CONFIG_MAPPING and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = config.model_type.removesuffix("_text") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if not known and model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model.")
+    if getattr(config, "is_decoder", True) is False:
+        raise ValueError(
+            f"{type(model).__name__} is built as an encoder; load it with is_decoder=True in its config to adapt it."
+        )
 
 
 def classifier_name(model: PreTrainedModel) -> str | None:

@@ -53,12 +53,17 @@ class Attachment:
         head: nn.Module | None = None,
     ) -> None:
         self._thread = threading.local()
-        self._hooked = [*layers, output_module, *([] if head is None else [head])]
+        self._hooked = [*layers, output_module]
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(_PreLayer(self, index, layer_input_name), with_kwargs=True)
             layer.register_forward_hook(_PostLayer(self, index))
         output_module.register_forward_hook(_FinalHidden(self))
-        if head is not None:
+        self.hook_head(head)
+
+    def hook_head(self, head: nn.Module | None) -> None:
+        """Hook the base's output embedding, which may have been replaced since."""
+        if head is not None and head not in self._hooked:
+            self._hooked.append(head)
             head.register_forward_pre_hook(_PreHead(self))
 
     @property
@@ -169,6 +174,9 @@ def _with_first(output: Any, h: Tensor) -> Any:
     if isinstance(output, Tensor):
         return h
     if isinstance(output, ModelOutput):
+        states = output.get("hidden_states")
+        if states and states[-1] is _first(output):
+            output["hidden_states"] = (*states[:-1], h)  # the last of them is what the head reads
         output[next(iter(output))] = h
         return output
     return (h, *output[1:])

@@ -111,7 +111,7 @@ def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -
 
 
 def remove_adapters(base: PreTrainedModel, wrapped: Any) -> None:
-    """Undo `put_in`."""
+    """Undo `inject_adapters`."""
     if wrapped is not None:
         wrapped.unload()
         vars(base).pop("peft_config", None)

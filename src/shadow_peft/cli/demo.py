@@ -48,9 +48,8 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
 def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
     """The lines of the table, in its order."""
     budget = shadow_size(settings)
-    print(
-        f"base + shadow (variant {SHADOW.variant!r}) and LoRA side by side: {settings.steps} steps of {settings.batch} commands, {budget:,} parameters"
-    )
+    print(f"training base + shadow (ShadowPEFT, variant {SHADOW.variant!r}) and base + LoRA side by side:")
+    print(f"{settings.steps} steps of {settings.batch} commands, {budget:,} trained parameters each")
     shadow, lora, bare = side_by_side(
         partial(race_shadow, settings, output), partial(race_lora, settings, budget), partial(race_base, settings)
     )

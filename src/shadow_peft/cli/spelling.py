@@ -99,9 +99,10 @@ def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
 
 
 def _nearest(word: str, known: list[str]) -> list[str]:
-    """Up to three options that are spelled like a word, or that begin with it."""
+    """Up to three options that begin with a word, or else are spelled like it, the most similar first."""
     name = f"--{word.lstrip('-').replace('-', '_').lower()}"
-    return get_close_matches(name, known) or [option for option in known if option.startswith(name)][:3]
+    longer = [option for option in known if option.startswith(name)]
+    return get_close_matches(name, longer, cutoff=0) or get_close_matches(name, known)
 
 
 def _is_number(argument: str) -> bool:

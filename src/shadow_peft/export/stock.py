@@ -48,6 +48,9 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
         exported = _stock(model, _task_class(model))
     else:
         exported = _explicit_causal_lm(model, same_width)
+    for module in (exported.get_input_embeddings(), exported.get_output_embeddings()):
+        if module is not None:
+            module.requires_grad_(False)
     exported.generation_config = copy.deepcopy(getattr(model.base_model, "generation_config", None))
     return exported.to(model.shadow_model.device, model.shadow_model.dtype).eval()
 

@@ -14,8 +14,7 @@ decoding: the prompts as they were given, followed by what was generated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +32,7 @@ from shadow_peft.generation.drafting import (
     DraftingGenerationConfig,
     grow_draft,
 )
+from shadow_peft.generation.row_texts import RowTexts, for_rows
 
 
 class BatchDrafter(Drafter, Protocol):
@@ -75,41 +75,6 @@ def accept(draft: Draft, logits: Tensor, do_sample: bool) -> tuple[Tensor, Tenso
     accepted = torch.rand_like(chances).lt(chances).cumprod(-1).sum(-1)
     rest = (p - q)[rows, accepted].clamp(min=0)
     return accepted, torch.multinomial(rest, num_samples=1)[:, 0]
-
-
-class RowTexts:
-    """The texts of B rows, in the layout of ordinary decoding.
-
-    Args:
-        prompts: token ids `[B, T]`, padded on the left.
-
-    Attributes:
-        tokens: `[B, M]`; behind a row's length are drafted tokens, or meaningless ones.
-        lengths: `[B]`.
-    """
-
-    def __init__(self, prompts: Tensor) -> None:
-        self.tokens = prompts
-        self.lengths = torch.full((prompts.shape[0],), prompts.shape[1], device=prompts.device)
-
-    def last(self, ahead: int = 0) -> Tensor:
-        """The last token of each row, `[B, 1]`, counting `ahead` drafted ones."""
-        return self.tokens.gather(1, self.lengths[:, None] - 1 + ahead)
-
-    def put(self, tokens: Tensor, ahead: int | Tensor) -> None:
-        """Write a token `[B]` `ahead` places behind each row's text, without making the text longer."""
-        places = self.lengths + ahead
-        missing = max(0, int(places.max()) + 1 - self.tokens.shape[1])
-        self.tokens = F.pad(self.tokens, (0, missing)).scatter(1, places[:, None], tokens[:, None])
-
-    def each(self, ahead: int, judge: Callable[[Tensor], Tensor]) -> Tensor:
-        """Every row's result `[B, ...]` of a function of texts `[B, length]`, given its text and `ahead` tokens more."""
-        lengths = self.lengths + ahead
-        results = [(lengths.eq(length), judge(self.tokens[:, :length])) for length in lengths.unique().tolist()]
-        whole = results[0][1].clone()
-        for rows, result in results[1:]:
-            whole[rows] = result[rows]
-        return whole
 
 
 class BatchedDrafting:
@@ -258,8 +223,9 @@ class BatchedDrafting:
             draft = Draft.empty(len(processed), processed.shape[-1], processed.device)
         accepted, token = accept(draft, processed, bool(self._config.do_sample))
         texts.put(token, accepted)
+        self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, processed, logits))
         taken = self._up_to_ends(accepted + 1, live)
-        self._written.append(DecodedStep(texts.lengths, taken * live, processed, logits))
+        self._written[-1] = replace(self._written[-1], counts=taken * live)
         for row in live.nonzero()[:, 0].tolist():
             kept = int(taken[row]) - 1
             self._config.statistics.record(count, kept)
@@ -272,8 +238,10 @@ class BatchedDrafting:
         lengths = self._texts.lengths
         taken = torch.minimum(taken, (self._config.max_length - lengths).clamp(min=1))
         for ahead in range(1, int(taken[live].max()) + 1):
-            ended = self._texts.each(ahead, lambda text: self._criteria(text, None))
-            ended = ended & live & self._ends.eq(0) & taken.ge(ahead)
+            may_end = live & self._ends.eq(0) & taken.ge(ahead)
+            if not bool(may_end.any()):
+                continue
+            ended = self._texts.each(ahead, may_end, lambda text, rows: self._criteria(text, self._scores(text, rows)))
             self._ends = torch.where(ended, lengths + ahead, self._ends)
             if self._pads:
                 taken = torch.where(ended, ahead, taken)
@@ -289,9 +257,17 @@ class BatchedDrafting:
     def _processed(self, logits: Tensor, ahead: int) -> Tensor:
         """Logits `[B, V]` of the token `ahead` places behind each row's text, processed with the text up to there."""
         logits = logits.to(torch.float32)
-        if not len(self._processor):
+        live = self._live
+        if not len(self._processor) or not bool(live.any()):
             return logits
-        return self._texts.each(ahead, lambda text: self._processor(text, logits.clone()))
+        return self._texts.each(ahead, live, lambda text, rows: for_rows(self._processor, rows)(text, logits.clone()))
+
+    def _scores(self, text: Tensor, rows: Tensor) -> tuple[Tensor, ...] | None:
+        """The scores `[B, V]` of every token of these texts, where the config asks for scores."""
+        if not self._config.output_scores:
+            return None
+        columns = self._columns("scores", text.shape[1])
+        return tuple(torch.where(rows[:, None], column, column[rows][:1]) for column in columns)
 
     def _columns(self, name: str, length: int) -> tuple[Tensor, ...]:
         """Scores or logits `[B, V]` of every written place; zero where a row had ended."""
@@ -299,8 +275,8 @@ class BatchedDrafting:
         whole = self._written[0].logits.new_zeros(len(self._ends), length - first, self._written[0].logits.shape[-1])
         for written in self._written:
             for row, (start, count) in enumerate(zip(written.lengths.tolist(), written.counts.tolist(), strict=True)):
-                places = slice(start - first, min(start + count, length) - first)
-                whole[row, places] = getattr(written, name)[row, : places.stop - places.start]
+                kept = max(0, min(start + count, length) - start)
+                whole[row, start - first : start - first + kept] = getattr(written, name)[row, :kept]
         return whole.unbind(1)
 
 

@@ -90,9 +90,12 @@ class ShadowCandidateGenerator(CandidateGenerator):
     def state_of_last(self, ahead: int) -> Tensor:
         """s `[1, 1, d]` of the text's last token; the backbone's cache holds all tokens before it."""
         text, mask = self._text, self._kwargs.get("attention_mask")
-        if mask is not None:
-            mask = F.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
-        positions = torch.tensor([[text.shape[1] - 1]], device=text.device) if mask is None else None
+        position = int(self._cache.shadow.get_seq_length())  # the text lacks the prompt where that was given as embeddings
+        positions = None
+        if mask is None:
+            positions = torch.tensor([[position]], device=text.device)
+        else:
+            mask = F.pad(mask, (0, position + 1 - mask.shape[1]), value=1)
         return self._drafter.shadow_step(text[:, -1:], mask, positions, self._cache)
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:

@@ -12,7 +12,7 @@ from shadow_peft.cache import num_uncached_tokens, select_cache
 from shadow_peft.generation import draft_length
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
-from shadow_peft.generation.drafting import DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
+from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
 from shadow_peft.model import InferenceMode, ShadowPeftModel
 
 
@@ -98,6 +98,8 @@ class ShadowGenerationMixin(GenerationMixin):
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
         prepared.num_assistant_tokens_schedule = next(filter(None, given), "heuristic")
+        if getattr(prepared, SWITCH, None) and prepared.guidance_scale not in (None, 1):
+            raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:

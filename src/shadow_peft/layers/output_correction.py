@@ -80,7 +80,7 @@ def _correct_output(out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Ten
 
 
 class ShadowOutputModel(nn.Module):
-    """The maps of what N layers add: `output_downs` `[N, d, q]` and `output_ups` `[N, q, d]`.
+    """The output corrections of N layers: `output_downs` `[N, d, q]` and `output_ups` `[N, q, d]`.
 
     Args:
         num_layers: N, the number of injected layers.
@@ -109,9 +109,9 @@ def _added(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _InjectTransient(torch.autograd.Function):
-    """`correct` on flat tensors, without chance.
+    """`inject_transient` on flat tensors, deterministic.
 
-    Kept are h + delta, which the layer keeps anyway as the input of its norm, s, which is one for all layers, and z, which
+    Saved are h + delta, which the layer saves anyway as the input of its norm, s, which is one for all layers, and z, which
     is thin; h comes back as (h + delta) - alpha * z @ U, up to rounding. The gradients can't be differentiated again.
     """
 
@@ -140,12 +140,12 @@ class _InjectTransient(torch.autograd.Function):
 
 
 class _CorrectOutput(torch.autograd.Function):
-    """`settle`; kept are c and its thin product. The gradients can't be differentiated again."""
+    """`correct_output`; saved are c and its down product. The gradients can't be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, delta: Tensor, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        corrected_output, *kept = _correct_output(out, delta, h, down, up)
-        ctx.save_for_backward(*kept, down, up)
+        corrected_output, *saved = _correct_output(out, delta, h, down, up)
+        ctx.save_for_backward(*saved, down, up)
         return corrected_output
 
     @staticmethod

@@ -49,7 +49,7 @@ def _gate(z: Tensor, weights: ReadoutWeights) -> Tensor:
 
 
 class _ReadOut(torch.autograd.Function):
-    """`read_out`; kept are h, s and the thin products. The gradients can't be differentiated again."""
+    """`read_out`; saved are h, s and the down products. The gradients can't be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, *weights: Tensor) -> Tensor:

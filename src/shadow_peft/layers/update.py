@@ -28,7 +28,7 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class UpdateWeights:
-    """The maps of one layer: `down` `[2k, d]` (gate first), `gate_up` and `transform_up` `[d, k]`, biases or None."""
+    """The weights of one layer: `down` `[2k, d]` (gate first), `gate_up` and `transform_up` `[d, k]`, biases or None."""
 
     down: Tensor
     gate_up: Tensor
@@ -38,7 +38,7 @@ class UpdateWeights:
     transform_up_bias: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> UpdateWeights:
-        """The same maps elsewhere."""
+        """The same weights on a device and in a dtype."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return UpdateWeights(**{name: tensor.to(device, dtype) for name, tensor in tensors.items()})
 
@@ -57,7 +57,7 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
     Args:
         h: hidden state of the base after the layer, `[B, T, d]`.
         s: shadow state, `[B, T, d]`.
-        maps: the layer's maps.
+        weights: the layer's weights.
         norm: the shared LayerNorm ("published", SiLU) or None ("peft", GELU).
         dropout: probability of dropping entries of the transform; 0 outside training.
 
@@ -84,7 +84,7 @@ def transform_and_gate(z_gate: Tensor, z_transform: Tensor, weights: UpdateWeigh
 
 
 class StackedUpdateWeights(nn.Module):
-    """The maps of M layers, stacked: `down` `[M, 2k, d]`, `gate_up` and `transform_up` `[M, d, k]`, biases on request."""
+    """The weights of M layers, stacked: `down` `[M, 2k, d]`, `gate_up` and `transform_up` `[M, d, k]`, biases on request."""
 
     def __init__(self, num_layers: int, hidden_size: int, gate_hidden_size: int, bias: bool) -> None:
         super().__init__()
@@ -97,19 +97,19 @@ class StackedUpdateWeights(nn.Module):
             self.transform_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
 
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
-        """The maps of every layer in the dtype of the computation, with one cast and one split for all layers."""
+        """The weights of every layer in the dtype of the computation, with one cast and one split for all layers."""
         return _rows({name: decoder.to(dtype) for name, decoder in self.named_parameters()})
 
     def views(self) -> list[UpdateWeights]:
-        """The maps of every layer as detached views of the parameters."""
+        """The weights of every layer as detached views of the parameters."""
         return _rows({name: decoder.detach() for name, decoder in self.named_parameters()})
 
 
 class ShadowUpdateModel(nn.Module):
-    """The update maps of N layers and their shared LayerNorm.
+    """The update weights of N layers and their shared LayerNorm.
 
     Args:
-        num_layers: N, the number of updated layers as the file counts them; the last one's maps are frozen storage.
+        num_layers: N, the number of updated layers in the file; the last one's weights are frozen.
         hidden_size: d, the width of the base.
         gate_hidden_size: k.
         peft: the variant "peft": biases, no LayerNorm.
@@ -123,17 +123,17 @@ class ShadowUpdateModel(nn.Module):
         self.freeze_unread()
 
     def freeze_unread(self) -> None:
-        """Freeze what no loss depends on: the last layer's maps, and the norm when no other layer uses it."""
+        """Freeze what no loss depends on: the last layer's weights, and the norm when no other layer uses it."""
         self.last.requires_grad_(False)
         if self.live.down.shape[0] == 0:
             self.requires_grad_(False)
 
     def all_weights(self) -> list[UpdateWeights]:
-        """The maps of all N layers as detached views of the parameters."""
+        """The weights of all N layers as detached views of the parameters."""
         return [*self.live.views(), *self.last.views()]
 
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
-        """The maps of every layer that is computed, N - 1 of them."""
+        """The weights of every layer that is computed, N - 1 of them."""
         return self.live.weights(dtype)
 
     def norm(self, dtype: torch.dtype) -> Norm | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadow_peft.backbone.implicit import materialized
 from shadow_peft.checkpoint import store
@@ -107,6 +108,27 @@ class ShadowTaskModel(PreTrainedModel):
     # ---------------------------------------------------------------- what transformers expects of a model
 
     @property
+    def config(self) -> Any:
+        """The base's config, of which `transformers.Trainer` learns that `shadow_logits` are no predictions to evaluate.
+
+        It is a view: whatever is set on it is set on the base's config, and the other way round.
+        """
+        if "peft_model" not in self._modules:
+            return self.__dict__["_early_config"]
+        config = self.peft_model.base_model.config
+        kind: Any = type(config)
+        view = object.__new__(_without_shadow_logits(kind))
+        view.__dict__ = config.__dict__
+        return view
+
+    @config.setter
+    def config(self, config: PreTrainedConfig) -> None:
+        if "peft_model" in self._modules:
+            self.peft_model.base_model.config = config
+        else:
+            self.__dict__["_early_config"] = config  # transformers' constructor runs before the base is in its place
+
+    @property
     def device(self) -> torch.device:
         """The device of the base, where inputs belong."""
         device: torch.device = self.peft_model.base_model.device
@@ -133,7 +155,7 @@ class ShadowTaskModel(PreTrainedModel):
         TRL's trainers compute losses from the base's logits, or call the base's head without the adapter. Neither trains
         the shadow, and their calls look like those of a training loop that does it right. But their constructors, and
         nothing else, add their tags to the model, `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental
-        asynchronous ones, which fail with other errors). The trainers of `shadow_peft.training` add `TRAINER_TAG` too.
+        asynchronous ones, which need outputs that the model does not return). The trainers of `shadow_peft.training` add `TRAINER_TAG` too.
         `GradientMonitor` reports a loop that passes this check and still drops the shadow's loss.
 
         Args:
@@ -253,6 +275,13 @@ class ShadowTaskModel(PreTrainedModel):
             settings["shadow_loss_weight"] = shadow_loss_weight
         task = cls(peft_model, inference_mode=inference_mode, **settings)
         return task if is_trainable else task.requires_grad_(False).eval()
+
+
+@cache
+def _without_shadow_logits(kind: Any) -> Any:
+    """A config class under the same name, whose models' `shadow_logits` a Trainer leaves out of its predictions."""
+    ignored = [*getattr(kind, "keys_to_ignore_at_inference", ["past_key_values"]), "shadow_logits"]
+    return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": ignored, "__module__": kind.__module__})
 
 
 _INNER = "peft_model."

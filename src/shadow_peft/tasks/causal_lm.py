@@ -123,6 +123,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         peft, trained = self.peft_model, self.peft_model.task_heads
         base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
         path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
+        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # beside the modules, since it is the base's
         self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
         self._shadow_head = self._base_head
         if base_head is not shadow_head:
@@ -132,9 +133,9 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """The factors of the loss at the present progress of the training."""
+        """The factors of the loss: in training at its present progress, in evaluation the final ones."""
         ratio, progress = self.distillation_warmup_ratio, self.training_progress
-        risen = progress / ratio if progress < ratio else 1.0
+        risen = progress / ratio if self.training and progress < ratio else 1.0
         return LossWeights(self.shadow_loss_weight, risen * self.distillation_weight, self.distillation_temperature)
 
     def forward(
@@ -180,7 +181,9 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         Raises:
             ValueError: no tokens, labels together with `logits_to_keep`, or a cache that does not fit.
         """
-        targets = kwargs.pop("shift_labels", None)  # not declared as an argument: a trainer would look for a column of this name
+        if self.peft_model.base_model.get_output_embeddings() is not self._base_output:
+            self._rebuild_heads()  # it was replaced, for example by resizing the vocabulary
+        targets = kwargs.pop("shift_labels", None)  # undeclared, or a trainer would look for a column of this name
         if targets is None and labels is not None:
             targets = shifted(labels)
         kept = _kept(logits_to_keep)
@@ -256,16 +259,14 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return self._shadow_head(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base's embeddings; not possible with heads that are trained copies.
+        """Resize the embeddings of base and shadow; not possible with heads that are trained copies.
 
         Raises:
             ValueError: a head is a trained copy.
         """
         if len(self.peft_model.task_heads):
             raise ValueError("Resize the base's token embeddings before heads are copied for training.")
-        embeddings: nn.Module = self.peft_model.base_model.resize_token_embeddings(*args, **kwargs)
-        self._rebuild_heads()
-        return embeddings
+        return self.peft_model.resize_token_embeddings(*args, **kwargs)
 
 
 _ALL = slice(None)
