@@ -241,7 +241,7 @@ def load_nested(
     except ValueError as error:
         errors.append(str(error))
     for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-        state_dict[prefix + name] = tensor  # the parameter itself, so that torch has nothing to copy and reports nothing missing
+        state_dict[prefix + name] = tensor  # the parameter itself: torch copies nothing and reports nothing missing
 
 
 def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:

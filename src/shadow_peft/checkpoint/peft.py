@@ -1,5 +1,7 @@
 """Dialect B: the files of the Shadow tuner in `peft` 0.21, for adapters of the variant "peft".
 
+Its two files:
+
     adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
     adapter_model.safetensors    injection and update weights of each layer, then backbone and projection
 """

@@ -194,7 +194,7 @@ def _head_scale(model: ShadowAdapter) -> float:
     scale = float((plain * full).sum() / plain.square().sum())
     if not torch.allclose(plain * scale, full, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
         raise ValueError(
-            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the exported form of "
-            "this shadow cannot represent."
+            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the "
+            "exported form of this shadow cannot represent."
         )
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale

@@ -109,9 +109,9 @@ class ShadowTaskModel(PreTrainedModel):
 
     @property
     def config(self) -> Any:
-        """The base's config, of which `transformers.Trainer` learns that `shadow_logits` are no predictions to evaluate.
+        """A view of the base's config that tells `transformers.Trainer` to leave `shadow_logits` out of its predictions.
 
-        It is a view: whatever is set on it is set on the base's config, and the other way round.
+        It shares its values with the base's config: setting one sets the other.
         """
         if "peft_model" not in self._modules:
             return self.__dict__["_early_config"]
@@ -126,7 +126,7 @@ class ShadowTaskModel(PreTrainedModel):
         if "peft_model" in self._modules:
             self.peft_model.base_model.config = config
         else:
-            self.__dict__["_early_config"] = config  # transformers' constructor runs before the base is in its place
+            self.__dict__["_early_config"] = config  # transformers' constructor runs before `peft_model` is set
 
     @property
     def device(self) -> torch.device:
@@ -155,8 +155,8 @@ class ShadowTaskModel(PreTrainedModel):
         TRL's trainers compute losses from the base's logits, or call the base's head without the adapter. Neither trains
         the shadow, and their calls look like those of a training loop that does it right. But their constructors, and
         nothing else, add their tags to the model, `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental
-        asynchronous ones, which need outputs that the model does not return). The trainers of `shadow_peft.training` add `TRAINER_TAG` too.
-        `GradientMonitor` reports a loop that passes this check and still drops the shadow's loss.
+        asynchronous ones, which need outputs that the model does not return). The trainers of `shadow_peft.training` add
+        `TRAINER_TAG` too. `GradientMonitor` reports a loop that passes this check and still drops the shadow's loss.
 
         Args:
             tags: one or more tags.
@@ -279,7 +279,7 @@ class ShadowTaskModel(PreTrainedModel):
 
 @cache
 def _without_shadow_logits(kind: Any) -> Any:
-    """A config class under the same name, whose models' `shadow_logits` a Trainer leaves out of its predictions."""
+    """A config class of the same name whose `shadow_logits` a Trainer leaves out of its predictions."""
     ignored = [*getattr(kind, "keys_to_ignore_at_inference", ["past_key_values"]), "shadow_logits"]
     return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": ignored, "__module__": kind.__module__})
 

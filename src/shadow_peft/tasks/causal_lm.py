@@ -123,7 +123,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         peft, trained = self.peft_model, self.peft_model.task_heads
         base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
         path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
-        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # beside the modules, since it is the base's
+        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # no submodule: it belongs to the base
         self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
         self._shadow_head = self._base_head
         if base_head is not shadow_head:
