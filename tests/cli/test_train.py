@@ -244,7 +244,7 @@ def test_a_model_of_another_vocabulary_is_refused_as_a_shadow(
     llama(5, vocab_size=200, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "small")
     places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "out")]
     said = refused(capsys, *places, "--shadow_model", str(tmp_path / "small"))
-    assert "it knows 200 tokens, and the base's tokenizer has 300" in said
+    assert "its vocabulary has 200 tokens, the base's tokenizer has 300" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -278,7 +278,7 @@ def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp
         (["--use_peft", "--export"], "--export belongs to a shadow"),
         (["--use_peft", "--distillation_weight", "1"], "--distillation_weight belongs to a shadow"),
         (["--use_peft", "--shadow_model", "x"], "--shadow_model belongs to a shadow"),
-        (["--shadow_model", "x", "--num_shadow_layers", "2"], "--num_shadow_layers shapes a shadow made from the base"),
+        (["--shadow_model", "x", "--num_shadow_layers", "2"], "--num_shadow_layers is for a shadow made from the base"),
         (["--share_embeddings"], "--share_embeddings belongs to --shadow_model"),
         (["--shadow_model", "/nowhere"], "cannot load a causal language model from '/nowhere'"),
         (["--distillation_warmup_ratio", "2"], "distillation_warmup_ratio must lie in [0, 1], got 2.0"),

@@ -1,7 +1,7 @@
-"""The adapter of a model as tensors and files: state dicts, saved, loaded, uploaded.
+"""The methods of `ShadowPeftModel` for state dicts, files and the hub.
 
-`state_dict()` holds the adapter and the trained heads under their names in the files and nothing of the base, so a trainer's
-checkpoint is an adapter.
+`state_dict()` contains the adapter and the trained heads under their names in the files, and nothing of the base. So a
+trainer's checkpoint is an adapter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 from shadow_peft.storage.tensors import fill
 
 _WRAPPERS = ("module.", "_orig_mod.", "peft_model.")
-"""What wrappers and parent modules put before the names of a state dict."""
+"""Prefixes that wrappers and parent modules add to the names of a state dict."""
 
 
 class CheckpointMixin(ShadowAdapter):
-    """What a `ShadowPeftModel` does with its adapter's tensors and files."""
+    """State dicts and files of a `ShadowPeftModel`."""
 
     def unload(self) -> PreTrainedModel:
         """Remove the adapter from its base."""
@@ -36,14 +36,14 @@ class CheckpointMixin(ShadowAdapter):
     # ---------------------------------------------------------------- tensors
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
+        """The adapter's tensors under their names in the file, without task heads. They share memory with the model."""
         return self._adapter_views()
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `adapter_state_dict` returned into this model.
+        """Copy tensors that `adapter_state_dict` returned into this model.
 
         Raises:
-            ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+            ValueError: a tensor is missing, unknown or of another shape; nothing is changed.
         """
         shared = store.shared_table(self)
         fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
@@ -51,29 +51,29 @@ class CheckpointMixin(ShadowAdapter):
     def state_dict(  # type: ignore[override]
         self, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs.
+        """The adapter's tensors and the trained heads under their names in the files; nothing of the base.
 
-        While parameters are sharded over processes, their names are those of the parameters, see `storage.sharded`.
+        While parameters are sharded over processes, the names are those of the parameters.
         """
         destination = {} if destination is None else destination
         destination.update({prefix + name: _with_own_storage(view) for name, view in self._state_views().items()})
         return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy what `state_dict` returned, of this model or of a module around it, into this model.
+        """Copy a state dict of this model, or of a module around it, into this model.
 
-        Prefixes of wrappers (`module.`, `peft_model.`) are removed, and the base's own parameters ignored.
+        Prefixes of wrappers (`module.`, `peft_model.`) are removed. The base's own parameters are ignored.
 
         Args:
             state_dict: name -> tensor.
             strict: every tensor of the adapter must be there.
-            assign: has no meaning here, since tensors of the file are views of the parameters.
+            assign: ignored; the tensors are always copied.
 
         Returns:
             torch's pair of missing and unexpected keys, the latter always empty.
 
         Raises:
-            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
+            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed.
         """
         views = self._state_views()
         own = _own_entries(state_dict, views)
@@ -81,7 +81,7 @@ class CheckpointMixin(ShadowAdapter):
         return _IncompatibleKeys([name for name in views if name not in own], [])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load from the state dict of a parent module, in which torch looks for the parameters' own names."""
+        """Load a part of a parent module's state dict; torch calls this and expects the parameters' own names."""
         load_nested(self, self._state_views(), state_dict, prefix, args[1], args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -102,7 +102,16 @@ class CheckpointMixin(ShadowAdapter):
     # ---------------------------------------------------------------- files
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        """Save the adapter and the trained heads; an interrupted save leaves what was there before.
+
+        Args:
+            save_directory: created when it is missing.
+            **kwargs: `include_shared_embeddings=True` also stores the base's embedding table where shadow-peft 0.1.x needs
+                one; `is_main_process=False` writes nothing; `state_dict` is the gathered `state_dict()` of a sharded model.
+
+        Raises:
+            ValueError: the parameters are sharded over processes, and `state_dict` does not have all of them.
+        """
         store.save(self, save_directory, **kwargs)
 
     def push_to_hub(
@@ -116,9 +125,19 @@ class CheckpointMixin(ShadowAdapter):
         create_pr: bool = False,
         save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
+        """Upload the adapter to the hub. The repository is created if needed.
 
-        `save` writes the files, where a task model stores more than the adapter.
+        Args:
+            repo_id: name of the repository.
+            commit_message: message of the commit.
+            private: make a new repository private.
+            token: access token; None uses the stored login.
+            revision: branch to push to; it is created if it is missing.
+            create_pr: open a pull request instead.
+            save: writes the files into a directory; None is `save_pretrained`.
+
+        Returns:
+            The address of the commit or of the pull request.
         """
         return push(
             self.save_pretrained if save is None else save,
@@ -140,17 +159,18 @@ class CheckpointMixin(ShadowAdapter):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> Self:
-        """Attach a stored adapter to a base; heads that were trained with it belong to the task models and are left out.
+        """Attach a stored adapter to a base. Stored heads belong to the task models and are left out.
 
         Args:
             model: the base.
             pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
             is_trainable: False freezes the adapter.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
-            autocast_adapter_dtype: see the class.
+            autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
 
         Raises:
-            ValueError: no adapter there, a damaged file, or an adapter that does not fit the base; the base stays untouched.
+            ValueError: there is no adapter, a file is damaged, or the adapter does not fit the base; the base is not
+                changed.
         """
         return cls.from_checkpoint(
             model,
@@ -171,7 +191,7 @@ class CheckpointMixin(ShadowAdapter):
         autocast_adapter_dtype: bool = True,
         make_head: Callable[[Any, str], nn.Module] | None = None,
     ) -> Self:
-        """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
+        """Attach an adapter that was read already; `make_head` makes the modules of its trained heads."""
         if shadow_model is None:
             shadow_model = build_stored_shadow(stored.provenance)
         base = peft_adapters.unwrap_base(model)
@@ -204,15 +224,15 @@ class CheckpointMixin(ShadowAdapter):
 def load_nested(
     module: nn.Module, views: Mapping[str, Tensor], state_dict: dict[str, Any], prefix: str, strict: bool, errors: list[str]
 ) -> None:
-    """Copy a part of a parent's state dict into views, and let torch find every parameter of the module in its place.
+    """Copy a part of a parent's state dict into views, then replace that part by the module's own parameters.
 
     Args:
         module: the module that torch is about to load.
         views: name in files -> destination.
-        state_dict: of the parent; changed in place.
-        prefix: what the parent puts before the module's names.
-        strict: every view needs a value.
-        errors: problems are added here, as torch wants them.
+        state_dict: state dict of the parent; changed in place.
+        prefix: prefix of the module's names in it.
+        strict: every view must have a value.
+        errors: list to which problems are added, as torch expects it.
     """
     entries = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
     try:
@@ -221,7 +241,7 @@ def load_nested(
     except ValueError as error:
         errors.append(str(error))
     for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-        state_dict[prefix + name] = tensor  # itself, so that torch copies nothing and misses nothing
+        state_dict[prefix + name] = tensor  # the parameter itself: torch copies nothing and reports nothing missing
 
 
 def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,14 +251,14 @@ def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) 
 
 
 def _with_own_storage(view: Tensor) -> Tensor:
-    """A tensor that shares its storage with no other entry of a state dict: slices of stacked weights are copied."""
+    """A tensor with a storage of its own: slices of stacked weights are copied."""
     if type(view) is not Tensor or view.untyped_storage().nbytes() == view.numel() * view.element_size():
         return view
     return view.clone()
 
 
 def _unwrapped(name: str, known: Mapping[str, Tensor]) -> str:
-    """A name without the prefixes of wrappers around the model that has `known` names."""
+    """A name without the prefixes of wrappers; `known` are the names of the model inside."""
     while name not in known:
         prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
         if prefix is None:

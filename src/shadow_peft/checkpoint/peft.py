@@ -1,9 +1,9 @@
-"""Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "peft".
+"""Dialect B: the files of the Shadow tuner in `peft` 0.21, for adapters of the variant "peft".
 
-It has two files:
+Its two files:
 
     adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
-    adapter_model.safetensors    per block the injection and update maps, then backbone and projection
+    adapter_model.safetensors    injection and update weights of each layer, then backbone and projection
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in `adapter_model.safetensors` -> view of the parameter.
 
     Raises:
-        ValueError: the adapter's mathematics has no place in this dialect.
+        ValueError: this dialect cannot hold the adapter's variant.
     """
     if model.shadow_config.variant != "peft":
         raise ValueError(
@@ -88,7 +88,7 @@ def config_from_peft(data: dict[str, Any]) -> ShadowConfig:
     """The ShadowConfig that an `adapter_config.json` describes.
 
     Raises:
-        ValueError: another tuner's config, or one that uses what this library does not know.
+        ValueError: a config of another tuner, or one with an option that this library does not support.
     """
     if data.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{CONFIG_FILE} has peft_type {data.get('peft_type')!r}; only {PEFT_TYPE!r} is a shadow adapter.")

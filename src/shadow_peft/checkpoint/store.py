@@ -1,4 +1,4 @@
-"""An adapter saved and loaded, in either file dialect, from a directory or the hub."""
+"""Saves an adapter into a directory and reads it from a directory or the hub, in either file dialect."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ FILES = frozenset(
     | {native.BASE_ADAPTER_FILE}
     | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
 )
-"""All names that an adapter's files can have; a save leaves none of an earlier one."""
+"""All names that an adapter's files can have; a save removes those of an earlier save."""
 
 INDEX_FILE = "model.safetensors.index.json"
-"""transformers' index of a checkpoint in several files; a Trainer resumes only from a folder with weights that it knows."""
+"""transformers' index of a checkpoint in several files; a Trainer resumes only from a folder that has known weights."""
 
 _TRAINER_FOLDER = re.compile(r"(last-)?checkpoint(-\d+)?")
 """Names that a Trainer gives the folders it may resume from; no other folder gets an index."""
 
 
 _PEFT_WEIGHT = ("auxiliary_loss_weight", "shadow_loss_weight")
-"""What peft's config calls the weight of the shadow's loss, and what we call it."""
+"""The name of the shadow's loss weight in peft's config, and ours."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,13 @@ class Checkpoint:
 
     Attributes:
         config: the adapter's hyperparameters.
-        dialect: which files it was read from.
+        dialect: dialect of the files.
         tensors: name -> tensor of the adapter.
         heads: name -> tensor of the trained heads.
         base_adapters: name -> tensor of the PEFT adapters that the base carried.
-        provenance: what the file says about where it comes from; empty when it says nothing.
-        directory: where it was read.
-        training: factors of the loss that it was trained with, by the names of the task models' arguments, where the file
-            says them.
+        provenance: where the adapter comes from, as stored in the file; empty if nothing is stored.
+        directory: directory that it was read from.
+        training: stored factors of the loss, under the names of the task models' arguments.
     """
 
     config: ShadowConfig
@@ -75,7 +74,7 @@ class Checkpoint:
 
     @property
     def head_names(self) -> list[str]:
-        """Names of the trained heads that the checkpoint holds."""
+        """Names of the trained heads in the checkpoint."""
         return sorted({name.partition(".")[0] for name in self.heads})
 
     def without_heads(self) -> Checkpoint:
@@ -90,7 +89,7 @@ def read(path_or_repo: str | Path) -> Checkpoint:
     """Read a checkpoint of either dialect.
 
     Raises:
-        ValueError: no checkpoint is there, or a file of it is damaged.
+        ValueError: there is no checkpoint, or a file of it is damaged.
     """
     directory = local_directory(path_or_repo)
     if (directory / CONFIG_FILE).is_file():
@@ -148,16 +147,16 @@ def save(
     Args:
         model: the adapted model.
         save_directory: created when it is missing.
-        dialect: which files; None takes peft's for the variant "peft" and ours for all others.
-        include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
+        dialect: dialect of the files; None is peft's for the variant "peft" and ours for all others.
+        include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x needs one: beside an
             implicit shadow whose class does not call its table `embed_tokens`.
         is_main_process: False writes nothing, as in transformers.
-        state_dict: what `model.state_dict()` returned, when a trainer has gathered it; needed where it is sharded.
-        training: factors of the loss, to be stored with where the adapter comes from.
-        **_: further arguments of transformers' `save_pretrained`, which have no meaning here.
+        state_dict: the gathered `model.state_dict()`; required while the model is sharded.
+        training: factors of the loss, to be stored in the provenance.
+        **_: further arguments of transformers' `save_pretrained`; ignored.
 
     Raises:
-        ValueError: the parameters are sharded over processes, and `state_dict` does not hold them whole.
+        ValueError: the parameters are sharded over processes, and `state_dict` does not have all of them.
     """
     if not is_main_process:
         return
@@ -197,7 +196,7 @@ def _save(
 
 
 def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
-    """The model with whole parameters from a gathered state dict, for as long as a file is written."""
+    """A context in which the model has the unsharded parameters of a gathered state dict, to write a file."""
     missing = [name for name in own_state(model, without="base_model") if name not in (state_dict or {})]
     if state_dict is None or missing:
         raise ValueError(
@@ -211,7 +210,7 @@ def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> 
 
 def _save_peft(model: ShadowAdapter, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
     if native.head_views(model) or peft_adapters.views(model.base_model):
-        raise ValueError("peft's dialect has no place for trained heads, nor for adapters of the base.")
+        raise ValueError("peft's dialect has no place for trained heads or for adapters of the base.")
     with all_or_none(save_directory, replacing=FILES) as staging:
         adapter = peft.adapter_views(model)
         write_tensors(adapter, staging / peft.ADAPTER_FILE)
@@ -236,7 +235,7 @@ def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model; all are checked before the first is copied.
 
     Raises:
-        ValueError: it was made for a base of other sizes, or a tensor is missing, unknown or of another shape.
+        ValueError: the checkpoint was made for a base of other sizes, or a tensor is missing, unknown or of another shape.
     """
     _require_same_base(model, checkpoint)
     views = peft.adapter_views(model) if checkpoint.dialect == "peft" else native.adapter_views(model)
@@ -257,7 +256,7 @@ def _require_same_base(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
 
 
 def shared_table(model: ShadowAdapter) -> dict[str, Tensor]:
-    """The base's embedding table under the name that an implicit shadow's own table would have."""
+    """The base's embedding table under the name that an embedding table of the implicit shadow would have."""
     name = model.shared_table_name
     if name is None:
         return {}
@@ -265,7 +264,7 @@ def shared_table(model: ShadowAdapter) -> dict[str, Tensor]:
 
 
 def provenance(model: ShadowAdapter, training: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Where an adapter comes from: versions, base, base sizes, seed, and the factors of the loss where they are known."""
+    """Where an adapter comes from: versions, base, base sizes, seed and, if known, the factors of the loss."""
     base = model.base_model
     return {
         "versions": {

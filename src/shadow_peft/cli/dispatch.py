@@ -1,6 +1,6 @@
-"""Finds the verb and runs it; users' mistakes become one clear message and exit status 1, or 2 for what does not exist.
+"""Finds the verb and runs it. A mistake of the user is one clear message and exit status 1, or 2 for an unknown name.
 
-Nothing here imports torch: help, version and a mistyped option are answered at once.
+Nothing here imports torch, so help, version and a mistyped option are answered at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
-    "demo": "fine-tune an embedded model on an embedded task, offline, and race LoRA",
-    "train": "fine-tune any causal language model on data of yours or of the hub, with a shadow or LoRA",
-    "generate": "let a model, with or without its shadow adapter, go on with a text",
-    "eval": "score a model, with its shadow or as the shadow alone, by lm-evaluation-harness",
+    "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
+    "train": "fine-tune a causal language model on your own data or a dataset of the hub, with a shadow or LoRA",
+    "generate": "continue a text with a model, with or without its shadow adapter",
+    "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 
 #: Verb -> the extra of this package that it needs.
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point `shadow-peft`.
 
     Args:
-        arguments: a verb and its options; None takes those of the process.
+        arguments: a verb and its options; None uses those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a mistake of the user's, 2 for an unknown verb or option.
+        The exit status: 0 for success, 1 for a mistake of the user, 2 for an unknown verb or option.
     """
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The verbs and what they do."""
+    """The usage text: the verbs and what they do."""
     lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
     usage = "usage: shadow-peft VERB [options]   (VERB --help shows the options, --version the version)"
     return "\n".join([usage, "", *lines])

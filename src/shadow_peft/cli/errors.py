@@ -1,5 +1,5 @@
-"""The one exception that the verbs raise for a mistake in what was asked for."""
+"""The exception that the verbs raise for a mistake of the user."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for; the message says what was wrong and what to do."""
+    """A mistake of the user; the message says what was wrong and what to do."""

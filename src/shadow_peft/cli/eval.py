@@ -1,4 +1,4 @@
-"""`shadow-peft eval`: scores a model by lm-evaluation-harness, attached, as the shadow alone, or bare."""
+"""`shadow-peft eval`: scores a model with lm-evaluation-harness: the adapted base, the shadow alone, or any other model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.model import InferenceMode
 
 DESCRIPTION = (
-    "Scores a model by lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
+    "Scores a model with lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
     "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
 )
 EXAMPLES = """examples:
@@ -35,7 +35,7 @@ PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, scores every mode and prints the tables."""
+    """Parse the options, score every mode and print the tables."""
     (options,) = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
     modes = _modes(options)
     manager = find_tasks(options.tasks, options.include_path)
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str, options: EvalOptions, manager: TaskManager
 ) -> dict[str, Any]:
-    """What the harness measures of a model in one inference mode; "bare" is that of a model without a shadow."""
+    """The harness's results of a model in one inference mode; "bare" means a model without a shadow."""
     if mode != "bare":
         model.set_inference_mode(mode)
     results = simple_evaluate(
@@ -73,10 +73,10 @@ def score(
 
 
 def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
-    """The harness's catalogue, read no further than to the tasks that are asked for.
+    """The harness's catalogue; its own tasks are read only if a task is not found in `include_path`.
 
     Raises:
-        UserError: naming a task that nobody knows, or a folder that is not there.
+        UserError: names an unknown task, or a folder that does not exist.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include_path {include_path} is no folder")
@@ -90,7 +90,7 @@ def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
 
 
 def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arguments: list[str]) -> None:
-    """Everything measured, mode by mode, with the command and the versions that made it, as JSON."""
+    """Write the results of every mode with command and versions as JSON."""
     provenance = {
         "command": f"shadow-peft eval {shlex.join(arguments)}",
         "model": options.model,
@@ -120,10 +120,10 @@ def _model(options: EvalOptions) -> PreTrainedModel:
 
 
 def _batch(given: str) -> int | str:
-    """A number, or what the harness calls auto.
+    """The batch size as a number, or "auto" and its forms for the harness.
 
     Raises:
-        UserError: neither.
+        UserError: it is neither.
     """
     if given.startswith("auto"):
         return given

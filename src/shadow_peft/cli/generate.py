@@ -1,4 +1,4 @@
-"""`shadow-peft generate`: a model goes on with a text, with its shadow adapter, as the shadow alone, or bare."""
+"""`shadow-peft generate`: continues a text with the adapted base, the shadow alone, or any other model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.generation.drafting import DraftStatistics
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
-DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."
+DESCRIPTION = "Continues one or more texts with a model and prints what it adds."
 EXAMPLES = """examples:
   shadow-peft generate --model Qwen/Qwen3-0.6B --adapter out "Translate to German: good morning\\n"
   shadow-peft generate "the shadow alone answers" --model Qwen/Qwen3-0.6B --adapter out --shadow_only
-  shadow-peft generate "the same answer, sooner" --model Qwen/Qwen3-0.6B --adapter out --draft
+  shadow-peft generate "the shadow drafts, the base verifies" --model Qwen/Qwen3-0.6B --adapter out --draft
   shadow-peft generate "the exported shadow is a model like any other" --model out/shadow
   shadow-peft generate "Once upon a time" --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1
 """
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, loads the model and prints one answer per text."""
+    """Parse the options, load the model and print one answer per text."""
     parser = make_parser("generate", OPTIONS["generate"], DESCRIPTION, EXAMPLES)
-    parser.add_argument("text", nargs="+", help="Text to go on with; the two characters \\n stand for a line break.")
+    parser.add_argument("text", nargs="+", help="Text to continue; the two characters \\n mean a line break.")
     options, sampling, positional = parse(parser, arguments)
     if (options.shadow_only or options.draft) and options.adapter is None:
         raise UserError("--shadow_only and --draft need --adapter: a bare model has no shadow")
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingOptions
 ) -> GenerationConfig:
-    """The model's own generation config, with what was asked for and a padding token."""
+    """The model's own generation config with the given options and a padding token."""
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -62,7 +62,7 @@ def generation_config(
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig
 ) -> tuple[str, DraftStatistics | None]:
-    """What the model adds to a prompt, without special tokens, and what became of the shadow's drafts, if it drafted."""
+    """What the model adds to a prompt, without special tokens, and the statistics of drafting, if it drafted."""
     inputs: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     config.return_dict_in_generate = True
     output: Any = model.generate(**inputs, generation_config=config)
@@ -71,7 +71,7 @@ def continuation(
 
 
 def report(statistics: DraftStatistics) -> str:
-    """One line about the drafts of one answer."""
+    """One line with the drafting statistics of one answer."""
     positions = zip(statistics.accepted_at, statistics.drafted_at, strict=True)
     by_position = " ".join(f"{accepted}/{drafted}" for accepted, drafted in positions)
     return (

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, for the verbs."""
+"""Loads models and tokenizers by name, for the verbs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model of a folder or of the hub; `kwargs` go to `from_pretrained`.
+    """Load a causal language model from a folder or the hub; `kwargs` are passed to `from_pretrained`.
 
     Raises:
-        UserError: if there is no such model, or it is no causal language model.
+        UserError: there is no such model, or it is no causal language model.
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -29,23 +29,23 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
-    """A model of a folder or of the hub as the shadow of a base, speaking through the base's head as it speaks by itself.
+    """Load a model from a folder or the hub as the shadow of a base; with the base's head it starts as the model itself.
 
     Args:
         name: folder or hub id.
-        base: the base; a shadow of another width gets the projection that fits the two heads best (least squares).
-        tokens: number of tokens that the base's tokenizer knows.
-        share_embeddings: take its embedding table away, so that it is fed the base's.
-        kwargs: go to `from_pretrained`.
+        base: the base; a shadow of another width gets a projection that fits the two heads by least squares.
+        tokens: number of tokens of the base's tokenizer.
+        share_embeddings: remove its embedding table, so that it is fed the base's embeddings.
+        kwargs: passed to `from_pretrained`.
 
     Raises:
-        UserError: if there is no such model, it is no causal language model, or it knows fewer tokens.
+        UserError: there is no such model, it is no causal language model, or its vocabulary is smaller.
     """
     shadow = load_model(name, **kwargs)
     known = shadow.get_input_embeddings().weight.shape[0]
     if known < tokens:
         raise UserError(
-            f"cannot take {name!r} as the shadow: it knows {known} tokens, and the base's tokenizer has {tokens}"
+            f"cannot use {name!r} as the shadow: its vocabulary has {known} tokens, the base's tokenizer has {tokens}"
         )
     if share_embeddings or carried_projection(shadow) is not None:
         return prepare_shadow_model(shadow, remove_embed_tokens=share_embeddings)
@@ -59,10 +59,10 @@ def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings:
 
 
 def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first place that has one: a folder with its files, or the last place whatever it is.
+    """Load the tokenizer of the first folder that has one, else that of the last place.
 
     Raises:
-        UserError: if none has one.
+        UserError: none has one.
     """
     named = [place for place in places if place]
     for place in named[:-1]:
@@ -72,10 +72,10 @@ def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:
 
 
 def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
-    """The base with a saved adapter attached, ready to answer.
+    """The base with a saved adapter attached, in eval mode.
 
     Raises:
-        UserError: if the adapter does not fit the base or is no adapter.
+        UserError: the adapter does not fit the base or is no adapter.
     """
     try:
         model: ShadowForCausalLM = ShadowForCausalLM.from_pretrained(base, adapter)

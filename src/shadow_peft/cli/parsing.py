@@ -1,4 +1,4 @@
-"""What every verb's parser shares: dataclasses are the options, the examples stand below the help."""
+"""What all verbs' parsers share: options are fields of dataclasses, examples are printed below the help."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from shadow_peft.cli.spelling import split_config
 
 
 class HelpFormat(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind every option, the examples as they are written."""
+    """Shows the default of every option, and the examples as they are written."""
 
 
 def make_parser(verb: str, options: list[type], description: str, examples: str) -> TrlParser:
-    """A parser whose options are the fields of dataclasses; `--config file.yaml` sets them, too."""
+    """A parser whose options are the fields of dataclasses; `--config file.yaml` sets them too."""
     return TrlParser(
         options, prog=f"shadow-peft {verb}", description=description, epilog=examples, formatter_class=HelpFormat
     )
 
 
 def parse(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
-    """One object per dataclass, then, if the parser has positional arguments, their namespace.
+    """One object per dataclass, followed by a namespace if the parser has positional arguments.
 
     Raises:
-        UserError: a value that a dataclass refuses, or a file of options that is no YAML.
+        UserError: a value that a dataclass refuses, or a config file that is no YAML.
     """
     try:
         return tuple(parser.parse_args_and_config(split_config(arguments)))

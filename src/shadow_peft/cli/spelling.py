@@ -1,4 +1,4 @@
-"""Says at once that an option does not exist: before TRL, which parses the options in earnest, is imported."""
+"""Reports an unknown option at once, before TRL is imported, which does the real parsing."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from shadow_peft.cli.declared_fields import DeclaredField, fields_in_source, fie
 from shadow_peft.cli.options import OPTIONS, TRL_OPTIONS
 
 CONFIG = "--config"
-"""The option that TRL's parser takes out before all others."""
+"""The option that TRL's parser handles before all others."""
 
 
 class _RefusedError(Exception):
-    """What argparse refuses; the names alone make it refuse ambiguous prefixes only."""
+    """argparse refused the arguments; with names alone it refuses ambiguous prefixes only."""
 
 
 class _NamesParser(ArgumentParser):
-    """Knows which options there are, and neither their types nor how many values they take."""
+    """A parser that knows the names of options, but neither their types nor their numbers of values."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving the process."""
+        """Raise instead of exiting."""
         raise _RefusedError(message)
 
 
 def complaint(verb: str, arguments: list[str]) -> str | None:
-    """Three lines about options that a verb does not have; None where there is nothing to say, or nothing is known.
+    """Three lines about unknown options of a verb; None if there are none, or if TRL's options cannot be read.
 
     Args:
         verb: name of the verb.
-        arguments: what stands behind it on the command line.
+        arguments: the arguments after it on the command line.
     """
     try:
         fields = declared_fields(verb)
     except (LookupError, OSError, ValueError, SyntaxError):
-        return None  # TRL is missing, or its source cannot be read: its parser has the word
+        return None  # TRL is missing, or its source cannot be read: its own parser decides
     wrong = _unknown(names_parser(fields), split_config(arguments))
     if not wrong:
         return None
@@ -49,7 +49,7 @@ def complaint(verb: str, arguments: list[str]) -> str | None:
 
 
 def declared_fields(verb: str) -> list[DeclaredField]:
-    """The fields of all dataclasses that make the options of a verb.
+    """The fields of all dataclasses that define the options of a verb.
 
     Raises:
         LookupError, OSError, ValueError, SyntaxError: those of TRL cannot be read.
@@ -59,7 +59,7 @@ def declared_fields(verb: str) -> list[DeclaredField]:
 
 
 def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
-    """A parser of the options that TRL's parser makes of these fields, in each of their spellings."""
+    """A parser of the options that TRL's parser makes from these fields, in all their spellings."""
     parser = _NamesParser(add_help=False, conflict_handler="resolve")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("positional", nargs="*")
@@ -72,15 +72,15 @@ def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
 
 
 def split_config(arguments: list[str]) -> list[str]:
-    """The arguments with `--config=FILE` as two of them, the only form in which TRL's parser finds it."""
+    """The arguments with `--config=FILE` split in two, the only form that TRL's parser accepts."""
     parts = [a.split("=", 1) if a.startswith(f"{CONFIG}=") else [a] for a in arguments]
     return [part for pair in parts for part in pair]
 
 
 def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """The arguments that argparse takes for options and does not know, as far as it was written; none if help is asked for.
+    """The names of unknown options among the arguments; none if help is asked for.
 
-    argparse tells options from values by one argument at a time, so each is asked about alone.
+    argparse tells options from values by looking at one argument at a time, so each is checked alone.
     """
     if "--" in arguments:
         arguments = arguments[: arguments.index("--")]
@@ -106,7 +106,7 @@ def _nearest(word: str, known: list[str]) -> list[str]:
 
 
 def _is_number(argument: str) -> bool:
-    """A number such as -1e-3, which argparse takes for an option: its own message is about the value."""
+    """Whether it is a number such as -1e-3, which argparse mistakes for an option and reports by itself."""
     try:
         float(argument)
     except ValueError:

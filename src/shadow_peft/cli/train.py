@@ -1,4 +1,4 @@
-"""`shadow-peft train`: fine-tunes a causal language model with a shadow, or with LoRA as a baseline, on any data."""
+"""`shadow-peft train`: fine-tunes a causal language model with a shadow, or with LoRA as a baseline."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from shadow_peft.training.templates import PromptTemplate
 
 DESCRIPTION = (
     "Fine-tunes a causal language model with a shadow. --data is a file (.jsonl, .json, .csv, .parquet), a folder or a "
-    'dataset of the hub; its rows are {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}, or become '
-    "prompts and completions by the templates --prompt and --completion over their columns. Only completions (of messages: "
-    "the last turn) are learned. Options are those of this verb, of ShadowConfig, and of TRL's SFTConfig and ModelConfig. "
+    'dataset of the hub. Its rows are {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}; the '
+    "templates --prompt and --completion make prompts and completions of other columns. Only completions (of messages: the "
+    "last turn) are learned. Options are those of this verb, of ShadowConfig, and of TRL's SFTConfig and ModelConfig. "
     "--use_peft trains TRL's LoRA instead of a shadow. --config FILE.yaml sets any of them."
 )
 EXAMPLES = """examples:
@@ -45,8 +45,8 @@ EXAMPLES = """examples:
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 
-#: Defaults of SFTConfig and ModelConfig that suit an adapter; everything else is TRL's. Every part of it gets a gradient in
-#: every step, so DDP need not look for parameters without one.
+#: Defaults of SFTConfig and ModelConfig that suit an adapter; all others are TRL's. Every part of an adapter gets a gradient
+#: in every step, so DDP need not look for unused parameters.
 DEFAULTS = {
     "learning_rate": 1e-3,
     "report_to": "none",
@@ -59,7 +59,7 @@ DEFAULTS = {
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, checks all data, trains and saves."""
+    """Parse the options, check all data, train and save."""
     options, templates, shadow, sft, peft = parse(make_train_parser(), arguments)
     sft.resume_from_checkpoint = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
@@ -77,14 +77,14 @@ def run(arguments: list[str]) -> None:
 
 
 def make_train_parser() -> TrlParser:
-    """The parser: this verb's options, ShadowConfig's and TRL's with defaults that suit an adapter."""
+    """The parser of this verb's options, ShadowConfig's and TRL's, with defaults that suit an adapter."""
     parser = make_parser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 
 
 def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
-    """The first line of output: what is trained, by which mathematics."""
+    """The first line of output: the method and its variant."""
     if peft.use_peft:
         return f"training {'DoRA' if peft.use_dora else 'LoRA'} of rank {peft.lora_r}"
     other = {"readout": "published", "published": "readout", "peft": "published"}[shadow.variant]
@@ -92,7 +92,7 @@ def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
 
 
 def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
-    """The base with a fresh shadow; with `--use_peft` the base alone, to which TRL's trainer adds LoRA."""
+    """The base with a fresh shadow; with `--use_peft` the base alone, since TRL's trainer adds LoRA."""
     kwargs: dict[str, Any] = {"revision": peft.model_revision, "dtype": peft.dtype}
     if peft.attn_implementation is not None:
         kwargs["attn_implementation"] = peft.attn_implementation
@@ -109,18 +109,18 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens
         weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
         return ShadowForCausalLM(get_shadow_model(base, shadow, shadow_model=brought), **weights)
     except (ValueError, TypeError) as error:
-        raise UserError(f"cannot give {options.model!r} such a shadow: {error}") from error
+        raise UserError(f"cannot attach this shadow to {options.model!r}: {error}") from error
 
 
 class _WithCard:
-    """A trainer whose model card is ours, wherever TRL writes one."""
+    """A trainer that writes our model card wherever TRL writes one."""
 
     facts: RunFacts | None = None
     args: Any
     state: Any
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write the card with the figures so far; one process does."""
+        """Write the card with the figures so far, in one process."""
         if self.facts is not None and self.state.is_world_process_zero:
             write_card(Path(self.args.output_dir), self.facts, self.state.log_history)
 
@@ -142,10 +142,10 @@ def make_trainer(
     train_set: Dataset,
     eval_set: Dataset | None,
 ) -> Any:
-    """TRL's supervised fine-tuning: of the shadow with the model's own loss, or of LoRA with TRL's.
+    """The trainer: ShadowSFTTrainer, or TRL's SFTTrainer for LoRA.
 
     Raises:
-        UserError: options that the trainer refuses, such as a tracker that is not installed.
+        UserError: the trainer refuses an option, such as a tracker that is not installed.
     """
     arguments: dict[str, Any] = {
         "train_dataset": train_set,
@@ -163,7 +163,7 @@ def make_trainer(
 
 
 def fit(trainer: Any, checkpoint: str | None) -> None:
-    """Trains, evaluates once more at the end, and writes the metrics."""
+    """Train, evaluate at the end, and write the metrics."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
@@ -172,7 +172,7 @@ def fit(trainer: Any, checkpoint: str | None) -> None:
 
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
-    """Adapter, tokenizer and card into `output`; with `export`, the shadow as a model of its own into `output/shadow`."""
+    """Save adapter, tokenizer and card into `output`; with `export`, also the exported shadow into `output/shadow`."""
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, an adapter is one file
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output), _internal_call=True)
@@ -185,7 +185,7 @@ def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export:
 
 
 def _data(options: TrainOptions, template: PromptTemplate, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The checked examples to learn and to evaluate on."""
+    """The checked examples for training and for evaluation."""
     try:
         train_set = load_examples(options.data, template, name=options.data_name, split=options.data_split)
         if options.eval_fraction is not None:
@@ -201,7 +201,7 @@ def _data(options: TrainOptions, template: PromptTemplate, seed: int) -> tuple[D
 
 
 def _template(templates: TemplateOptions) -> PromptTemplate:
-    """The templates; the two characters \\n stand for a line break, which a shell cannot give."""
+    """The templates; the two characters \\n mean a line break, which is hard to type in a shell."""
     given: dict[str, Any] = {n: v.replace("\\n", "\n") if isinstance(v, str) else v for n, v in asdict(templates).items()}
     try:
         return PromptTemplate(**given)
@@ -210,7 +210,7 @@ def _template(templates: TemplateOptions) -> PromptTemplate:
 
 
 def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
-    """Early stopping, if asked for; it keeps the best checkpoint, so both strategies must agree."""
+    """Early stopping, if asked for. It keeps the best checkpoint, so evaluation and saving must coincide."""
     if options.early_stopping_patience is None:
         return []
     sft.load_best_model_at_end = True
@@ -220,7 +220,7 @@ def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallb
 
 
 def _parts(options: TrainOptions) -> str:
-    """What was learned and evaluated on, in words."""
+    """The data for training and evaluation, in words."""
     learned = f"configuration {options.data_name}, " if options.data_name else ""
     if options.eval_fraction is not None:
         return f"{learned}split {options.data_split}, of which {options.eval_fraction:g} held out"

@@ -1,4 +1,4 @@
-"""The detached shadow: the backbone with its own copies of embeddings and head, in a stock architecture where there is one.
+"""The detached shadow: the backbone with copies of embeddings and head, in a stock architecture where one fits.
 
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
@@ -39,8 +39,7 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
     Raises:
-        ValueError: parameters are sharded over processes, or the shadow has no form of its own that would compute what it
-            computes when attached.
+        ValueError: parameters are sharded over processes, or no exported form computes what the attached shadow computes.
     """
     if is_sharded(model):
         raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
@@ -102,7 +101,7 @@ def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTraine
 
 
 def _source(model: ShadowAdapter, path: str, backbone_path: str) -> nn.Module:
-    """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
+    """The module to copy an exported module from: the backbone's, or the base's where the backbone has none."""
     known = dict(model.shadow_model.named_modules())
     if backbone_path == "" or path == backbone_path or path.startswith(f"{backbone_path}."):
         inside = path[len(backbone_path) :].removeprefix(".")
@@ -170,10 +169,10 @@ def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:
 
 
 def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
-    """A causal LM around an explicit backbone, or one of another width than the base.
+    """A causal LM around an explicit backbone, or around one of another width than the base.
 
     Raises:
-        ValueError: the base is no causal LM, or its head does more than the exported form can hold.
+        ValueError: the base is no causal LM, or the exported form cannot represent its head.
     """
     base = model.base_model
     if base.get_output_embeddings() is None:
@@ -221,10 +220,10 @@ def softcap_of(base: PreTrainedModel) -> float | None:
 
 
 def _head_scale(model: ShadowAdapter) -> float:
-    """The constant by which the base's class multiplies what its output embedding returns.
+    """The constant by which the base's class multiplies the result of its output embedding.
 
     Raises:
-        ValueError: its head is no scaled, possibly capped, linear map.
+        ValueError: its logits are not a scaled, possibly capped, linear function.
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
     x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
@@ -235,7 +234,7 @@ def _head_scale(model: ShadowAdapter) -> float:
     scale = float((plain * full).sum() / plain.square().sum())
     if not torch.allclose(plain * scale, full, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
         raise ValueError(
-            f"{type(model.base_model).__name__} computes its logits by more than one linear map, which the exported form of "
-            "this shadow cannot hold."
+            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the "
+            "exported form of this shadow cannot represent."
         )
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale

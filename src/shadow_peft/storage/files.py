@@ -1,4 +1,4 @@
-"""Files of a checkpoint, written all or none, and its JSON; needs no torch, so that a config can be read without it."""
+"""Files of a checkpoint, written all or none, and JSON. Without torch, so that a config can be read without it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 @contextmanager
 def all_or_none(directory: str | os.PathLike[str], replacing: Collection[str] = ()) -> Iterator[Path]:
-    """A staging directory whose files move into `directory` together at the end.
+    """A staging directory whose files are moved into `directory` together at the end.
 
-    Whatever fails before the end, the old files stay as they were; the move itself is undone if it fails half way.
+    If anything fails before the end, the old files stay as they were. The move itself is undone if it fails half way.
 
     Args:
         directory: created when it is missing.
-        replacing: names of files that go from there, if they are not written anew.
+        replacing: names of old files to remove from there, unless they are written again.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -60,7 +60,7 @@ def _put_back(name: str, target: Path, old: Path) -> None:
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object, flushed to the disk."""
+    """Write a JSON object and flush it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(data, indent=2, sort_keys=True) + "\n")
         file.flush()
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: there is no such file, or it holds no JSON object.
+        ValueError: there is no such file, or it contains no JSON object.
     """
     if not path.is_file():
         raise ValueError(f"There is no {path.name} in {path.parent}.")

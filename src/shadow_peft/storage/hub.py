@@ -1,4 +1,4 @@
-"""Hugging Face Hub: where checkpoints are fetched from and pushed to; its client is imported when it is called."""
+"""Download from and upload to the Hugging Face Hub; its client is imported when it is used."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def push(
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        save(directory)  # first of all: what cannot be saved leaves nothing on the hub
+        save(directory)  # first, so that nothing is created on the hub if saving fails
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: written, read with errors that name what is wrong, and copied into a model."""
+"""Writes and reads the tensors of a checkpoint, with errors that name what is wrong, and copies them into a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, flushed to the disk; views become tensors of their own."""
+    """Write a safetensors file and flush it to the disk; views are stored as separate tensors."""
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path, {"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -24,7 +24,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, or a legacy `.pt` file without running any code in it.
 
     Raises:
-        ValueError: the file is truncated or holds something else than tensors.
+        ValueError: the file is truncated or contains something else than tensors.
     """
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else _read_legacy(path)
@@ -50,10 +50,10 @@ def fill(views: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
         views: name -> destination.
         tensors: name -> value.
         source: where the values come from, for the error.
-        strict: every view needs a value.
+        strict: every view must have a value.
 
     Raises:
-        ValueError: names every tensor that is missing, unknown or of another shape; nothing is changed then.
+        ValueError: a tensor is missing, unknown or of another shape; it names them, and nothing is changed.
     """
     problems = [f"missing {name}" for name in views if strict and name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in views]

@@ -1,7 +1,7 @@
-"""What the task models share: one adapted model, two ways to answer, heads that may be trained.
+"""What the task models share: one adapted model, two inference modes, heads that may be trained.
 
-A task model is a `PreTrainedModel`, so trainers, pipelines and accelerate treat it as one; its state dict and its files hold
-the adapter and the trained heads alone.
+A task model is a `PreTrainedModel`, so trainers, pipelines and accelerate treat it as one. Its state dict and its files
+contain the adapter and the trained heads only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shadow_peft.model import InferenceMode, ShadowPeftModel
 from shadow_peft.storage.sharded import is_sharded
 
 TRAINER_TAG = "shadow-peft"
-"""With this among its tags, a trainer of TRL says that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
+"""A trainer of TRL with this tag declares that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
 
 
 class ShadowTaskModel(PreTrainedModel):
@@ -32,8 +32,8 @@ class ShadowTaskModel(PreTrainedModel):
     Args:
         peft_model: the adapted base.
         shadow_loss_weight: factor of the shadow's own loss.
-        inference_mode: "base_shadow" answers with the adapted base, "shadow_only" with the shadow alone, without running
-            any layer of the base.
+        inference_mode: "base_shadow" computes the logits with the adapted base, "shadow_only" with the shadow alone; then no
+            layer of the base runs.
 
     Raises:
         TypeError: `peft_model` is no `ShadowPeftModel`.
@@ -52,7 +52,7 @@ class ShadowTaskModel(PreTrainedModel):
     """Names of the base's and the shadow's head."""
 
     loss_settings: ClassVar[tuple[str, ...]] = ("shadow_loss_weight",)
-    """Arguments and attributes that shape the loss; they are stored with the adapter."""
+    """Arguments and attributes that define the loss; they are stored with the adapter."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ShadowTaskModel(PreTrainedModel):
 
     @classmethod
     def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
-        """The heads that this task keeps as copies of its own."""
+        """The heads of which this task has copies of its own."""
         raise NotImplementedError
 
     @classmethod
@@ -93,7 +93,7 @@ class ShadowTaskModel(PreTrainedModel):
         raise NotImplementedError
 
     def set_inference_mode(self, mode: InferenceMode) -> None:
-        """Choose who answers: "base_shadow" or "shadow_only".
+        """Choose which network computes the logits: "base_shadow" or "shadow_only".
 
         Raises:
             ValueError: an unknown mode.
@@ -103,16 +103,16 @@ class ShadowTaskModel(PreTrainedModel):
         self.inference_mode = mode
 
     def wants_shadow_logits(self, asked: bool | None) -> bool:
-        """Nobody reads them in training without a shadow loss, unless they are asked for."""
+        """Whether to compute the shadow's logits: as asked, else always but in training without a shadow loss."""
         return asked if asked is not None else not (self.training and self.shadow_loss_weight == 0)
 
-    # ---------------------------------------------------------------- what transformers asks of a model
+    # ---------------------------------------------------------------- what transformers expects of a model
 
     @property
     def config(self) -> Any:
-        """The base's config, of which `transformers.Trainer` learns that `shadow_logits` are no predictions to evaluate.
+        """A view of the base's config that tells `transformers.Trainer` to leave `shadow_logits` out of its predictions.
 
-        It is a view: whatever is set on it is set on the base's config, and the other way round.
+        It shares its values with the base's config: setting one sets the other.
         """
         if "peft_model" not in self._modules:
             return self.__dict__["_early_config"]
@@ -127,11 +127,11 @@ class ShadowTaskModel(PreTrainedModel):
         if "peft_model" in self._modules:
             self.peft_model.base_model.config = config
         else:
-            self.__dict__["_early_config"] = config  # transformers' constructor runs before the base is in its place
+            self.__dict__["_early_config"] = config  # transformers' constructor runs before `peft_model` is set
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: the device of the base."""
+        """The device of the base, where inputs belong."""
         device: torch.device = self.peft_model.base_model.device
         return device
 
@@ -146,19 +146,18 @@ class ShadowTaskModel(PreTrainedModel):
         return self.peft_model.base_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head that the adapted base answers with, if it is an output embedding."""
+        """The output embedding that computes the adapted base's logits, if there is one."""
         heads = self.peft_model.task_heads
         return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Tag the model for the hub; refuse a trainer of TRL that would leave the shadow untrained.
+        """Tag the model for the hub; refuse a trainer of TRL that would not train the shadow.
 
-        TRL's trainers compute losses from the base's logits, or with a head of their own that passes the adapter by. None
-        of that reaches the shadow's loss, and by the calls alone they cannot be told from a training loop that knows what
-        it does. What they do in their constructors, and nobody else does, is to sign the model with their tags,
-        `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental asynchronous ones, which ask the base for
-        what it does not return). The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that passes
-        here and still drops the shadow's loss is what `GradientMonitor` reports.
+        TRL's trainers compute losses from the base's logits, or call the base's head without the adapter. Neither trains
+        the shadow, and their calls look like those of a training loop that does it right. But their constructors, and
+        nothing else, add their tags to the model, `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental
+        asynchronous ones, which need outputs that the model does not return). The trainers of `shadow_peft.training` add
+        `TRAINER_TAG` too. `GradientMonitor` reports a loop that passes this check and still drops the shadow's loss.
 
         Args:
             tags: one or more tags.
@@ -169,26 +168,26 @@ class ShadowTaskModel(PreTrainedModel):
         names = [tags] if isinstance(tags, str) else tags
         if "trl" in names and TRAINER_TAG not in names and self.shadow_loss_weight > 0:
             raise TypeError(
-                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped without a "
-                "word. Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
-                "shadow_peft.training; a trainer of your own that adds the shadow's loss says so by "
+                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped silently. "
+                "Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
+                "shadow_peft.training; a trainer of your own that adds the shadow's loss declares it with "
                 f"{TRAINER_TAG!r} in its _tag_names."
             )
         super().add_model_tags(tags)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """The base chose its experts' implementation already; transformers would look for experts in this file."""
+        """True: the base has chosen its experts' implementation; transformers would look for experts in this file."""
         return True
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Recompute layers in the backward pass; transformers' `activation_checkpointing_enable` leads here too."""
+        """Recompute layers in the backward pass; transformers' `activation_checkpointing_enable` calls this too."""
         self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again; transformers' `activation_checkpointing_disable` leads here too."""
+        """Keep all activations again; transformers' `activation_checkpointing_disable` calls this too."""
         self.peft_model.gradient_checkpointing_disable()
 
     # ---------------------------------------------------------------- the verbs of PEFT
@@ -220,12 +219,12 @@ class ShadowTaskModel(PreTrainedModel):
     # ---------------------------------------------------------------- files
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads under their names in the files; where sharded, see `sharded`."""
+        """The adapter's tensors and the trained heads, see `ShadowPeftModel.state_dict`."""
         prefix += _INNER if is_sharded(self) else ""
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
+        """Copy a state dict into this model, see `ShadowPeftModel.load_state_dict`."""
         return self.peft_model.load_state_dict(_inner(state_dict), strict, assign)
 
     def print_trainable_parameters(self) -> None:
@@ -233,11 +232,14 @@ class ShadowTaskModel(PreTrainedModel):
         self.peft_model.print_trainable_parameters()
 
     def export_shadow(self) -> PreTrainedModel:
-        """The shadow alone as a self-contained model, see `export.standalone`."""
+        """The shadow alone as a self-contained model, see `ShadowPeftModel.export_shadow`."""
         return self.peft_model.export_shadow()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        """Save the adapter, the trained heads and the factors of the loss.
+
+        The arguments are those of `ShadowPeftModel.save_pretrained`.
+        """
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = _inner(kwargs["state_dict"])
         training = {name: getattr(self, name) for name in self.loss_settings}
@@ -259,11 +261,21 @@ class ShadowTaskModel(PreTrainedModel):
         inference_mode: InferenceMode = "base_shadow",
         autocast_adapter_dtype: bool = True,
     ) -> Any:
-        """Attach a stored adapter with its heads to a base; see `ShadowPeftModel.from_pretrained` for the arguments.
+        """Attach a stored adapter with its heads to a base.
 
         Args:
-            shadow_loss_weight: None takes what the checkpoint says, else 0.05; whatever else shapes the loss is taken from
-                the checkpoint too.
+            model: the base.
+            pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            is_trainable: False freezes the adapter and the heads and sets eval mode.
+            shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
+            shadow_loss_weight: None uses the stored one, or 0.05 if none is stored; other factors of the loss are the stored
+                ones.
+            inference_mode: "base_shadow" or "shadow_only".
+            autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
+
+        Raises:
+            ValueError: there is no adapter, a file is damaged, the adapter does not fit the base, or it has heads of another
+                task.
         """
         stored = store.read(pretrained_shadow_path)
         foreign = set(stored.head_names) - set(cls.head_names)
@@ -286,7 +298,7 @@ class ShadowTaskModel(PreTrainedModel):
 
 @cache
 def _without_shadow_logits(kind: Any) -> Any:
-    """A config class under the same name, whose models' `shadow_logits` a Trainer leaves out of its predictions."""
+    """A config class of the same name whose `shadow_logits` a Trainer leaves out of its predictions."""
     ignored = [*getattr(kind, "keys_to_ignore_at_inference", ["past_key_values"]), "shadow_logits"]
     return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": ignored, "__module__": kind.__module__})
 
@@ -295,11 +307,11 @@ _INNER = "peft_model."
 
 
 def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task model's state dict under the names that the adapted model inside has for it."""
+    """A task model's state dict under the names of the adapted model inside."""
     return {name.removeprefix(_INNER): tensor for name, tensor in state.items()}
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy of a head in float32, to be trained."""
+    """A trainable copy of a head in float32."""
     with materialized(module):
         return copy.deepcopy(module).to(torch.float32).requires_grad_(True)

@@ -3,7 +3,7 @@
     logits = classifier_head(h_last)     shadow_logits = shadow_classifier_head(s_last)
     loss   = L(logits, labels) + shadow_loss_weight * L(shadow_logits, labels)
 
-A sequence is pooled at its last token that is no padding, whichever side the padding is on.
+A sequence is pooled at its last non-padding token, whichever side the padding is on.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """`SequenceClassifierOutputWithPast` with the shadow's own logits.
 
     Attributes:
-        shadow_logits: `[B, C]`; None where they were not asked for.
+        shadow_logits: `[B, C]`; None if they were not computed.
     """
 
     shadow_logits: Tensor | None = None
 
 
 class ShadowForSequenceClassification(ShadowTaskModel):
-    """A classifier that answers with the adapted base or with the shadow alone.
+    """A classifier whose logits are those of the adapted base or of the shadow alone.
 
     The heads `classifier_head` and `shadow_classifier_head` start as copies of the base's classification head, or random on
-    a base without one, and are trained, unless `modules_to_save` names a subset: then only that is. Both are saved.
+    a base without one. Both are trained, unless `modules_to_save` names a subset: then only that subset is. Both are saved.
 
     Args:
-        peft_model: an adapted sequence classification model, causal LM or bare decoder; its config says `num_labels`.
+        peft_model: an adapted sequence classification model, causal LM or bare decoder; `num_labels` is read from its
+            config.
         shadow_loss_weight: factor of the shadow's own loss.
         inference_mode: "base_shadow" or "shadow_only".
     """
@@ -67,12 +68,12 @@ class ShadowForSequenceClassification(ShadowTaskModel):
 
     @property
     def classifier_head(self) -> nn.Module:
-        """The adapted base's head, `[d] -> [C]`."""
+        """The adapted base's head, from `[d]` to `[C]`."""
         return self.peft_model.task_heads["classifier_head"]
 
     @property
     def shadow_classifier_head(self) -> nn.Module:
-        """The shadow's head, `[d] -> [C]`."""
+        """The shadow's head, from `[d]` to `[C]`."""
         return self.peft_model.task_heads["shadow_classifier_head"]
 
     def forward(
@@ -96,16 +97,15 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             attention_mask: `[B, T]`, 1 for tokens and 0 for padding on either side. Without it, tokens equal to the config's
                 `pad_token_id` are padding when a sequence is pooled.
             position_ids: `[B, T]`; None counts them from the mask.
-            past_key_values: what an earlier call returned.
+            past_key_values: the cache that an earlier call returned.
             inputs_embeds: `[B, T, d]` instead of `input_ids`.
             labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi
-                label; adds `loss` of the kind that `config.problem_type` or else the labels decide.
-            use_cache: return the states of both networks.
-            num_items_in_batch: divisor of both losses, see `losses.classification`.
-            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
-                them.
+                label; adds `loss`. `config.problem_type`, or else the labels, decide its kind.
+            use_cache: return the cache of both networks.
+            num_items_in_batch: divisor of both losses: the number of labels of the whole optimizer step.
+            output_shadow_logits: whether to compute `shadow_logits`; None is False only in training without a shadow loss.
             return_dict: False returns a tuple.
-            **kwargs: whatever else the base's backbone takes.
+            **kwargs: further arguments of the base's backbone.
 
         Returns:
             `ShadowSequenceClassifierOutput` with logits `[B, C]`.
@@ -147,11 +147,11 @@ class ShadowForSequenceClassification(ShadowTaskModel):
 
 
 def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """Index `[B]` of each sequence's last token that is no padding; 0 for a sequence of padding alone.
+    """Index `[B]` of each sequence's last non-padding token; 0 for a sequence of padding alone.
 
     Args:
         tokens: ids `[B, T]` or embeddings `[B, T, d]`.
-        attention_mask: `[B, P + T]`, or None: then ids equal to `pad_token_id` are padding, and embeddings have none.
+        attention_mask: `[B, P + T]`; with None, ids equal to `pad_token_id` are padding, and embeddings have no padding.
         pad_token_id: the padding token, or None.
     """
     length = tokens.shape[1]

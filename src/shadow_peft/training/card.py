@@ -1,4 +1,4 @@
-"""What a run leaves behind for its readers: a model card with data, figures and provenance, and a picture of the losses."""
+"""The model card of a run, with data, figures and provenance, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LogRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before it starts.
+    """The facts about a run that are known before it starts.
 
     Attributes:
-        name: of the model, for the title.
+        name: name of the model, for the title.
         method: "ShadowPEFT", "LoRA", "DoRA".
         base: folder or hub id of the base.
         data: folder, file or hub id of the data.
-        parts: what was learned of it and evaluated on, such as "split train".
-        examples: number of examples, by what they are for.
+        parts: which parts of it were used for training and evaluation, such as "split train".
+        examples: purpose ("training", "evaluation") -> number of examples.
         trainable: number of trainable parameters.
-        seed: of weights and order.
-        command: that made the run.
-        processes: that shared the work.
+        seed: seed of weights and order.
+        command: the command that made the run.
+        processes: number of processes.
     """
 
     name: str
@@ -47,11 +47,11 @@ class RunFacts:
 
 
 def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
-    """Write `README.md` and, once something was logged, `losses.png` into a directory.
+    """Write `README.md` into a directory and, if something was logged, `losses.png`.
 
     Args:
         directory: created when it is missing.
-        facts: what is known of the run.
+        facts: the facts about the run.
         log: rows of a trainer's `state.log_history`.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -62,9 +62,9 @@ def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
 
 
 def loss_curves(log: Sequence[LogRow]) -> dict[str, list[tuple[int, float]]]:
-    """Name of a loss -> its (step, nats per token); a sum is left out where its parts are known.
+    """Name of a loss -> its points (step, nats per token).
 
-    The losses of evaluations begin with `eval_`.
+    A sum of losses is left out where its terms were logged. Names of evaluation losses begin with `eval_`.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in log:
@@ -76,7 +76,7 @@ def loss_curves(log: Sequence[LogRow]) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """The losses over the steps as PNG, evaluations dashed."""
+    """Plot the losses over the steps as PNG, evaluations dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -90,7 +90,7 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
 
 
 def _card_data(facts: RunFacts) -> ModelCardData:
-    """The card's header; the hub takes ids there, no folders of one machine."""
+    """The card's header; the hub accepts ids there, and no local folders."""
     return ModelCardData(
         base_model=None if Path(facts.base).exists() else facts.base,
         datasets=None if Path(facts.data).exists() else [facts.data],
@@ -124,7 +124,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
 
 
 def _figures(log: Sequence[LogRow]) -> dict[str, str]:
-    """The last value of everything that training and evaluation measured."""
+    """The last value of every metric of training and evaluation."""
     last: dict[str, Any] = {}
     for row in log:
         last.update(row)

@@ -1,13 +1,13 @@
 """What every trainer here adds to the trainer that it subclasses.
 
-- the model is one whose shadow this trainer trains, and keeps its own `forward`: TRL binds one to the instance that
-  computes log-probabilities from the base's head without the adapter;
-- optimizer groups, see `groups`; the monitor, see `monitor`; the progress of the training, see `progress`;
-- `base_loss` and `shadow_loss` in the log of TRL's trainers.
+- It checks that the model has a shadow that this trainer trains. It keeps the model's own `forward`: TRL replaces it on the
+  instance by one that computes log-probabilities from the base's head without the adapter.
+- It adds optimizer groups (`groups`), the gradient monitor (`monitor`) and the progress of the training (`progress`).
+- It logs `base_loss` and `shadow_loss` in TRL's trainers.
 
-`shadow_learning_rate_scale` is an argument of the trainer: `ShadowConfig` says what an adapter is and is stored with it,
-while a rate belongs to a run; and as a field of the arguments it would need a subclass of each of `TrainingArguments`,
-`SFTConfig`, `DPOConfig` and so on.
+`shadow_learning_rate_scale` is an argument of the trainer. It is no field of `ShadowConfig`, which defines an adapter and is
+stored with it, while a rate belongs to a run. As a field of the arguments it would need a subclass of each of
+`TrainingArguments`, `SFTConfig`, `DPOConfig` and so on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["TRAINER_TAG", "ShadowTrainerMixin", "mean_over_step", "reject_options", "without_dropout"]
 
-#: Keys by which an optimizer of transformers brings its own groups.
+#: Keys with which an optimizer of transformers passes its own groups.
 _OWN_GROUPS = ("params", "model", "optimizer_dict")
 
 
 class ShadowTrainerMixin:
-    """Goes before a trainer among the bases of a class.
+    """Mixin for a trainer class; it comes before the trainer in the list of base classes.
 
     Args:
         model: the task model.
@@ -44,17 +44,17 @@ class ShadowTrainerMixin:
 
     Raises:
         TypeError: the model is of another class than `trains`.
-        ValueError: a model that answers with the shadow alone, where the trainer needs the base path; an optimizer in
-            `optimizers` together with a scale.
+        ValueError: a model in the mode "shadow_only", where the trainer needs the base path; an optimizer in `optimizers`
+            together with a scale.
     """
 
     trains: type[ShadowTaskModel] = ShadowTaskModel
     """The class of models that this trainer trains."""
 
     needs_base_path = True
-    """Whether a model that answers with the shadow alone is refused."""
+    """Whether a model in the mode "shadow_only" is refused."""
 
-    # what the trainer brings
+    # attributes of the trainer
     model: Any
     args: Any
     optimizer: Any
@@ -83,10 +83,10 @@ class ShadowTrainerMixin:
                 self.add_callback(kind())
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer that the arguments name, with the groups of `parameter_groups`.
+        """The optimizer that the arguments ask for, with the groups of `parameter_groups`.
 
         Raises:
-            ValueError: an optimizer that brings its own groups, and a scale other than 1.
+            ValueError: an optimizer that makes its own groups, and a scale other than 1.
         """
         if self.optimizer is None:
             self.optimizer_cls_and_kwargs = self._grouped(self.model if model is None else model)
@@ -107,16 +107,16 @@ class ShadowTrainerMixin:
         return kind, {**options, "params": groups}
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Add to what the next line of a TRL trainer's log averages."""
+        """Record a value; the next log entry of a TRL trainer shows the mean of the recorded values."""
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].setdefault(name, []).append(float(value))
 
 
 def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:
-    """Refuse options of the arguments that are set.
+    """Raise if one of these options is set in the arguments.
 
     Raises:
-        ValueError: one of them is.
+        ValueError: one of them is set.
     """
     asked = [name for name in names if args is not None and getattr(args, name)]
     if asked:
@@ -124,7 +124,7 @@ def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:
 
 
 def without_dropout(model: ShadowTaskModel) -> None:
-    """What TRL's `disable_dropout` means for the adapter, whose dropout is no module; its config says 0 from here on."""
+    """Apply TRL's `disable_dropout` to the adapter, whose dropout is no module: set it to 0 in the config."""
     peft = model.peft_model
     if peft.shadow_config.dropout:
         logger.info("disable_dropout: the adapter's dropout of %s becomes 0.", peft.shadow_config.dropout)
@@ -132,13 +132,15 @@ def without_dropout(model: ShadowTaskModel) -> None:
 
 
 def mean_over_step(total: Tensor, count: Tensor | int, steps: int, processes: int) -> Tensor:
-    """A share of a mean over a whole optimizer step, for trainers that average micro-batches and processes evenly.
+    """The part of a mean over a whole optimizer step that one micro-batch contributes.
+
+    For trainers that average micro-batches and processes with equal weights.
 
     Args:
         total: sum over this micro-batch.
         count: number of items in all `steps` micro-batches of all `processes`.
         steps: gradient accumulation steps.
-        processes: processes that average their gradients.
+        processes: number of processes that average their gradients.
 
     Returns:
         `total * steps * processes / count`: its mean over micro-batches and processes is the mean over the items.

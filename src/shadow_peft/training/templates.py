@@ -1,10 +1,10 @@
-"""Rows of any columns as prompts and completions, declared by template strings over the columns.
+"""Turns rows with any columns into prompts and completions, by template strings over the columns.
 
     prompt:      "Question: {question}\\nAnswer:"
     completion:  " {answer}"                            {choices[0]} of a list, {answers[text][0]} inside a struct
 
-Class labels of a dataset stand for their names. Without templates, rows must have columns that are read as they are:
-`prompt` and `completion`, `messages`, or `text`.
+Class labels of a dataset are replaced by their names. Without templates, rows must have the columns `prompt` and
+`completion`, `messages`, or `text`, which are used as they are.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What becomes prompt and completion.
+    """How a row becomes a prompt and a completion.
 
     Args:
-        prompt: template of the prompt; None reads the columns as they are.
+        prompt: template of the prompt; None uses the columns as they are.
         completion: template of the completion.
-        completion_if_missing: the completion where the template asks for an entry of an empty list.
-        class_column: a column of class indices to show as `class_names`.
+        completion_if_missing: the completion where the template reads an entry of an empty list.
+        class_column: a column of class indices to be replaced by `class_names`.
         class_names: name of each class.
-        chat: prompt and completion are a user's and an assistant's turn, for the chat template.
+        chat: make prompt and completion a user's and an assistant's turn, for the chat template.
 
     Raises:
         ValueError: one template without the other, or names without a column.
@@ -62,14 +62,14 @@ def formatted(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
 
     Args:
         rows: any columns.
-        form: templates.
+        template: how a row becomes a prompt and a completion.
         where: name of the data for errors.
 
     Returns:
         A dataset with `prompt` and `completion`, or with `text`.
 
     Raises:
-        BadDataError: naming a missing column, or every bad row with its number, counted from 1.
+        BadDataError: names a missing column, or lists every bad row with its number, counted from 1.
     """
     if template.has_templates:
         _require_columns(rows, template, where)
@@ -110,7 +110,7 @@ def _as_it_is(row: Row) -> Example:
 
 
 def _filled(row: Row, template: PromptTemplate) -> Example:
-    """Both templates over one row."""
+    """Fill both templates with one row."""
     assert template.prompt is not None
     assert template.completion is not None
     prompt = template.prompt.format_map(row)
@@ -147,7 +147,7 @@ def _columns_of(template: str) -> set[str]:
 
 
 def _named_classes(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
-    """The rows with names where they had indices of classes."""
+    """The rows with class names instead of class indices."""
     names = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)}
     if template.class_column is not None and template.class_names is not None:
         names[template.class_column] = template.class_names
