@@ -11,18 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    PreTrainedModel,
-)
-
-from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM, ShadowForSequenceClassification
-from tests.tiny_models import BASES, SIZES, adapted, causal_lm, classifier, llama, qwen3, qwen3_classifier, tokens
+from tests.tiny_models import BASES, adapted, causal_lm, classifier, cohere, gemma2, llama, qwen3, qwen3_classifier, tokens
 
 
 def no_shared_tensor(one: nn.Module, other: nn.Module) -> bool:
@@ -62,13 +51,11 @@ def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
 
 
 def softcapped() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=3.0)).eval()
+    return gemma2(final_logit_softcapping=2.0, attn_logit_softcapping=3.0)
 
 
 def scaled() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)).eval()
+    return cohere(logit_scale=0.25)
 
 
 @pytest.mark.parametrize("make_base", [llama, softcapped, scaled])
