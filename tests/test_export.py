@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM, ShadowForSequenceClassification
 from tests.tiny_models import BASES, adapted, causal_lm, classifier, cohere, gemma2, llama, qwen3, qwen3_classifier, tokens
 
 
