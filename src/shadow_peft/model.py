@@ -291,15 +291,6 @@ class ShadowPeftModel(CheckpointMixin):
 
     merge_adapter = unmerge_adapter = merge_and_unload
 
-    def extra_repr(self) -> str:
-        """The line that `print(model)` shows: variant, sizes, and what is trained."""
-        config, (trained, total) = self.shadow_config, self.get_nb_trainable_parameters()
-        own = sum(p.numel() for part in self.parts().values() for p in part.parameters())
-        return (
-            f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
-            f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
-        )
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
         own = input_embeddings(self.shadow_model)
