@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel, get_shadow_model, prepare_shadow_model
-from tests.tiny_models import BASES, SIZES, adapted, gpt2, llama, qwen3, tokens, with_nonzero_weights
+from tests.tiny_models import BASES, SIZES, adapted, gemma3, gpt2, llama, qwen3, tokens, with_nonzero_weights
 
 
 def twin(base: PreTrainedModel, **config: object) -> PreTrainedModel:
@@ -80,12 +80,10 @@ def test_a_cut_of_every_layer_is_the_base_itself() -> None:
 
 
 def test_per_layer_settings_follow_the_chosen_layers() -> None:
-    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    torch.manual_seed(0)
-    base = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, layer_types=kinds, sliding_window=4)).eval()
+    base = gemma3()
     config = twin(base, num_shadow_layers=2, shadow_init="base", shadow_init_layers="even").config
     assert config.layer_types == ["sliding_attention", "full_attention"]
-    assert twin(base, num_shadow_layers=3).config.layer_types == kinds[:3]
+    assert twin(base, num_shadow_layers=3).config.layer_types == base.config.layer_types[:3]
 
 
 def test_random_and_base_are_different_starts() -> None:

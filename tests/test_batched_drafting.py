@@ -14,8 +14,7 @@ from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.generation.batched import accept, shifted
 from shadow_peft.generation.drafting import Draft
 from tests.test_drafting import DRAFT, LONG, EndsWith, agreeing, count_tokens
-from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens, with_nonzero_weights
 
 
 def padded(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:

@@ -9,8 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.generation.draft_length import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
-from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens, with_nonzero_weights
 
 LONG = {"max_new_tokens": 24, "do_sample": False}
 DRAFT = {

@@ -23,7 +23,7 @@ def dropping() -> PreTrainedModel:
     return llama(attention_dropout=0.3)
 
 
-BASES = {"llama": llama, "attention dropout": dropping, "gpt2": gpt2, "ctrl": ctrl}
+MODELS = {"llama": llama, "attention dropout": dropping, "gpt2": gpt2, "ctrl": ctrl}
 
 
 def step(model: ShadowForCausalLM, recompute: bool) -> tuple[dict[str, Tensor], int]:
@@ -43,9 +43,9 @@ def step(model: ShadowForCausalLM, recompute: bool) -> tuple[dict[str, Tensor], 
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_same_gradients(name: str) -> None:
-    model = ShadowForCausalLM(adapted(BASES[name](), num_shadow_layers=2, dropout=0.2)).train()
+    model = ShadowForCausalLM(adapted(MODELS[name](), num_shadow_layers=2, dropout=0.2)).train()
     (expected, whole), (found, little) = step(model, False), step(model, True)
     assert little < whole
     assert found.keys() == expected.keys()

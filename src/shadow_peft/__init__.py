@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shadow_peft.cache import ShadowCache
     from shadow_peft.config import ShadowConfig
     from shadow_peft.model import ShadowPeftModel, get_shadow_model
+    from shadow_peft.tasks.auto import AutoShadowModelForCausalLM, AutoShadowModelForSequenceClassification
     from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
     from shadow_peft.tasks.sequence_classification import (
         ShadowForSequenceClassification,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoModelForCausalLMWithHiddenProjection",
     "AutoModelForCausalLMWithHiddenProjectionConfig",
+    "AutoShadowModelForCausalLM",
+    "AutoShadowModelForSequenceClassification",
     "ShadowCache",
     "ShadowCausalLMOutputWithPast",
     "ShadowConfig",
@@ -51,6 +54,8 @@ __all__ = [
 _MODULES = {
     "AutoModelForCausalLMWithHiddenProjection": "backbone.projected_lm",
     "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
+    "AutoShadowModelForCausalLM": "tasks.auto",
+    "AutoShadowModelForSequenceClassification": "tasks.auto",
     "ShadowCache": "cache",
     "ShadowCausalLMOutputWithPast": "tasks.causal_lm",
     "ShadowConfig": "config",

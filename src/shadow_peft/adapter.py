@@ -297,6 +297,15 @@ class ShadowAdapter(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"Trainable params: {trainable:,} || Total params: {total:,} || Trainable%: {100 * trainable / total:.2f}%")
 
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows: variant, sizes, and what is trained."""
+        config, (trained, total) = self.shadow_config, self.get_nb_trainable_parameters()
+        own = sum(p.numel() for part in self.parts().values() for p in part.parameters())
+        return (
+            f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
+            f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
+        )
+
 
 def _check_vocabularies(shadow: int, base: int) -> None:
     """Check that a shadow with its own table knows the base's tokens; tables are padded, so the last per cent may differ.

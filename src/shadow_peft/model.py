@@ -277,6 +277,20 @@ class ShadowPeftModel(CheckpointMixin):
         given: PreTrainedModel = self._given[0]
         return given
 
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Refuse what PEFT does for adapters that are a change of weights.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A shadow adapter cannot be merged: its correction depends on the shadow's state of every token, so it is no "
+            "change of the base's weights. Keep it attached, take it off with unload(), or detach the shadow with "
+            "export_shadow()."
+        )
+
+    merge_adapter = unmerge_adapter = merge_and_unload
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
         own = input_embeddings(self.shadow_model)

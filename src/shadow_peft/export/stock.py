@@ -2,6 +2,7 @@
 
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
+    classifier with any other shadow                    the classifier of the shadow's architecture
     shadow of another width or another vocabulary       AutoModelForCausalLMWithHiddenProjection
 
 The exported model computes exactly the attached model's `shadow_logits` and shares no tensor with it.
@@ -28,7 +29,7 @@ from shadow_peft.backbone.projected_lm import (
 )
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base.architectures import architecture_of, read_size
-from shadow_peft.base.decoder import classifier_name
+from shadow_peft.base.decoder import classifier_name, find_decoder
 from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
 from shadow_peft.storage.sharded import is_sharded
 
@@ -46,6 +47,8 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     same_width = isinstance(model.shadow_hidden_projection, nn.Identity)
     if model.has_implicit_shadow and same_width and _is_text_model(model.base_model):
         exported = _stock(model, _task_class(model))
+    elif "shadow_classifier_head" in model.task_heads:
+        exported = _explicit_classifier(model)
     else:
         exported = _explicit_causal_lm(model, same_width)
     for module in (exported.get_input_embeddings(), exported.get_output_embeddings()):
@@ -85,23 +88,25 @@ def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTraine
         config.tie_word_embeddings = False
     exported = task_class(config)
     heads = _trained_heads(model, exported)
+    backbone_path = find_decoder(exported, min_layers=1).path
     for path, module in exported.named_modules():
         if path in heads:
             source = heads[path]
         elif module is exported.get_input_embeddings():
             source = model.base_model.get_input_embeddings()
         else:
-            source = _source(model, path)
+            source = _source(model, path, backbone_path)
         _copy_tensors(module, source)
     return exported
 
 
-def _source(model: ShadowAdapter, path: str) -> nn.Module:
+def _source(model: ShadowAdapter, path: str, backbone_path: str) -> nn.Module:
     """The module to copy an exported module from: the backbone's, or the base's where the backbone has none."""
-    outside = "" if model.decoder.path == "" else f"{model.decoder.path}."
     known = dict(model.shadow_model.named_modules())
-    if path.startswith(outside) and path[len(outside) :] in known:
-        return known[path[len(outside) :]]
+    if backbone_path == "" or path == backbone_path or path.startswith(f"{backbone_path}."):
+        inside = path[len(backbone_path) :].removeprefix(".")
+        if inside in known:
+            return known[inside]
     return model.base_model.get_submodule(path)
 
 
@@ -124,20 +129,55 @@ def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
             target.copy_(values[name])
 
 
+def _complete_backbone(model: ShadowAdapter) -> PreTrainedModel:
+    """A copy of the backbone with embeddings of its own."""
+    backbone = copy.deepcopy(model.shadow_model)
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, SharedEmbedding):
+            backbone.set_submodule(path, module.materialize())
+    if input_embeddings(backbone) is None:
+        _restore_embeddings(backbone, model)
+    return backbone
+
+
+def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:
+    """A classifier of the backbone's own architecture; the projection is multiplied into its head, `[C, d] @ [d, S]`.
+
+    Raises:
+        ValueError: transformers has no classifier of that architecture, or one whose head has no place for a bias.
+    """
+    backbone, head = _complete_backbone(model), model.task_heads["shadow_classifier_head"]
+    stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(backbone.config), None)
+    if stock is None:
+        raise ValueError(f"transformers has no classifier of the architecture {backbone.config.model_type!r} to export to.")
+    config, base_config = copy.deepcopy(backbone.config), model.base_model.config
+    for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        setattr(config, name, copy.deepcopy(getattr(base_config, name)))
+    exported = stock(config)
+    exported.base_model.load_state_dict(backbone.state_dict())
+    head_name = classifier_name(exported)
+    weight, bias = head.get_parameter("weight").detach(), getattr(head, "bias", None)
+    if not isinstance(model.shadow_hidden_projection, nn.Identity):
+        weight = weight @ model.shadow_hidden_projection.get_parameter("weight").to(weight.dtype)
+    own = None if head_name is None else exported.get_submodule(head_name)
+    if not isinstance(own, nn.Linear) or own.weight.shape != weight.shape or (bias is not None and own.bias is None):
+        raise ValueError(f"{stock.__name__} has no linear head that the shadow's classification head fits into.")
+    own.weight.copy_(weight)
+    if own.bias is not None:
+        own.bias.copy_(torch.zeros_like(own.bias) if bias is None else bias)
+    return exported
+
+
 def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
     """A causal LM around an explicit backbone, or around one of another width than the base.
 
     Raises:
         ValueError: the base is no causal LM, or the exported form cannot represent its head.
     """
-    base, backbone = model.base_model, copy.deepcopy(model.shadow_model)
+    base = model.base_model
     if base.get_output_embeddings() is None:
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
-    for path, module in list(backbone.named_modules()):
-        if isinstance(module, SharedEmbedding):
-            backbone.set_submodule(path, module.materialize())
-    if input_embeddings(backbone) is None:
-        _restore_embeddings(backbone, model)
+    backbone = _complete_backbone(model)
     head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
     with materialized(head):
         weight, scale = head.weight.detach().clone(), _head_scale(model)

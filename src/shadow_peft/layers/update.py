@@ -96,6 +96,11 @@ class StackedUpdateWeights(nn.Module):
             self.gate_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
             self.transform_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
 
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        layers, width, gate_width = self.gate_up.shape
+        return f"layers={layers}, d={width}, k={gate_width}, trained={self.down.requires_grad}"
+
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The weights of every layer in the dtype of the computation, with one cast and one split for all layers."""
         return _rows({name: decoder.to(dtype) for name, decoder in self.named_parameters()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -188,6 +189,24 @@ class ShadowTaskModel(PreTrainedModel):
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again; transformers' `activation_checkpointing_disable` calls this too."""
         self.peft_model.gradient_checkpointing_disable()
+
+    # ---------------------------------------------------------------- the verbs of PEFT
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside the context, in this thread, the model is its bare base."""
+        return self.peft_model.disable_adapter()
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, still attached; calling it is calling the bare base."""
+        return self.peft_model.get_base_model()
+
+    def unload(self) -> PreTrainedModel:
+        """Remove the adapter and give back what was wrapped, see `ShadowPeftModel.unload`."""
+        return self.peft_model.unload()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """A shadow adapter cannot be merged, see `ShadowPeftModel.merge_and_unload`."""
+        return self.peft_model.merge_and_unload(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

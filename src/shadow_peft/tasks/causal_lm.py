@@ -13,7 +13,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.generation.mixin import ShadowGenerationMixin
@@ -277,3 +279,12 @@ def _kept(logits_to_keep: int | Tensor) -> Any:
     if isinstance(logits_to_keep, int):
         return slice(-logits_to_keep, None) if logits_to_keep else _ALL
     return logits_to_keep
+
+
+class _KnownToPipelines(PreTrainedConfig):
+    """Key under which transformers' registry lists the class above, so that pipelines take it for what it is."""
+
+    model_type = "shadow_for_causal_lm"
+
+
+MODEL_FOR_CAUSAL_LM_MAPPING.register(_KnownToPipelines, ShadowForCausalLM, exist_ok=True)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
@@ -161,3 +163,12 @@ def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int
         return torch.full((tokens.shape[0],), length - 1, device=tokens.device)
     order = torch.arange(length, device=tokens.device)
     return torch.where(real, order, 0).amax(dim=-1)
+
+
+class _KnownToPipelines(PreTrainedConfig):
+    """Key under which transformers' registry lists the class above, so that pipelines take it for what it is."""
+
+    model_type = "shadow_for_sequence_classification"
+
+
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.register(_KnownToPipelines, ShadowForSequenceClassification, exist_ok=True)
