@@ -54,12 +54,13 @@ class ShadowConfig:
         shadow_head_dim: width of one head of an implicit backbone; None means the base's.
         modules_to_save: heads that are trained and saved beside the adapter: `lm_head`, `shadow_lm_head` of a causal LM;
             `classifier_head`, `shadow_classifier_head` of a classifier (empty means both).
-        shadow_init: where an implicit backbone starts. "base" copies its layers from the base's own pretrained layers,
-            "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
+        shadow_init: how an implicit backbone is initialised: "random" weights, "base" copies of the base's own pretrained
+            layers, "auto" copies where the sizes allow it and random weights elsewhere. None means "random", or "auto" in
+            the variant "readout".
         shadow_init_layers: which base layers "base" copies: the "first" ones or "even"ly spaced ones.
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
         train_base_adapters: train the PEFT adapters that the base carries together with the shadow.
-        variant: the mathematics between the layers: "published", "peft" or "readout", see the top of this file.
+        variant: the mathematics between the layers: "published", "peft" or "readout", see `docs/method.md`.
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -77,7 +78,7 @@ class ShadowConfig:
     shadow_head_dim: int | None = None
     modules_to_save: list[str] = field(default_factory=list)
     shadow_hidden_size: int | None = None
-    shadow_init: ShadowInit = "auto"
+    shadow_init: ShadowInit = None  # type: ignore[assignment]
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
     train_base_adapters: bool = False
@@ -135,7 +136,13 @@ class ShadowConfig:
         return cls.from_dict(read_json(local_directory(pretrained_path) / CONFIG_FILE))
 
 
-_PUBLISHED = {"injection_hidden_size": 16, "gate_hidden_size": 10, "alpha": 0.1, "dropout": 0.2}
+_PUBLISHED = {
+    "injection_hidden_size": 16,
+    "gate_hidden_size": 10,
+    "alpha": 0.1,
+    "dropout": 0.2,
+    "shadow_init": "random",
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "published": _PUBLISHED,
     "peft": _PUBLISHED,
@@ -146,6 +153,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "readout_hidden_size": 32,
         "alpha": 1.0,
         "dropout": 0.0,
+        "shadow_init": "auto",
     },
 }
 """Variant -> what None means."""

@@ -59,7 +59,7 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
         s: shadow state, `[B, T, d]`.
         weights: the layer's weights.
         norm: the shared LayerNorm ("published", SiLU) or None ("peft", GELU).
-        dropout: probability of dropping entries of the transform; 0 outside training.
+        dropout: probability of dropping entries of the transform ("published"); 0 outside training.
 
     Returns:
         The next shadow state, `[B, T, d]`.
@@ -67,7 +67,8 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
     z = thin_input(h, weights, norm)
     z = F.gelu(z) if norm is None else F.silu(z)
     z_gate, z_transform = z.chunk(2, dim=-1)
-    z_transform = apply_mask(z_transform, sample_mask(tuple(z_transform.shape), h.device, dropout), dropout)
+    if norm is not None:
+        z_transform = apply_mask(z_transform, sample_mask(tuple(z_transform.shape), h.device, dropout), dropout)
     return torch.lerp(s, *transform_and_gate(z_gate, z_transform, weights))
 
 

@@ -118,16 +118,18 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         )
         assert tokens is not None
         last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
-        result = ShadowSequenceClassifierOutput(past_key_values=adapted.cache)
+        shadow_logits = loss = None
         wants_shadow = adapted.base is None or self.wants_shadow_logits(output_shadow_logits)
         if adapted.shadow_state is not None and wants_shadow:
-            result.shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
-        if adapted.base is None:
-            result.logits = result.shadow_logits
+            shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
+        if adapted.base is not None:
+            logits = self._classify(self.classifier_head, adapted.base[0], last)
         else:
-            result.logits = self._classify(self.classifier_head, adapted.base[0], last)
+            assert shadow_logits is not None
+            logits = shadow_logits
         if labels is not None:
-            result.loss = self._loss(result, labels, num_items_in_batch)
+            loss = self._loss(logits, shadow_logits, labels, num_items_in_batch)
+        result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
         return result.to_tuple() if return_dict is False else result
 
     def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
@@ -137,11 +139,11 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         logits: Tensor = head(pooled.to(weight.device, weight.dtype))
         return logits
 
-    def _loss(self, result: ShadowSequenceClassifierOutput, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, shadow_logits: Tensor | None, labels: Tensor, count: Tensor | int | None) -> Tensor:
         kind = problem_type_of(labels, self.config.num_labels, self.config.problem_type)
-        loss = classification_loss(result.logits, labels, kind, count)
-        if result.shadow_logits is not None and result.shadow_logits is not result.logits:
-            shadow_loss = classification_loss(result.shadow_logits, labels, kind, count)
+        loss = classification_loss(logits, labels, kind, count)
+        if shadow_logits is not None and shadow_logits is not logits:
+            shadow_loss = classification_loss(shadow_logits, labels, kind, count)
             loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
         return loss
 
