@@ -134,11 +134,11 @@ class CheckpointMixin(ShadowAdapter):
             token: access token; None uses the stored login.
             revision: branch to push to; it is created if it is missing.
             create_pr: open a pull request instead.
-            save: writes the files into a directory; None is `save_pretrained`.
 
         Returns:
             The address of the commit or of the pull request.
         """
+        # a task model passes `save`, since it stores more than the adapter
         return push(
             self.save_pretrained if save is None else save,
             repo_id,

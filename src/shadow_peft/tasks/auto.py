@@ -1,7 +1,9 @@
-"""Task models by the path of an adapter alone: its provenance says which base it belongs to.
+"""Loads a task model from the path of an adapter alone: its provenance names the base.
 
-AutoShadowModelForCausalLM.from_pretrained("out")                       base, adapter, heads
-AutoShadowModelForSequenceClassification.from_pretrained("out")
+One call loads base, adapter and heads:
+
+    AutoShadowModelForCausalLM.from_pretrained("out")
+    AutoShadowModelForSequenceClassification.from_pretrained("out")
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassific
 
 
 class _AutoShadowModel:
-    """What both classes share; they are not instantiated."""
+    """What both classes share; they have no instances."""
 
     task_class: ClassVar[type[ShadowTaskModel]]
     base_class: ClassVar[Any]
@@ -45,15 +47,15 @@ class _AutoShadowModel:
             is_trainable: False freezes the adapter.
             inference_mode: "base_shadow" or "shadow_only".
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
-            autocast_adapter_dtype: see `ShadowPeftModel`.
+            autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
             **base_kwargs: arguments of the base's `from_pretrained`, such as `dtype`, `device_map`, `quantization_config`.
 
         Returns:
             A `ShadowForCausalLM`, or a `ShadowForSequenceClassification`.
 
         Raises:
-            ValueError: no adapter there, or one that does not say where its base is found.
-            OSError: the base is not there.
+            ValueError: there is no adapter, or it does not name its base.
+            OSError: the base cannot be found.
         """
         stored = store.read(pretrained_shadow_path)
         base = cls.base_class.from_pretrained(base_of(stored), **{**cls._base_settings(stored), **base_kwargs})
@@ -68,19 +70,19 @@ class _AutoShadowModel:
 
     @classmethod
     def _base_settings(cls, stored: store.Checkpoint) -> dict[str, Any]:
-        """What the base must be loaded with for the stored heads to fit."""
+        """Arguments for loading the base so that the stored heads fit."""
         return {}
 
 
 class AutoShadowModelForCausalLM(_AutoShadowModel):
-    """A causal language model with its shadow, by the path of the adapter alone."""
+    """Loads a `ShadowForCausalLM` from the path of an adapter alone."""
 
     task_class = ShadowForCausalLM
     base_class = AutoModelForCausalLM
 
 
 class AutoShadowModelForSequenceClassification(_AutoShadowModel):
-    """A classifier with its shadow, by the path of the adapter alone."""
+    """Loads a `ShadowForSequenceClassification` from the path of an adapter alone."""
 
     task_class = ShadowForSequenceClassification
     base_class = AutoModelForSequenceClassification
@@ -95,7 +97,7 @@ def base_of(stored: store.Checkpoint) -> str:
     """Name or path of the base of a stored adapter.
 
     Raises:
-        ValueError: the adapter does not say.
+        ValueError: the adapter does not name it.
     """
     name = stored.provenance.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
