@@ -20,6 +20,7 @@ from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.architectures import architecture_of
 from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.quantization import num_weights
 from shadow_peft.base.signature import Signature, returned_cache
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cache import ShadowCache
@@ -277,9 +278,9 @@ class ShadowAdapter(nn.Module):
     # ---------------------------------------------------------------- sizes
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable parameters, and of all parameters."""
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
-        return sum(t for t, _ in counts), sum(n for _, n in counts)
+        """Number of trainable parameters, and of all parameters; a quantized weight is one parameter."""
+        trainable = num_weights(p for p in self.parameters() if p.requires_grad)
+        return trainable, num_weights(self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""

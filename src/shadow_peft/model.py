@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment
+from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
 from shadow_peft.cache import ShadowCache, base_only, combine_caches, shadow_only_cache, with_shadow_cache
 from shadow_peft.checkpoint.mixin import CheckpointMixin
@@ -105,6 +106,9 @@ class ShadowPeftModel(CheckpointMixin):
             base.get_output_embeddings(),
         )
         weakref.finalize(self, self._attachment.detach)
+        self._kernels = GradientKernels(base)
+        weakref.finalize(self, self._kernels.release)
+        self._hf_peft_config_loaded = trains_beside_quantized(base)  # transformers' Trainer asks
         self.train()
 
     # ---------------------------------------------------------------- running base and shadow
@@ -244,6 +248,13 @@ class ShadowPeftModel(CheckpointMixin):
             raise RuntimeError("This shadow adapter was unloaded from its base; attach a new one to use it again.")
         return self._attachment
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; a 4 bit base whose adapter is trained stays on kernels that pass gradients."""
+        if self._attachment is not None:
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            (self._kernels.hold if trained else self._kernels.release)()
+        return super().train(mode)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the context, in this thread, the model is its bare base."""
@@ -257,6 +268,7 @@ class ShadowPeftModel(CheckpointMixin):
         """
         self.attachment.detach()
         self._attachment = None
+        self._kernels.release()
         if self._checkpointing:
             self.gradient_checkpointing_disable()
         self.base_model.requires_grad_(False)

@@ -6,7 +6,6 @@ the adapter and the trained heads alone.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.backbone.dequantize import float_copy
 from shadow_peft.backbone.implicit import materialized
 from shadow_peft.checkpoint import store
 from shadow_peft.model import InferenceMode, ShadowPeftModel
@@ -72,6 +72,7 @@ class ShadowTaskModel(PreTrainedModel):
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
         self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
+        self._hf_peft_config_loaded = peft_model._hf_peft_config_loaded
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
@@ -254,4 +255,4 @@ def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def trainable_copy(module: nn.Module) -> nn.Module:
     """A copy of a head in float32, to be trained."""
     with materialized(module):
-        return copy.deepcopy(module).to(torch.float32).requires_grad_(True)
+        return float_copy(module).to(torch.float32).requires_grad_(True)

@@ -2,6 +2,7 @@
 
 - the model is one whose shadow this trainer trains, and keeps its own `forward`: TRL binds one to the instance that
   computes log-probabilities from the base's head without the adapter;
+- beside a quantized base the adapter keeps its dtype: TRL casts what is trained there to bfloat16, see `_same_dtypes`;
 - optimizer groups, see `groups`; the monitor, see `monitor`; the progress of the training, see `progress`;
 - `base_loss` and `shadow_loss` in the log of TRL's trainers.
 
@@ -13,6 +14,8 @@ while a rate belongs to a run; and as a field of the arguments it would need a s
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from shadow_peft.base.quantization import passes_gradients, quantization_method
 from shadow_peft.tasks.base import TRAINER_TAG, ShadowTaskModel
 from shadow_peft.training.groups import parameter_groups
 from shadow_peft.training.monitor import GradientMonitor
@@ -44,8 +48,8 @@ class ShadowTrainerMixin:
 
     Raises:
         TypeError: the model is of another class than `trains`.
-        ValueError: a model that answers with the shadow alone, where the trainer needs the base path; an optimizer in
-            `optimizers` together with a scale.
+        ValueError: a model that answers with the shadow alone, where the trainer needs the base path; a base that is
+            quantized by a method that passes no gradients; an optimizer in `optimizers` together with a scale.
     """
 
     trains: type[ShadowTaskModel] = ShadowTaskModel
@@ -69,9 +73,11 @@ class ShadowTrainerMixin:
             raise TypeError(f"{type(self).__name__} trains a {self.trains.__name__}, got {type(model).__name__}.")
         if self.needs_base_path and model.inference_mode != "base_shadow":
             raise ValueError(f'{type(self).__name__} trains base and shadow together: set_inference_mode("base_shadow").')
+        _require_gradients(model)
         self.shadow_learning_rate_scale = shadow_learning_rate_scale
         bound = {name: forward for name, forward in model.__dict__.items() if name == "forward"}
-        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        with _same_dtypes(model):
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         model.__dict__.pop("forward", None)
         model.__dict__.update(bound)
         if self.optimizer is not None and shadow_learning_rate_scale != 1:
@@ -110,6 +116,35 @@ class ShadowTrainerMixin:
         """Add to what the next line of a TRL trainer's log averages."""
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].setdefault(name, []).append(float(value))
+
+
+def _require_gradients(model: ShadowTaskModel) -> None:
+    """Refuse a quantized base through which no gradient would pass.
+
+    Raises:
+        ValueError: its method is none that passes gradients.
+    """
+    base = model.peft_model.base_model
+    if not passes_gradients(base):
+        raise ValueError(
+            f"The base is quantized with {quantization_method(base)!r}, whose layers pass no gradient to the adapter before "
+            "them. Load it with bitsandbytes or torchao, or not quantized."
+        )
+
+
+@contextmanager
+def _same_dtypes(model: ShadowTaskModel) -> Iterator[None]:
+    """Give trained parameters their dtype and their values back afterwards.
+
+    The constructors of TRL's trainers cast whatever is trained beside a bitsandbytes base to bfloat16, as the QLoRA paper
+    does. `autocast_adapter_dtype` of this library says float32 unless it is told otherwise, and steps of a small learning
+    rate are lost in bfloat16.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:
