@@ -88,6 +88,11 @@ class ShadowTrainerMixin:
             if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
                 self.add_callback(kind())
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Those of transformers, but no epoch where `max_steps` is 0: transformers would take one step."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        return (0 if args.max_steps == 0 else epochs, *others)
+
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, with the groups of `parameter_groups`.
 
