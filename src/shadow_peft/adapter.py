@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
-from shadow_peft.backbone.implicit import build_implicit_backbone
+from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
 from shadow_peft.backbone.recompute import checkpoint_except_matmuls
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
@@ -43,7 +43,8 @@ class ShadowAdapter(nn.Module):
         base_model: a transformers model with at least two decoder layers, or a `peft.PeftModel` of one.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base.
-        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
+            dtype; False casts them to it.
         init_from_base: False leaves an implicit backbone random, for a checkpoint that is about to be loaded.
 
     Attributes:
@@ -96,7 +97,7 @@ class ShadowAdapter(nn.Module):
         self.recompute_backbone = True
         self._injected_adapters: Any = ()
         self._configure_embeddings(shadow_model)
-        self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
+        self._place(master_dtype(base_model.dtype) if autocast_adapter_dtype else base_model.dtype)
 
     def _add_layer_parts(self, num_layers: int, width: int) -> None:
         config = self.shadow_config

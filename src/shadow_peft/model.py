@@ -68,7 +68,8 @@ class ShadowPeftModel(CheckpointMixin):
             `base.peft_adapters`. Its parameters are frozen, but for adapters that `train_base_adapters` trains.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `backbone.implicit`).
-        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
+            dtype; False casts them to it.
 
     Attributes: those of `ShadowAdapter`.
 

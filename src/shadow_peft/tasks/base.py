@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.dequantize import float_copy
-from shadow_peft.backbone.implicit import materialized
+from shadow_peft.backbone.implicit import master_dtype, materialized
 from shadow_peft.checkpoint import store
 from shadow_peft.model import InferenceMode, ShadowPeftModel
 from shadow_peft.storage.sharded import is_sharded
@@ -253,6 +253,7 @@ def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy of a head in float32, to be trained."""
+    """A copy of a head, to be trained: in float32, or float64 where it computes in that."""
     with materialized(module):
-        return float_copy(module).to(torch.float32).requires_grad_(True)
+        copied = float_copy(module)
+        return copied.to(master_dtype(copied.get_parameter("weight").dtype)).requires_grad_(True)

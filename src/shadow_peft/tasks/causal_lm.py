@@ -43,7 +43,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
     """A causal language model that answers with the adapted base or with the shadow alone.
 
     The heads `lm_head` and `shadow_lm_head` are the base's own, without a copy, unless `modules_to_save` names them: then
-    each named one is a trained copy in float32.
+    each named one is a trained copy in float32, or float64 on a float64 base.
 
     Args:
         peft_model: an adapted causal LM.

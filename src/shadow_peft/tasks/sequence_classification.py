@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from shadow_peft.backbone.implicit import master_dtype
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.classification import classification_loss, problem_type_of
@@ -58,7 +59,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
-            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False)
+            dtype = master_dtype(base.dtype)
+            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
             nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
         chosen = peft_model.shadow_config.modules_to_save
         return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
