@@ -179,10 +179,12 @@ class ShadowAdapter(nn.Module):
     def _recomputes(self, inputs: ModelInputs) -> bool:
         """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.
 
-        FSDP's hooks on the layers act differently the second time, so a sharded backbone saves everything.
+        A cache would take the keys of the same tokens twice. FSDP's hooks on the layers act differently the second time,
+        so a sharded backbone saves everything.
         """
         wanted = self.recompute_backbone and self.training and torch.is_grad_enabled()
-        never = self._checkpointing or inputs.use_cache or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
+        cached = inputs.use_cache or inputs.cache is not None
+        never = self._checkpointing or cached or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
         return wanted and not never
 
     def _backbone_tokens(self, inputs: ModelInputs) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment
 from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
-from shadow_peft.cache import ShadowCache, base_only, combine_caches, shadow_only_cache, with_shadow_cache
+from shadow_peft.cache import ShadowCache, base_only, combine_caches, holds_tokens, shadow_only_cache, with_shadow_cache
 from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
@@ -170,7 +171,8 @@ class ShadowPeftModel(CheckpointMixin):
             keep_head_input: return the input of the base's head, which itself computes nothing then.
 
         Raises:
-            ValueError: no tokens, or a cache that does not hold the same tokens of all networks that run.
+            ValueError: no tokens, a cache that does not hold the same tokens of all networks that run, or a cached prefix in
+                a training with gradient checkpointing.
             RuntimeError: the adapter was unloaded.
         """
         attachment = self.attachment
@@ -201,6 +203,11 @@ class ShadowPeftModel(CheckpointMixin):
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
         cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache)
+        if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
+            raise ValueError(
+                "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
+                "layers that it recomputes. Call gradient_checkpointing_disable(), or pass the prefix with the other tokens."
+            )
         inputs = replace(inputs.checked(), cache=cache, extra=extra, use_cache=use_cache)
         return inputs.with_positions(self.decoder.first_position)
 
