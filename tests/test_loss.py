@@ -39,6 +39,42 @@ def test_no_target_is_a_finite_loss_without_gradient() -> None:
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_step_without_targets_is_a_finite_loss_without_gradient(count: torch.Tensor | int) -> None:
+    model, ids = causal_lm(llama()).train(), tokens()
+    outputs = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count)
+    outputs.loss.backward()
+    assert [x.item() for x in (outputs.loss, outputs.base_loss, outputs.shadow_loss)] == [0, 0, 0]
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    judge = classifier(qwen3_classifier())
+    loss = judge(ids, labels=torch.full((3,), -100), num_items_in_batch=count).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in judge.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0), -1])
+def test_a_count_that_contradicts_the_targets_is_refused(count: torch.Tensor | int) -> None:
+    with pytest.raises(ValueError, match=r"num_items_in_batch is (0|-1), but this batch has 27 targets"):
+        causal_lm(llama())(tokens(), labels=tokens(), num_items_in_batch=count)
+    with pytest.raises(ValueError, match=r"num_items_in_batch is (0|-1), but this batch has 3 targets"):
+        classifier(qwen3_classifier())(tokens(), labels=torch.tensor([0, 1, 2]), num_items_in_batch=count)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "kind"),
+    [
+        (1, torch.tensor([0.5, -100.0, 1.0]), "regression"),
+        (1, torch.tensor([1, -100, 2]), "regression"),
+        (3, torch.tensor([[0.0, 1.0, -100.0]] * 3), "multi_label_classification"),
+    ],
+)
+def test_a_missing_label_is_refused_where_labels_are_numbers(num_labels: int, labels: torch.Tensor, kind: str) -> None:
+    model = classifier(qwen3_classifier(num_labels=num_labels))
+    with pytest.raises(ValueError, match=f"A label is -100, .* '{kind}'"):
+        model(tokens(), labels=labels)
+
+
 def test_labels_with_some_logits_only_are_refused() -> None:
     model, ids = causal_lm(llama()), tokens()
     assert model(ids, logits_to_keep=2).logits.shape[1] == 2

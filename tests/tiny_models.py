@@ -188,3 +188,19 @@ def classifier(base: PreTrainedModel, **config: object) -> ShadowForSequenceClas
 def tokens(batch: int = 3, length: int = 10, seed: int = 3) -> torch.Tensor:
     """Token ids `[B, T]` without padding."""
     return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def slopes(model: torch.nn.Module, loss: Callable[[], torch.Tensor], h: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slope of a loss along a random direction of length 1: by differences of `2 h`, and by the gradients there are."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trained]
+    length = torch.stack([d.square().sum() for d in direction]).sum().sqrt()
+    by_gradient = torch.stack([(p.grad * d).sum() for p, d in zip(trained, direction, strict=True)]).sum() / length
+    ends = []
+    with torch.no_grad():
+        for step in (h, -2 * h, h):  # there, to the other side, and back
+            for p, d in zip(trained, direction, strict=True):
+                p.add_(d, alpha=float(step / length))
+            ends.append(loss())
+    return (ends[0] - ends[1]) / (2 * h), by_gradient

@@ -9,14 +9,16 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment
+from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cache import (
@@ -24,6 +26,7 @@ from shadow_peft.cache import (
     base_only,
     check_in_step,
     combine_caches,
+    holds_tokens,
     shadow_only_cache,
     with_shadow_cache,
 )
@@ -76,7 +79,8 @@ class ShadowPeftModel(CheckpointMixin):
             `base.peft_adapters`. Its parameters are frozen, but for adapters that `train_base_adapters` trains.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `backbone.implicit`).
-        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
+            dtype; False casts them to it.
 
     Attributes: those of `ShadowAdapter`.
 
@@ -114,6 +118,9 @@ class ShadowPeftModel(CheckpointMixin):
             base.get_output_embeddings(),
         )
         weakref.finalize(self, self._attachment.detach)
+        self._kernels = GradientKernels(base)
+        weakref.finalize(self, self._kernels.release)
+        self._hf_peft_config_loaded = trains_beside_quantized(base)  # transformers' Trainer asks
         self.train()
 
     # ---------------------------------------------------------------- running base and shadow
@@ -174,7 +181,8 @@ class ShadowPeftModel(CheckpointMixin):
             keep_head_input: return the input of the base's head, which itself computes nothing then.
 
         Raises:
-            ValueError: no tokens, or a cache that does not hold the same tokens of all networks that run.
+            ValueError: no tokens, a cache that does not hold the same tokens of all networks that run, or a cached prefix in
+                a training with gradient checkpointing.
             RuntimeError: the adapter was unloaded.
         """
         attachment = self.attachment
@@ -205,6 +213,11 @@ class ShadowPeftModel(CheckpointMixin):
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
         cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache)
+        if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
+            raise ValueError(
+                "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
+                "layers that it recomputes. Call gradient_checkpointing_disable(), or pass the prefix with the other tokens."
+            )
         inputs = replace(inputs.checked(), cache=cache, extra=extra, use_cache=use_cache)
         return inputs.with_positions(self.decoder.first_position)
 
@@ -253,6 +266,13 @@ class ShadowPeftModel(CheckpointMixin):
             raise RuntimeError("This shadow adapter was unloaded from its base; attach a new one to use it again.")
         return self._attachment
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; a 4 bit base whose adapter is trained stays on kernels that pass gradients."""
+        if self._attachment is not None:
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            (self._kernels.hold if trained else self._kernels.release)()
+        return super().train(mode)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the context, in this thread, the model is its bare base."""
@@ -266,6 +286,7 @@ class ShadowPeftModel(CheckpointMixin):
         """
         self.attachment.detach()
         self._attachment = None
+        self._kernels.release()
         if self._checkpointing:
             self.gradient_checkpointing_disable()
         self.base_model.requires_grad_(False)

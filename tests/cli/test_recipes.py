@@ -22,6 +22,7 @@ from shadow_peft.cli.train import make_train_parser
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 from tests.cli.stand_ins import STAND_INS, stand_in
+from tests.quantized_bases import need
 from tests.tiny_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
@@ -36,6 +37,7 @@ QUIET = ["--disable_tqdm", "True", "--bf16", "False", "--dtype", "float32"]
 #: Recipe -> the first example that it makes of its dataset.
 FIRST = {
     "gsm8k": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
+    "gsm8k_4bit": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "gsm8k_lora": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "gsm8k_pretrained_shadow": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
     "gsm8k_dora": ("Question: What is 0 + 1?\nAnswer:", " 0 + 1 = 1\n#### 1"),
@@ -128,8 +130,11 @@ def test_recipe_makes_the_examples_it_means(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FIRST)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
 def test_recipe_runs_unchanged_on_stand_ins(name: str, tmp_path: Path, model_folder: Path, chat_folder: Path) -> None:
     settings, out = recipe(name), tmp_path / "out"
+    if settings.get("load_in_4bit"):
+        need("bitsandbytes 4")
     model = chat_folder if name == "chat" else model_folder
     data = stand_in(settings["data"], tmp_path, rows=100 if name == "chat" else 12)
     places = ["--model", str(model), "--data", str(data), "--output", str(out)]

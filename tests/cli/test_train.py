@@ -170,6 +170,18 @@ def test_resumed_run_ends_where_the_whole_one_does(model_folder: Path, data_file
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_no_steps_write_an_untrained_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(out)]
+    options = ["--max_steps", "0", "--eval_fraction", "0.25", "--export", *QUIET]
+    assert main(["train", *places, *options]) == 0
+    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_loss"] == 0
+    assert results["eval_loss"] > 0
+    names = {path.name for path in out.iterdir()}
+    assert {"README.md", "shadow_adapter_readout.safetensors", "shadow", "trainer_state.json"} <= names
+
+
 def test_early_stopping_keeps_the_best(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     often = ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     options = ["--eval_fraction", "0.25", "--max_steps", "20", "--early_stopping_patience", "2", "--learning_rate", "30"]

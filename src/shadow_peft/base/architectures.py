@@ -109,6 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         unsupported="its two groups of layers alternate several times on every token, so a layer has no one place in depth",
     ),
     "hy_v4": Architecture(residual_stream=ResidualStream(copies_dim=2)),
+    "llama4_text": Architecture(modifies_outputs_in_place=True),
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "olmo_hybrid": Architecture(min_exported_layers=(2, "its config wants a recurrent and an attention layer")),

@@ -16,8 +16,8 @@ from lm_eval.utils import handle_non_serializable, make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
-from shadow_peft.cli.options import OPTIONS, EvalOptions
+from shadow_peft.cli.loading import check_quantization, load_adapted, load_base, load_tokenizer
+from shadow_peft.cli.options import OPTIONS, EvalOptions, QuantizationOptions
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.model import InferenceMode
 
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k
   shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
   shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit --use_bnb_nested_quant
   shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
 """
 PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
@@ -36,11 +37,12 @@ PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 def run(arguments: list[str]) -> None:
     """Parse the options, score every mode and print the tables."""
-    (options,) = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
+    options, quantization = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
+    check_quantization(quantization)
     modes = _modes(options)
     manager = find_tasks(options.tasks, options.include_path)
     tokenizer = load_tokenizer(options.adapter, options.model)
-    model = _model(options)
+    model = _model(options, quantization)
     results = {}
     for mode in modes:
         results[mode] = score(model, tokenizer, mode, options, manager)
@@ -113,9 +115,11 @@ def _modes(options: EvalOptions) -> list[str]:
     return list(get_args(InferenceMode)) if options.inference_mode == "both" else [options.inference_mode]
 
 
-def _model(options: EvalOptions) -> PreTrainedModel:
+def _model(options: EvalOptions, quantization: QuantizationOptions) -> PreTrainedModel:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base: PreTrainedModel = load_model(options.model, dtype=options.dtype).to(device).eval()
+    quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    place: dict[str, Any] = {"device_map": device} if quantized else {}  # weights are quantized where they are to stay
+    base: PreTrainedModel = load_base(options.model, quantization, dtype=options.dtype, **place).to(device).eval()
     return base if options.adapter is None else load_adapted(base, options.adapter)
 
 

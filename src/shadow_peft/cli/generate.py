@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
-from shadow_peft.cli.options import OPTIONS, GenerateOptions, SamplingOptions
+from shadow_peft.cli.loading import check_quantization, load_adapted, load_base, load_tokenizer
+from shadow_peft.cli.options import OPTIONS, GenerateOptions, QuantizationOptions, SamplingOptions
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.generation.drafting import DraftStatistics
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   shadow-peft generate "the shadow alone answers" --model Qwen/Qwen3-0.6B --adapter out --shadow_only
   shadow-peft generate "the shadow drafts, the base verifies" --model Qwen/Qwen3-0.6B --adapter out --draft
   shadow-peft generate "the exported shadow is a model like any other" --model out/shadow
+  shadow-peft generate "as it was trained" --model Qwen/Qwen3-0.6B --adapter out/gsm8k-4bit --load_in_4bit
   shadow-peft generate "Once upon a time" --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1
 """
 
@@ -30,13 +31,14 @@ def run(arguments: list[str]) -> None:
     """Parse the options, load the model and print one answer per text."""
     parser = make_parser("generate", OPTIONS["generate"], DESCRIPTION, EXAMPLES)
     parser.add_argument("text", nargs="+", help="Text to continue; the two characters \\n mean a line break.")
-    options, sampling, positional = parse(parser, arguments)
+    options, sampling, quantization, positional = parse(parser, arguments)
+    check_quantization(quantization)
     if (options.shadow_only or options.draft) and options.adapter is None:
         raise UserError("--shadow_only and --draft need --adapter: a bare model has no shadow")
     if options.shadow_only and options.draft:
         raise UserError("--draft needs the base, and --shadow_only switches it off")
     tokenizer = load_tokenizer(options.adapter, options.model)
-    model = _model(options)
+    model = _model(options, quantization)
     set_seed(options.seed)
     config = generation_config(model, tokenizer, sampling)
     config.use_shadow_draft = options.draft or None
@@ -80,8 +82,8 @@ def report(statistics: DraftStatistics) -> str:
     )
 
 
-def _model(options: GenerateOptions) -> PreTrainedModel:
-    base = load_model(options.model, dtype=options.dtype).eval()
+def _model(options: GenerateOptions, quantization: QuantizationOptions) -> PreTrainedModel:
+    base = load_base(options.model, quantization, dtype=options.dtype).eval()
     if options.adapter is None:
         return base
     model: ShadowForCausalLM = load_adapted(base, options.adapter)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
@@ -26,6 +35,72 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a causal language model from {name!r}: {error}") from error
     return model
+
+
+def check_quantization(options: Any) -> None:
+    """Refuses options of the quantization that contradict each other, or do nothing.
+
+    Args:
+        options: `QuantizationOptions`, or TRL's `ModelConfig`.
+
+    Raises:
+        UserError: saying what, and what to do.
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other; drop one of them")
+    if options.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise UserError(f"--bnb_4bit_quant_type is nf4 or fp4, got {options.bnb_4bit_quant_type!r}")
+    defaults = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False, "bnb_4bit_quant_storage": None}
+    given = [name for name, default in defaults.items() if getattr(options, name, default) != default]
+    if given and not options.load_in_4bit:
+        raise UserError(f"--{given[0]} says how 4 bit weights are stored; add --load_in_4bit, or drop it")
+    if (options.load_in_4bit or options.load_in_8bit) and find_spec("bitsandbytes") is None:
+        bits = 4 if options.load_in_4bit else 8
+        raise UserError(f"--load_in_{bits}bit needs bitsandbytes: pip install 'shadow-peft[quantized]'")
+
+
+def quantization_flags(options: Any) -> str:
+    """The options that quantize a base as TRL's `ModelConfig` says, as `generate` and `eval` take them; empty if none do."""
+    flags = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant") if getattr(options, name)]
+    if options.load_in_4bit and options.bnb_4bit_quant_type != "nf4":
+        flags.append(f"--bnb_4bit_quant_type {options.bnb_4bit_quant_type}")
+    return " ".join(flags)
+
+
+def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, quantized by bitsandbytes where the options say so.
+
+    Args:
+        name: folder or hub id.
+        options: `QuantizationOptions`, or TRL's `ModelConfig`, which `check_quantization` has let pass.
+        kwargs: go to `from_pretrained`, `dtype` among them. 4 bit weights compute in it; "auto" is the checkpoint's.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal language model.
+    """
+    if options.load_in_8bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif options.load_in_4bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=_compute_dtype(name, kwargs.get("dtype"), kwargs.get("revision")),
+            bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=getattr(options, "bnb_4bit_quant_storage", None),
+        )
+    return load_model(name, **kwargs)
+
+
+def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:
+    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint."""
+    if dtype not in (None, "auto"):
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    try:
+        stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a causal language model from {name!r}: {error}") from error
+    return torch.float32 if stored is None else stored
 
 
 def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:

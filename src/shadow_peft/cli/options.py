@@ -92,6 +92,16 @@ class GenerateOptions:
 
 
 @dataclass
+class QuantizationOptions:
+    """How `generate` and `eval` quantize a base; names and defaults as in TRL's `ModelConfig`, which `train` takes."""
+
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base to 4 bits, by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base to 8 bits, by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "The 4 bit numbers: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of the 4 bit weights, too."})
+
+
+@dataclass
 class SamplingOptions:
     """Fields of transformers' `GenerationConfig`; those not given keep the values of the model's own file."""
 
@@ -134,8 +144,8 @@ class EvalOptions:
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
-    "generate": [GenerateOptions, SamplingOptions],
-    "eval": [EvalOptions],
+    "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
+    "eval": [EvalOptions, QuantizationOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

@@ -13,6 +13,7 @@ from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
 from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.loading import check_quantization
 from shadow_peft.cli.options import DEFAULT_SHADOW, TrainOptions
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
@@ -30,6 +31,7 @@ def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, p
         raise UserError("give the base as --model, not as --model_name_or_path")
     if Path(options.output).is_file():
         raise UserError(f"--output {options.output} is a file; give a folder")
+    check_quantization(peft)
     _check_method(options, shadow, peft)
     _check_shadow(options, shadow)
     _check_evaluation(options, sft)

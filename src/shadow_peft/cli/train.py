@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_model, load_shadow, load_tokenizer
+from shadow_peft.cli.loading import load_base, load_shadow, load_tokenizer, quantization_flags
 from shadow_peft.cli.options import DEFAULT_SHADOW, OPTIONS, TemplateOptions, TrainOptions
 from shadow_peft.cli.parsing import make_parser, parse
 from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
@@ -42,6 +42,7 @@ EXAMPLES = """examples:
   shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
   shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
   shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
+  shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit --use_bnb_nested_quant --output out/gsm8k-4bit
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 
@@ -79,6 +80,8 @@ def run(arguments: list[str]) -> None:
 def make_train_parser() -> TrlParser:
     """The parser of this verb's options, ShadowConfig's and TRL's, with defaults that suit an adapter."""
     parser = make_parser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
+    for bits in (4, 8):  # TRL's help says that they work with LoRA only
+        parser._option_string_actions[f"--load_in_{bits}bit"].help = f"Quantize the base to {bits} bits, by bitsandbytes."
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 
@@ -96,10 +99,7 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens
     kwargs: dict[str, Any] = {"revision": peft.model_revision, "dtype": peft.dtype}
     if peft.attn_implementation is not None:
         kwargs["attn_implementation"] = peft.attn_implementation
-    quantization = get_quantization_config(peft)
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization
-    base: PreTrainedModel = load_model(options.model, **kwargs)
+    base = load_base(options.model, peft, **kwargs)
     if peft.use_peft:
         return base
     brought = None
@@ -242,4 +242,5 @@ def _facts(options: TrainOptions, trainer: Any, peft: ModelConfig, arguments: li
         seed=trainer.args.seed,
         command=f"shadow-peft train {shlex.join(arguments)}",
         processes=trainer.args.world_size,
+        quantization=quantization_flags(peft),
     )

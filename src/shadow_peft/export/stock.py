@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.dequantize import dequantized_view, float_copy
 from shadow_peft.backbone.implicit import materialized, own_tensors
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
@@ -124,7 +125,7 @@ def _trained_heads(model: ShadowAdapter, exported: PreTrainedModel) -> dict[str,
 def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
     source = source.materialize() if isinstance(source, SharedEmbedding) else source
     with materialized(source):
-        values = own_tensors(source)
+        values = own_tensors(dequantized_view(source))
         for name, target in own_tensors(module).items():
             target.copy_(values[name])
 
@@ -180,7 +181,7 @@ def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedMod
     backbone = _complete_backbone(model)
     head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
     with materialized(head):
-        weight, scale = head.weight.detach().clone(), _head_scale(model)
+        weight, scale = float_copy(head).get_parameter("weight").detach(), _head_scale(model)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
     if same_width and stock is not None and vocab_size == weight.shape[0] and softcap_of(base) is None:
@@ -226,7 +227,9 @@ def _head_scale(model: ShadowAdapter) -> float:
         ValueError: its logits are not a scaled, possibly capped, linear function.
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
-    x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
+    kind, width = head.weight.dtype, model.decoder.hidden_size
+    dtype = kind if kind.is_floating_point else model.base_model.dtype  # integers: a quantized head
+    x = torch.randn(1, 8, width, dtype=dtype, device=head.weight.device)
     task_head = TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)
     plain, full = head(x).double(), task_head(x).double()
     if cap is not None:

@@ -6,7 +6,6 @@ contain the adapter and the trained heads only.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadow_peft.backbone.implicit import materialized
+from shadow_peft.backbone.dequantize import float_copy
+from shadow_peft.backbone.implicit import master_dtype, materialized
 from shadow_peft.checkpoint import store
 from shadow_peft.model import InferenceMode, ShadowPeftModel
 from shadow_peft.storage.sharded import is_sharded
@@ -74,6 +74,7 @@ class ShadowTaskModel(PreTrainedModel):
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
         self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
+        self._hf_peft_config_loaded = peft_model._hf_peft_config_loaded
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
@@ -312,6 +313,7 @@ def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A trainable copy of a head in float32."""
+    """A trainable copy of a head: in float32, or float64 where it computes in that."""
     with materialized(module):
-        return copy.deepcopy(module).to(torch.float32).requires_grad_(True)
+        copied = float_copy(module)
+        return copied.to(master_dtype(copied.get_parameter("weight").dtype)).requires_grad_(True)

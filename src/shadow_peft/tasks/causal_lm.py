@@ -47,7 +47,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
     """A causal language model whose logits are those of the adapted base or of the shadow alone.
 
     The heads `lm_head` and `shadow_lm_head` are the base's own head, without a copy. A head that `modules_to_save` names is
-    a trained copy in float32.
+    a trained copy in float32, or float64 on a float64 base.
 
     Args:
         peft_model: an adapted causal LM.

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from shadow_peft.backbone.implicit import master_dtype
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.classification import classification_loss, problem_type_of
@@ -61,7 +62,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
-            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False)
+            dtype = master_dtype(base.dtype)
+            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
             nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
         chosen = peft_model.shadow_config.modules_to_save
         return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)

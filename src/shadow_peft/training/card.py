@@ -32,6 +32,7 @@ class RunFacts:
         seed: seed of weights and order.
         command: the command that made the run.
         processes: number of processes.
+        quantization: options of the command line that quantized the base; empty if none did.
     """
 
     name: str
@@ -44,6 +45,7 @@ class RunFacts:
     seed: int
     command: str
     processes: int = 1
+    quantization: str = ""
 
 
 def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
@@ -104,7 +106,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
     examples = ", ".join(f"{count:,} {purpose}" for purpose, count in facts.examples.items())
     figures = {"trainable parameters": f"{facts.trainable:,}", **_figures(log)}
     provenance = {
-        "base": f"`{facts.base}`",
+        "base": f"`{facts.base}`" + (f", `{facts.quantization}`" if facts.quantization else ""),
         "seed": str(facts.seed),
         "processes": str(facts.processes),
         "python": platform.python_version(),
@@ -140,4 +142,5 @@ def _table(rows: Mapping[str, str]) -> str:
 def _usage(facts: RunFacts) -> str:
     if facts.method != "ShadowPEFT":
         return f'```python\nmodel = peft.PeftModel.from_pretrained(base, "{facts.name}")\n```'
-    return f'```bash\nshadow-peft generate --model {facts.base} --adapter {facts.name} "..."\n```'
+    loaded = f" {facts.quantization}" if facts.quantization else ""
+    return f'```bash\nshadow-peft generate "..." --model {facts.base} --adapter {facts.name}{loaded}\n```'

@@ -2,6 +2,7 @@
 
 - It checks that the model has a shadow that this trainer trains. It keeps the model's own `forward`: TRL replaces it on the
   instance by one that computes log-probabilities from the base's head without the adapter.
+- Beside a quantized base the adapter keeps its dtype: TRL casts trained parameters there to bfloat16, see `_same_dtypes`.
 - It adds optimizer groups (`groups`), the gradient monitor (`monitor`) and the progress of the training (`progress`).
 - It logs `base_loss` and `shadow_loss` in TRL's trainers.
 
@@ -13,6 +14,8 @@ stored with it, while a rate belongs to a run. As a field of the arguments it wo
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from shadow_peft.base.quantization import passes_gradients, quantization_method
 from shadow_peft.tasks.base import TRAINER_TAG, ShadowTaskModel
 from shadow_peft.training.groups import parameter_groups
 from shadow_peft.training.monitor import GradientMonitor
@@ -45,7 +49,7 @@ class ShadowTrainerMixin:
     Raises:
         TypeError: the model is of another class than `trains`.
         ValueError: a model in the mode "shadow_only", where the trainer needs the base path; an optimizer in `optimizers`
-            together with a scale.
+            together with a scale; a base whose quantization passes no gradients.
     """
 
     trains: type[ShadowTaskModel] = ShadowTaskModel
@@ -69,9 +73,11 @@ class ShadowTrainerMixin:
             raise TypeError(f"{type(self).__name__} trains a {self.trains.__name__}, got {type(model).__name__}.")
         if self.needs_base_path and model.inference_mode != "base_shadow":
             raise ValueError(f'{type(self).__name__} trains base and shadow together: set_inference_mode("base_shadow").')
+        _require_gradients(model)
         self.shadow_learning_rate_scale = shadow_learning_rate_scale
         bound = {name: forward for name, forward in model.__dict__.items() if name == "forward"}
-        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        with _same_dtypes(model):
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         model.__dict__.pop("forward", None)
         model.__dict__.update(bound)
         if self.optimizer is not None and shadow_learning_rate_scale != 1:
@@ -81,6 +87,11 @@ class ShadowTrainerMixin:
         for kind in (GradientMonitor, ProgressCallback):
             if not any(isinstance(callback, kind) for callback in self.callback_handler.callbacks):
                 self.add_callback(kind())
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Those of transformers, but no epoch where `max_steps` is 0: transformers would take one step."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        return (0 if args.max_steps == 0 else epochs, *others)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments ask for, with the groups of `parameter_groups`.
@@ -110,6 +121,35 @@ class ShadowTrainerMixin:
         """Record a value; the next log entry of a TRL trainer shows the mean of the recorded values."""
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].setdefault(name, []).append(float(value))
+
+
+def _require_gradients(model: ShadowTaskModel) -> None:
+    """Refuse a quantized base through which no gradient would pass.
+
+    Raises:
+        ValueError: its method is none that passes gradients.
+    """
+    base = model.peft_model.base_model
+    if not passes_gradients(base):
+        raise ValueError(
+            f"The base is quantized with {quantization_method(base)!r}, whose layers pass no gradient to the adapter before "
+            "them. Load it with bitsandbytes or torchao, or not quantized."
+        )
+
+
+@contextmanager
+def _same_dtypes(model: ShadowTaskModel) -> Iterator[None]:
+    """Give trained parameters their dtype and their values back afterwards.
+
+    The constructors of TRL's trainers cast whatever is trained beside a bitsandbytes base to bfloat16, as the QLoRA paper
+    does. `autocast_adapter_dtype` of this library says float32 unless it is told otherwise, and steps of a small learning
+    rate are lost in bfloat16.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:

@@ -19,7 +19,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Set `training_progress` to a fraction in (0, 1]."""
-        _set_progress(model, min(1.0, (state.global_step + 1) / state.max_steps))
+        _set_progress(model, min(1.0, (state.global_step + 1) / max(state.max_steps, 1)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Set `training_progress` to 1, so that a later loss has its full weights."""
