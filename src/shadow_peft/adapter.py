@@ -93,7 +93,6 @@ class ShadowAdapter(nn.Module):
         self._embedding_map: Tensor | None = None
         self._checkpointing = False
         self.recompute_backbone = True
-        self._injected_adapters: Any = ()
         self._configure_embeddings(shadow_model)
         self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
 

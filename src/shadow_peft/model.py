@@ -5,7 +5,6 @@ embeddings -> backbone -> s;   base layers, injected and updated between them ->
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadow_peft.base import peft_adapters
-from shadow_peft.base.hooks import Attachment
+from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
+from shadow_peft.base.record import BaseRecord
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
 from shadow_peft.cache import ShadowCache, base_only, combine_caches, shadow_only_cache, with_shadow_cache
 from shadow_peft.checkpoint.mixin import CheckpointMixin
@@ -95,17 +95,26 @@ class ShadowPeftModel(CheckpointMixin):
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
         base, decoder = self.base_model, self.decoder
         self._base_signature, self._decoder_signature = Signature.of(base), Signature.of(decoder.backbone)
-        self._base_was_training = base.training
-        self._unfrozen = [name for name, p in base.named_parameters() if p.requires_grad]
-        peft_adapters.freeze(base, but_adapters=shadow_config.train_base_adapters)
-        self._attachment: Attachment | None = Attachment(
-            decoder.layers[shadow_config.first_injected_layer :],
-            decoder.layer_input_name,
-            decoder.output_module,
-            base.get_output_embeddings(),
-        )
-        weakref.finalize(self, self._attachment.detach)
-        self.train()
+        with restored_on_failure(base) as record:
+            self._attachment: Attachment | None = self._attach(record)
+            self._attachment.hold(self)
+            self.train()
+
+    def _attach(self, record: BaseRecord) -> Attachment:
+        """Freeze the base and put the hooks on it; several attachments share the record of the first."""
+        base, decoder, config = self.base_model, self.decoder, self.shadow_config
+        record.settle(base)
+        record = next((other.record for other in attachments_of(base)), record)
+        peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
+        record.trains_adapters |= config.train_base_adapters
+        layers = decoder.layers[config.first_injected_layer :]
+        head = base.get_output_embeddings()
+        return Attachment(layers, decoder.layer_input_name, decoder.output_module, head, record)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attachment is not None:
+            self._attachment.hold(self)
 
     # ---------------------------------------------------------------- running base and shadow
 
@@ -253,18 +262,14 @@ class ShadowPeftModel(CheckpointMixin):
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.
 
-        PEFT adapters that came with the base stay in it, as trained as they are; those of a checkpoint are removed.
+        On a base that carries other shadows too, the last one to be unloaded gives it back so. PEFT adapters that came with
+        the base stay in it, as trained as they are; those of a checkpoint are removed.
         """
-        self.attachment.detach()
+        attachment, base = self.attachment, self.base_model
+        attachment.detach()
         self._attachment = None
-        if self._checkpointing:
-            self.gradient_checkpointing_disable()
-        self.base_model.requires_grad_(False)
-        for name in self._unfrozen:
-            self.base_model.get_parameter(name).requires_grad_(True)
-        for wrapped in self._injected_adapters:
-            peft_adapters.remove_adapters(self.base_model, wrapped)
-        self.base_model.train(self._base_was_training)
+        if not attachments_of(base):
+            attachment.record.restore(base)
         given: PreTrainedModel = self._given[0]
         return given
 
