@@ -79,12 +79,12 @@ class ShadowAdapter(nn.Module):
         init_from_base: bool = True,
     ) -> None:
         super().__init__()
-        base_model = peft_adapters.unwrap_base(base_model)
         if isinstance(base_model, nn.Module) and any(isinstance(module, ShadowAdapter) for module in base_model.modules()):
             raise ValueError(
                 f"This {type(base_model).__name__} carries a shadow adapter already. Attach another one to its base "
                 "(`get_base_model()`), or take the first one off with `unload()`."
             )
+        base_model = peft_adapters.unwrap_base(base_model)
         decoder = find_decoder(base_model)
         if shadow_model is None:
             backbone, shared_table_name = build_implicit_backbone(decoder, shadow_config, init_from_base)
@@ -104,7 +104,6 @@ class ShadowAdapter(nn.Module):
         self._embedding_map_of: list[tuple[int, int]] = []
         self._checkpointing = False
         self.recompute_backbone = True
-        self._injected_adapters: Any = ()
         self._configure_embeddings(shadow_model)
         self._place(master_dtype(base_model.dtype) if autocast_adapter_dtype else base_model.dtype)
 

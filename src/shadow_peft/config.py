@@ -12,11 +12,13 @@ The mathematics of an adapter is part of its config (`variant`):
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shadow_peft.storage.files import all_or_none, read_json, write_json
+from shadow_peft.storage.atomic import all_or_none, visible_files
+from shadow_peft.storage.files import read_json, write_json
 from shadow_peft.storage.hub import local_directory
 
 CONFIG_FILE = "shadow_config.json"
@@ -133,7 +135,8 @@ class ShadowConfig:
         Raises:
             ValueError: there is none, or it is damaged.
         """
-        return cls.from_dict(read_json(local_directory(pretrained_path) / CONFIG_FILE))
+        directory = local_directory(pretrained_path)
+        return cls.from_dict(read_json(visible_files(directory).get(CONFIG_FILE, directory / CONFIG_FILE)))
 
 
 _PUBLISHED = {
@@ -172,6 +175,9 @@ _LEAST: dict[str, int | tuple[None, int]] = {
 }
 """Least value of every integer field; a tuple allows None as well."""
 
+_MOST = 2**20
+"""More than any model has; a stored config that says more is broken, and memory is not asked for it."""
+
 
 def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
     optional = isinstance(least, tuple)
@@ -180,13 +186,15 @@ def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer{' or None' if optional else ''}, got {value!r}.")
-    if value < bound:
-        raise ValueError(f"{name} must be at least {bound}, got {value}.")
+    if not bound <= value <= _MOST:
+        raise ValueError(f"{name} must be at least {bound} and at most {_MOST}, got {value}.")
 
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not abs(value) < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
-from shadow_peft.base.hooks import Attachment
+from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
 from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
+from shadow_peft.base.record import BaseRecord
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cache import (
@@ -34,9 +35,7 @@ from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.inputs import ModelInputs
-
-InferenceMode = Literal["base_shadow", "shadow_only"]
-Mode = Literal["base_shadow", "shadow_only", "base_only"]
+from shadow_peft.outputs import AdaptedOutput, Mode
 
 
 def get_shadow_model(
@@ -48,23 +47,6 @@ def get_shadow_model(
 ) -> ShadowPeftModel:
     """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
     return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
-@dataclass
-class AdaptedOutput:
-    """What base and shadow computed in one call of `ShadowPeftModel.run`.
-
-    Attributes:
-        base: the base's outputs, or those of its backbone with `skip_head`; None in "shadow_only".
-        shadow_state: the initial shadow state s `[B, T, d]`; None in "base_only".
-        head_input: the final hidden state `[B, T, d]`, with `keep_head_input`.
-        cache: the cache of every network that ran, or None.
-    """
-
-    base: Any = None
-    shadow_state: Tensor | None = None
-    head_input: Tensor | None = None
-    cache: Any = None
 
 
 class ShadowPeftModel(CheckpointMixin):
@@ -108,20 +90,29 @@ class ShadowPeftModel(CheckpointMixin):
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
         base, decoder = self.base_model, self.decoder
         self._base_signature, self._decoder_signature = Signature.of(base), Signature.of(decoder.backbone)
-        self._base_was_training = base.training
-        self._unfrozen = [name for name, p in base.named_parameters() if p.requires_grad]
-        peft_adapters.freeze(base, but_adapters=shadow_config.train_base_adapters)
-        self._attachment: Attachment | None = Attachment(
-            decoder.layers[shadow_config.first_injected_layer :],
-            decoder.layer_input_name,
-            decoder.output_module,
-            base.get_output_embeddings(),
-        )
-        weakref.finalize(self, self._attachment.detach)
-        self._kernels = GradientKernels(base)
-        weakref.finalize(self, self._kernels.release)
-        self._hf_peft_config_loaded = trains_beside_quantized(base)  # transformers' Trainer asks
-        self.train()
+        with restored_on_failure(base) as record:
+            self._attachment: Attachment | None = self._attach(record)
+            self._attachment.hold(self)
+            self._kernels = GradientKernels(base)
+            weakref.finalize(self, self._kernels.release)
+            self._hf_peft_config_loaded = trains_beside_quantized(base)  # transformers' Trainer asks
+            self.train()
+
+    def _attach(self, record: BaseRecord) -> Attachment:
+        """Freeze the base and put the hooks on it; several attachments share the record of the first."""
+        base, decoder, config = self.base_model, self.decoder, self.shadow_config
+        record.settle(base)
+        record = next((other.record for other in attachments_of(base)), record)
+        peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
+        record.trains_adapters |= config.train_base_adapters
+        layers = decoder.layers[config.first_injected_layer :]
+        head = base.get_output_embeddings()
+        return Attachment(layers, decoder.layer_input_name, decoder.output_module, head, record)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attachment is not None:
+            self._attachment.hold(self)
 
     # ---------------------------------------------------------------- running base and shadow
 
@@ -237,11 +228,7 @@ class ShadowPeftModel(CheckpointMixin):
         return self.initial_state(self._ready(inputs, "shadow_only"))[0]
 
     def with_shadow_cache(self, cache: Any) -> Any:
-        """The cache of both networks for a cache that a caller passes: an empty one gets an empty counterpart.
-
-        Raises:
-            ValueError: no transformers cache, or one with tokens that the shadow has not seen.
-        """
+        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`."""
         return with_shadow_cache(cache, self.shadow_model.config)
 
     @property
@@ -282,19 +269,17 @@ class ShadowPeftModel(CheckpointMixin):
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.
 
-        PEFT adapters that came with the base stay in it, as trained as they are; those of a checkpoint are removed.
+        On a base that carries other shadows too, the last one to be unloaded gives it back so. PEFT adapters that came with
+        the base stay in it, as trained as they are; those of a checkpoint are removed.
         """
-        self.attachment.detach()
+        attachment, base = self.attachment, self.base_model
+        attachment.detach()
         self._attachment = None
         self._kernels.release()
         if self._checkpointing:
             self.gradient_checkpointing_disable()
-        self.base_model.requires_grad_(False)
-        for name in self._unfrozen:
-            self.base_model.get_parameter(name).requires_grad_(True)
-        for wrapped in self._injected_adapters:
-            peft_adapters.remove_adapters(self.base_model, wrapped)
-        self.base_model.train(self._base_was_training)
+        if not attachments_of(base):
+            attachment.record.restore(base)
         given: PreTrainedModel = self._given[0]
         return given
 

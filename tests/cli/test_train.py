@@ -336,3 +336,7 @@ def test_output_that_is_a_file_stays(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "out").write_text("mine")
     assert "is a file" in refused(capsys, "--model", "m", "--data", "d", "--output", str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_output_that_holds_another_model_is_refused_at_once(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds a model (config.json" in refused(capsys, "--model", "m", "--data", "d", "--output", str(model_folder))

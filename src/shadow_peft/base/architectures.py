@@ -89,6 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v4": Architecture(residual_stream=ResidualStream(copies_dim=2), needs_token_ids=True),
     "falcon": Architecture(modifies_outputs_in_place=True),
     "gemma3n_text": Architecture(
+        layers_path="layers",
         residual_stream=ResidualStream(copies_dim=0),
         needs_token_ids=True,
         token_tables=("embed_tokens_per_layer",),

@@ -77,13 +77,8 @@ def find_decoder(model: PreTrainedModel, min_layers: int = MIN_LAYERS) -> Decode
         The decoder and its place in the model.
 
     Raises:
-        TypeError: not a transformers model.
         ValueError: its type is unsupported, its layers cannot be told, or there are fewer than `min_layers`.
     """
-    if isinstance(model, str):
-        raise TypeError(f"Got the name {model!r}; load the base first: AutoModelForCausalLM.from_pretrained({model!r}).")
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"The base must be a transformers PreTrainedModel, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
     reason = architecture_of(config).unsupported or architecture_of(model.config).unsupported
     if reason is not None:

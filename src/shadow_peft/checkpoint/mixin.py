@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
@@ -17,20 +18,22 @@ from transformers import PreTrainedModel
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
+from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
+from shadow_peft.base.record import BaseRecord
 from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint.provenance import malformed
+from shadow_peft.checkpoint.state_dicts import load_nested, own_entries, with_own_memory
 from shadow_peft.storage.hub import push
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 from shadow_peft.storage.tensors import fill
-
-_WRAPPERS = ("module.", "_orig_mod.", "peft_model.")
-"""Prefixes that wrappers and parent modules add to the names of a state dict."""
 
 
 class CheckpointMixin(ShadowAdapter):
     """State dicts and files of a `ShadowPeftModel`."""
 
-    def unload(self) -> PreTrainedModel:
-        """Remove the adapter from its base."""
+    @property
+    def attachment(self) -> Attachment:
+        """The hooks on the base."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------- tensors
@@ -56,7 +59,7 @@ class CheckpointMixin(ShadowAdapter):
         While parameters are sharded over processes, the names are those of the parameters.
         """
         destination = {} if destination is None else destination
-        destination.update({prefix + name: _with_own_storage(view) for name, view in self._state_views().items()})
+        destination.update({prefix + name: tensor for name, tensor in with_own_memory(self._state_views()).items()})
         return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -76,13 +79,14 @@ class CheckpointMixin(ShadowAdapter):
             ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed.
         """
         views = self._state_views()
-        own = _own_entries(state_dict, views)
+        own = own_entries(state_dict, views, self)
         fill(views, sharded_like(views, own) if is_sharded(self) else own, "The state dict", strict)
         return _IncompatibleKeys([name for name in views if name not in own], [])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a part of a parent module's state dict; torch calls this and expects the parameters' own names."""
-        load_nested(self, self._state_views(), state_dict, prefix, args[1], args[-1])
+        """Load from the state dict of a parent module, in which torch looks for the parameters' own names."""
+        _, _, missing, unexpected, errors = args
+        load_nested(self, self._state_views(), state_dict, prefix, missing, unexpected, errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _state_views(self) -> dict[str, Tensor]:
@@ -172,13 +176,14 @@ class CheckpointMixin(ShadowAdapter):
             ValueError: there is no adapter, a file is damaged, or the adapter does not fit the base; the base is not
                 changed.
         """
-        return cls.from_checkpoint(
+        loaded: Self = cls.from_checkpoint(
             model,
             store.read(pretrained_shadow_path).without_heads(),
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        return loaded
 
     @classmethod
     def from_checkpoint(
@@ -190,13 +195,20 @@ class CheckpointMixin(ShadowAdapter):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
         make_head: Callable[[Any, str], nn.Module] | None = None,
-    ) -> Self:
-        """Attach an adapter that was read already; `make_head` makes the modules of its trained heads."""
+        make_task: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Attach an adapter that was read already; whatever fails leaves the base as it was.
+
+        Args:
+            make_head: makes the module of a trained head that the checkpoint holds.
+            make_task: makes the task model around the adapted one, which is returned in its place.
+        """
+        base, origin = peft_adapters.unwrap_base(model), stored.provenance
         if shadow_model is None:
-            shadow_model = build_stored_shadow(stored.provenance)
-        base = peft_adapters.unwrap_base(model)
-        injected = peft_adapters.inject_adapters(base, stored.provenance.get("base_adapters") or {})
-        try:
+            with malformed(f"{stored.directory}: shadow_model_config"):
+                shadow_model = build_stored_shadow(origin)
+        with restored_on_failure(base) as record:
+            injected = _inject_adapters(base, stored, record)
             peft_model = cls(
                 model,
                 stored.config,
@@ -204,64 +216,43 @@ class CheckpointMixin(ShadowAdapter):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 init_from_base=False,
             )
-        except BaseException:
-            peft_adapters.remove_adapters(base, injected)
-            raise
-        peft_model._injected_adapters = () if injected is None else (injected,)
-        try:
+            if injected:
+                record.trains_adapters = stored.config.train_base_adapters
+                peft_model.attachment.record = record
             if make_head is not None:
                 for name in stored.head_names:
                     peft_model.task_heads[name] = make_head(peft_model, name)
             store.load_into(peft_model, stored)
-        except ValueError:
-            peft_model.unload()
-            raise
-        if not is_trainable:
-            peft_model.requires_grad_(False).eval()
-        return peft_model
+            result: nn.Module = peft_model if make_task is None else make_task(peft_model)
+            if not is_trainable:
+                peft_model.freeze()
+                result.eval()
+        return result
+
+    def freeze(self) -> None:
+        """Freeze the adapter and the trained heads; the base too, unless another shadow on it trains its PEFT adapters."""
+        for part in (*self.parts().values(), self.task_heads):
+            part.requires_grad_(False)
+        if len(attachments_of(self.base_model)) == 1:
+            self.base_model.requires_grad_(False)
 
 
-def load_nested(
-    module: nn.Module, views: Mapping[str, Tensor], state_dict: dict[str, Any], prefix: str, strict: bool, errors: list[str]
-) -> None:
-    """Copy a part of a parent's state dict into views, then replace that part by the module's own parameters.
+def _inject_adapters(base: PreTrainedModel, stored: store.Checkpoint, record: BaseRecord) -> bool:
+    """Put the PEFT adapters of a checkpoint into a bare base; they are part of what another shadow on it reads.
 
-    Args:
-        module: the module that torch is about to load.
-        views: name in files -> destination.
-        state_dict: state dict of the parent; changed in place.
-        prefix: prefix of the module's names in it.
-        strict: every view must have a value.
-        errors: list to which problems are added, as torch expects it.
+    Raises:
+        ValueError: another shadow would read other adapters than those that it was trained with.
     """
-    entries = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    try:
-        own = _own_entries({name[len(prefix) :]: tensor for name, tensor in entries.items()}, views)
-        fill(views, own, f"The state dict at {prefix!r}", strict)
-    except ValueError as error:
-        errors.append(str(error))
-    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-        state_dict[prefix + name] = tensor  # the parameter itself: torch copies nothing and reports nothing missing
-
-
-def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without the prefixes of wrappers and without the base's own parameters."""
-    entries = {_unwrapped(name, known): tensor for name, tensor in state_dict.items()}
-    return {name: tensor for name, tensor in entries.items() if not name.startswith("base_model.")}
-
-
-def _with_own_storage(view: Tensor) -> Tensor:
-    """A tensor with a storage of its own: slices of stacked weights are copied."""
-    if type(view) is not Tensor or view.untyped_storage().nbytes() == view.numel() * view.element_size():
-        return view
-    return view.clone()
-
-
-def _unwrapped(name: str, known: Mapping[str, Tensor]) -> str:
-    """A name without the prefixes of wrappers; `known` are the names of the model inside."""
-    while name not in known:
-        prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
-        if prefix is None:
-            break
-        name = name.removeprefix(prefix)
-    return name
+    configs, present = stored.provenance.get("base_adapters") or {}, peft_adapters.views(base)
+    if attachments_of(base) and any(
+        name not in present or not torch.equal(present[name].cpu(), tensor.to(present[name].dtype))
+        for name, tensor in stored.base_adapters.items()
+    ):
+        raise ValueError(
+            f"{stored.directory} brings PEFT adapters for the base, which carries another shadow already; unload that first."
+        )
+    if present or not configs:
+        return False
+    with malformed(f"{stored.directory}: base_adapters"):
+        peft_adapters.inject_adapters(base, configs, record)
+    return True

@@ -19,7 +19,7 @@ from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import check_quantization, load_adapted, load_base, load_tokenizer
 from shadow_peft.cli.options import OPTIONS, EvalOptions, QuantizationOptions
 from shadow_peft.cli.parsing import make_parser, parse
-from shadow_peft.model import InferenceMode
+from shadow_peft.outputs import InferenceMode
 
 DESCRIPTION = (
     "Scores a model with lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "

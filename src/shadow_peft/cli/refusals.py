@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
+from shadow_peft.checkpoint.folder import others_in
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import check_quantization
 from shadow_peft.cli.options import DEFAULT_SHADOW, TrainOptions
@@ -32,6 +33,9 @@ def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, p
     if Path(options.output).is_file():
         raise UserError(f"--output {options.output} is a file; give a folder")
     check_quantization(peft)
+    there = None if peft.use_peft else others_in(Path(options.output))
+    if there:
+        raise UserError(f"--output {options.output} holds {there}; give another folder")
     _check_method(options, shadow, peft)
     _check_shadow(options, shadow)
     _check_evaluation(options, sft)

@@ -13,7 +13,8 @@ from shadow_peft.generation import draft_length
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
-from shadow_peft.model import InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import InferenceMode
 
 
 class ShadowGenerationMixin(GenerationMixin):

@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-_PATTERNS = ["shadow_*", "adapter_*"]
+_PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", ".saved/*"]
+"""Files of an adapter; the last ones are there if a folder was uploaded in which a save was interrupted."""
 
 
 def local_directory(path_or_repo: str | Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadow_peft.checkpoint import store
-from shadow_peft.model import InferenceMode
+from shadow_peft.outputs import InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadow_peft.backbone.dequantize import float_copy
 from shadow_peft.backbone.implicit import master_dtype, materialized
 from shadow_peft.checkpoint import store
-from shadow_peft.model import InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import InferenceMode
 from shadow_peft.storage.sharded import is_sharded
 
 TRAINER_TAG = "shadow-peft"
@@ -225,8 +226,15 @@ class ShadowTaskModel(PreTrainedModel):
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy a state dict into this model, see `ShadowPeftModel.load_state_dict`."""
-        return self.peft_model.load_state_dict(_inner(state_dict), strict, assign)
+        """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
+        return self.peft_model.load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load from the state dict of a parent module: the adapted model inside finds its part where torch looks for it."""
+        inside = prefix + _INNER
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inside)]:
+            state_dict[inside + name[len(prefix) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
@@ -282,19 +290,19 @@ class ShadowTaskModel(PreTrainedModel):
         foreign = set(stored.head_names) - set(cls.head_names)
         if foreign:
             raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
-        peft_model = ShadowPeftModel.from_checkpoint(
+        stored.require_heads(cls.head_names)
+        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
+        if shadow_loss_weight is not None:
+            settings["shadow_loss_weight"] = shadow_loss_weight
+        return ShadowPeftModel.from_checkpoint(
             model,
             stored,
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
             make_head=cls._fresh_head,
+            make_task=lambda peft_model: cls(peft_model, inference_mode=inference_mode, **settings),
         )
-        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
-        if shadow_loss_weight is not None:
-            settings["shadow_loss_weight"] = shadow_loss_weight
-        task = cls(peft_model, inference_mode=inference_mode, **settings)
-        return task if is_trainable else task.requires_grad_(False).eval()
 
 
 @cache

@@ -22,7 +22,8 @@ from shadow_peft.generation.mixin import ShadowGenerationMixin
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.language_modeling import Logits, LogitSource, LossWeights, shifted, token_losses
 from shadow_peft.losses.reduction import token_count
-from shadow_peft.model import AdaptedOutput, InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import AdaptedOutput, InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
 
 
