@@ -101,7 +101,7 @@ class ShadowPeftModel(CheckpointMixin):
     def _attach(self, record: BaseRecord) -> Attachment:
         """Freeze the base and put the hooks on it; several attachments share the record of the first."""
         base, decoder, config = self.base_model, self.decoder, self.shadow_config
-        record.settle(base)
+        record.keep_changes(base)
         record = next((other.record for other in attachments_of(base)), record)
         peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
         record.trains_adapters |= config.train_base_adapters

@@ -158,7 +158,7 @@ def restored_on_failure(base: PreTrainedModel) -> Iterator[BaseRecord]:
         for attachment in _all_attachments(base):
             if not any(attachment is other for other in attachments):
                 attachment.detach()
-        record.settle(base)
+        record.keep_changes(base)
         record.restore(base)
         with torch.no_grad():
             for parameter, value in adapters:

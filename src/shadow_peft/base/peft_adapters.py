@@ -116,11 +116,11 @@ def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]], r
     if not all(init in _INITS_BESIDE_BASE for init in inits):
         trial = BaseRecord(base)
         _inject(base, {name: {**stored, _INIT: False} if _INIT in stored else stored for name, stored in configs.items()})
-        trial.settle(base)
+        trial.keep_changes(base)
         trial.restore(base)
         record.copy_weights(trial.replaced)
     _inject(base, configs)
-    record.settle(base)
+    record.keep_changes(base)
 
 
 _INIT = "init_lora_weights"

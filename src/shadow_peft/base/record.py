@@ -1,7 +1,6 @@
-"""What a base was before shadows were attached to it, so that it can be put back bit for bit.
+"""What a base was before shadows were attached to it, so that it can be restored bit for bit.
 
-A module or tensor that something else takes the place of is kept, and given back; only weights that are about to be changed
-where they are have to be copied.
+A module or tensor that is replaced is kept and given back. Only weights that are about to be modified in place are copied.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class BaseRecord:
 
     Attributes:
         trains_adapters: whether one of the shadows on it trains the PEFT adapters that it carries.
-        replaced: path -> module that something else has taken the place of, once `settle` was called.
+        replaced: path -> module that has been replaced, once `keep_changes` was called.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -33,25 +32,25 @@ class BaseRecord:
         self._added: set[str] = set()
 
     def copy_weights(self, modules: Mapping[str, nn.Module]) -> None:
-        """Copy the weights of some modules, which are about to be changed where they are."""
+        """Copy the weights of some modules that are about to be modified in place."""
         for weight in self._weights:
             if any(weight.module is module for module in modules.values()):
                 weight.copy()
 
-    def settle(self, base: PreTrainedModel) -> None:
-        """Keep only what has been replaced since, after which nothing else of the base is held in memory."""
+    def keep_changes(self, base: PreTrainedModel) -> None:
+        """Keep only what has been replaced since; nothing else of the base is held in memory afterwards."""
         now = dict(base.named_modules())
         self.replaced = {path: module for path, module in self.replaced.items() if now.get(path) is not module}
         self._weights = [weight for weight in self._weights if weight.was_changed()]
         self._added = set(vars(base)) - self._attributes
 
     def restore(self, base: PreTrainedModel) -> None:
-        """Put everything back, once `settle` was called."""
+        """Restore everything, once `keep_changes` was called."""
         for path, module in sorted(self.replaced.items()):  # a module before those inside of it
             parent, _, name = path.rpartition(".")
             base.get_submodule(parent)._modules[name] = module
         for weight in self._weights:
-            weight.put_back()
+            weight.restore_weight()
         for name in self._added:
             vars(base).pop(name, None)
         for name, parameter in base.named_parameters():
@@ -66,7 +65,7 @@ class BaseRecord:
 
 
 class _Weight:
-    """A parameter of a module, the memory that it had and, where that is about to be changed, a copy of its values."""
+    """A parameter of a module, its memory and, where that is about to be modified, a copy of its values."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -83,7 +82,7 @@ class _Weight:
             return now is not self.parameter
         return not _same_memory(now, self.data) or (self.values is not None and not torch.equal(now, self.values))
 
-    def put_back(self) -> None:
+    def restore_weight(self) -> None:
         now = self.module._parameters.get(self.name)
         self.module._parameters[self.name] = self.parameter
         if self.parameter is None:
