@@ -152,9 +152,9 @@ class ShadowTaskModel(PreTrainedModel):
         of_trl = "trl" in names and TRAINER_TAG not in names
         if of_trl and self._hf_peft_config_loaded and self._trained_dtypes() != self._own_dtypes:
             raise TypeError(
-                f"This trainer of TRL ({', '.join(names)}) has rounded the adapter to bfloat16, as it does beside any base of "
-                "bitsandbytes. Use the trainers of shadow_peft.training, which keep its dtype; a trainer of your own does so "
-                f"with ShadowTrainerMixin before TRL's class, and {TRAINER_TAG!r} in its _tag_names."
+                f"This trainer of TRL ({', '.join(names)}) has rounded the adapter to bfloat16, as it does beside any base "
+                "of bitsandbytes. Use the trainers of shadow_peft.training, which keep its dtype; a trainer of your own "
+                f"does so with ShadowTrainerMixin before TRL's class, and {TRAINER_TAG!r} in its _tag_names."
             )
         if of_trl and self.shadow_loss_weight > 0:
             raise TypeError(
