@@ -17,16 +17,18 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
-from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, RewardConfig, RewardTrainer, SFTConfig
 
 from shadow_peft import ShadowForCausalLM, ShadowForSequenceClassification
 from shadow_peft.demo.robot_commands import commands
+from shadow_peft.tasks.base import TRAINER_TAG
 from shadow_peft.training import (
     ShadowDPOTrainer,
     ShadowGRPOTrainer,
     ShadowRewardTrainer,
     ShadowSFTTrainer,
     ShadowTrainer,
+    ShadowTrainerMixin,
 )
 from tests.cli.conftest import tiny_tokenizer
 from tests.quantized_bases import (
@@ -39,6 +41,7 @@ from tests.quantized_bases import (
     load,
     need,
     save_base,
+    settings,
 )
 from tests.test_trainer import collate, rows
 from tests.tiny_models import adapted, llama, qwen3_classifier, tokens
@@ -79,9 +82,9 @@ def lengths(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) 
 
 
 def stock(model: Any, folder: Path, kind: type = Trainer, **more: Any) -> Any:
-    settings = options(folder, rows=4, **more)
-    callbacks = settings.pop("callbacks")
-    return kind(model, TrainingArguments(**settings), train_dataset=rows(8), data_collator=collate, callbacks=callbacks)
+    given = options(folder, rows=4, **more)
+    callbacks = given.pop("callbacks")
+    return kind(model, TrainingArguments(**given), train_dataset=rows(8), data_collator=collate, callbacks=callbacks)
 
 
 def shadow(model: Any, folder: Path, **more: Any) -> Any:
@@ -89,36 +92,36 @@ def shadow(model: Any, folder: Path, **more: Any) -> Any:
 
 
 def sft(model: Any, folder: Path, **more: Any) -> Any:
-    settings = options(folder, rows=4, **more)
-    callbacks, held_out = settings.pop("callbacks"), texts() if more.get("eval_strategy") else None
+    given = options(folder, rows=4, **more)
+    callbacks, held_out = given.pop("callbacks"), texts() if more.get("eval_strategy") else None
     return ShadowSFTTrainer(
-        model, SFTConfig(**settings), train_dataset=texts(), eval_dataset=held_out, processing_class=tiny_tokenizer(),
+        model, SFTConfig(**given), train_dataset=texts(), eval_dataset=held_out, processing_class=tiny_tokenizer(),
         callbacks=callbacks,
     )  # fmt: skip
 
 
 def dpo(model: Any, folder: Path, **more: Any) -> Any:
-    settings = options(folder, rows=4, **more)
-    callbacks = settings.pop("callbacks")
+    given = options(folder, rows=4, **more)
+    callbacks = given.pop("callbacks")
     return ShadowDPOTrainer(
-        model, args=DPOConfig(**settings), train_dataset=pairs(), processing_class=tiny_tokenizer(), callbacks=callbacks
+        model, args=DPOConfig(**given), train_dataset=pairs(), processing_class=tiny_tokenizer(), callbacks=callbacks
     )
 
 
 def grpo(model: Any, folder: Path, **more: Any) -> Any:
-    settings = options(folder, rows=4, num_generations=2, max_completion_length=4, beta=0.1, **more)
-    callbacks = settings.pop("callbacks")
+    given = options(folder, rows=4, num_generations=2, max_completion_length=4, beta=0.1, **more)
+    callbacks = given.pop("callbacks")
     return ShadowGRPOTrainer(
-        model, lengths, GRPOConfig(**settings), train_dataset=prompts(), processing_class=tiny_tokenizer(),
+        model, lengths, GRPOConfig(**given), train_dataset=prompts(), processing_class=tiny_tokenizer(),
         callbacks=callbacks,
     )  # fmt: skip
 
 
 def reward(model: Any, folder: Path, **more: Any) -> Any:
-    settings = options(folder, rows=4, **more)
-    callbacks = settings.pop("callbacks")
+    given = options(folder, rows=4, **more)
+    callbacks = given.pop("callbacks")
     return ShadowRewardTrainer(
-        model, RewardConfig(**settings), train_dataset=pairs(), processing_class=tiny_tokenizer(), callbacks=callbacks
+        model, RewardConfig(**given), train_dataset=pairs(), processing_class=tiny_tokenizer(), callbacks=callbacks
     )
 
 
@@ -169,6 +172,39 @@ def test_a_base_that_computes_in_bfloat16(checkpointing: bool, kind: str, tmp_pa
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     expected = step("SFT", wrapped(dequantized(folder, kind, torch.bfloat16)), tmp_path / "plain")
     assert error(found, expected) < tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_floats_beside_weights_that_compute_in_bfloat16(autocast: bool, tmp_path: Path) -> None:
+    """QLoRA's own setting, and autocast, on a base whose other parameters are float32."""
+    need("bitsandbytes 4")
+    folder = save_base(tmp_path / "base")
+    quantization = settings("bitsandbytes 4", torch.float32 if autocast else torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    found = step("SFT", wrapped(base), tmp_path / "out", bf16=autocast)
+    expected = step("SFT", wrapped(dequantized(folder, "bitsandbytes 4")), tmp_path / "plain", bf16=autocast)
+    assert error(found, expected) < tolerance(torch.bfloat16)
+
+
+class MixedRewardTrainer(ShadowTrainerMixin, RewardTrainer):
+    """TRL's own trainer, with what ours add."""
+
+    _tag_names = [*RewardTrainer._tag_names, TRAINER_TAG]  # noqa: RUF012
+
+
+def test_trl_itself_rounds_the_adapter_and_is_refused(tmp_path: Path) -> None:
+    """Without a shadow loss it may train the base path, but not in bfloat16 where float32 was chosen."""
+    need("bitsandbytes 4")
+    folder, args = save_base(tmp_path / "base", True), RewardConfig(**options(tmp_path, rows=4))
+    for kind in (RewardTrainer, MixedRewardTrainer):
+        model = wrapped(load(folder, "bitsandbytes 4", classifier=True))
+        model.shadow_loss_weight = 0.0
+        if kind is RewardTrainer:
+            with pytest.raises(TypeError, match="rounded the adapter to bfloat16"):
+                kind(model, args, train_dataset=pairs(), processing_class=tiny_tokenizer())
+        else:
+            kind(model, args, train_dataset=pairs(), processing_class=tiny_tokenizer()).train()
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", KINDS)

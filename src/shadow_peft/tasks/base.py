@@ -83,6 +83,10 @@ class ShadowTaskModel(PreTrainedModel):
             if name not in peft_model.task_heads:
                 peft_model.task_heads[name] = self._fresh_head(peft_model, name)
         self.train(peft_model.training)
+        self._own_dtypes = self._trained_dtypes()
+
+    def _trained_dtypes(self) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
 
     @classmethod
     def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
@@ -165,10 +169,17 @@ class ShadowTaskModel(PreTrainedModel):
             tags: one or more tags.
 
         Raises:
-            TypeError: tags of TRL without ours, and a shadow loss that would be dropped.
+            TypeError: tags of TRL without ours, and a shadow loss that would be dropped, or an adapter that TRL has rounded.
         """
         names = [tags] if isinstance(tags, str) else tags
-        if "trl" in names and TRAINER_TAG not in names and self.shadow_loss_weight > 0:
+        of_trl = "trl" in names and TRAINER_TAG not in names
+        if of_trl and self._hf_peft_config_loaded and self._trained_dtypes() != self._own_dtypes:
+            raise TypeError(
+                f"This trainer of TRL ({', '.join(names)}) has rounded the adapter to bfloat16, as it does beside any base "
+                "of bitsandbytes. Use the trainers of shadow_peft.training, which keep its dtype; a trainer of your own "
+                f"does so with ShadowTrainerMixin before TRL's class, and {TRAINER_TAG!r} in its _tag_names."
+            )
+        if of_trl and self.shadow_loss_weight > 0:
             raise TypeError(
                 f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped silently. "
                 "Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
