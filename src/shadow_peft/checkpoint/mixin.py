@@ -21,6 +21,7 @@ from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
 from shadow_peft.base.record import BaseRecord
 from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint.folder import FILES_OF_NO_OTHERS
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.checkpoint.state_dicts import load_nested, own_entries, with_own_memory
 from shadow_peft.storage.hub import push
@@ -120,9 +121,9 @@ class CheckpointMixin(ShadowAdapter):
         create_pr: bool = False,
         save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
+        """Upload the adapter to the hub in place of an earlier one, creating the repository if needed.
 
-        `save` writes the files, where a task model stores more than the adapter.
+        `save` writes the files, where a task model stores more than the adapter. Returns the address of the commit.
         """
         return push(
             self.save_pretrained if save is None else save,
@@ -132,6 +133,7 @@ class CheckpointMixin(ShadowAdapter):
             token=token,
             revision=revision,
             create_pr=create_pr,
+            replaces=FILES_OF_NO_OTHERS,
         )
 
     @classmethod
