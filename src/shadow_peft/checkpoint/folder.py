@@ -26,6 +26,9 @@ _PEFT_FILES = frozenset({peft.ADAPTER_FILE, peft.CONFIG_FILE})
 FILES = _SHADOW_FILES | _PEFT_FILES | {CONFIG_FILE, native.BASE_ADAPTER_FILE}
 """All names that an adapter's files can have; a save leaves none of an earlier one."""
 
+FILES_OF_NO_OTHERS = FILES - _PEFT_FILES
+"""Those that are ours by their name alone, where the content is not looked at."""
+
 INDEX_FILE, STATE_FILE = "model.safetensors.index.json", "model.safetensors"
 """What a `Trainer` looks for in a folder that it resumes from: an index of its files, or one file with all tensors."""
 

@@ -21,6 +21,7 @@ from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
 from shadow_peft.base.record import BaseRecord
 from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint.folder import FILES_OF_NO_OTHERS
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.checkpoint.state_dicts import load_nested, own_entries, with_own_memory
 from shadow_peft.storage.hub import push
@@ -129,7 +130,7 @@ class CheckpointMixin(ShadowAdapter):
         create_pr: bool = False,
         save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub. The repository is created if needed.
+        """Upload the adapter to the hub in place of an earlier one. The repository is created if needed.
 
         Args:
             repo_id: name of the repository.
@@ -151,6 +152,7 @@ class CheckpointMixin(ShadowAdapter):
             token=token,
             revision=revision,
             create_pr=create_pr,
+            replaces=FILES_OF_NO_OTHERS,
         )
 
     @classmethod

@@ -132,13 +132,13 @@ def read_unchanged(directory: Path, names: Collection[str], read: Callable[[dict
     return result
 
 
-def _identities(files: Mapping[str, Path], names: Collection[str]) -> dict[str, tuple[int, int, int]] | None:
+def _identities(files: Mapping[str, Path], names: Collection[str]) -> dict[str, tuple[int, int]] | None:
     """What tells a file from its successor, wherever it moves; None if one moved just now."""
     try:
         stats = {name: os.stat(files[name]) for name in names if name in files}
     except FileNotFoundError:
         return None
-    return {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats.items()}
+    return {name: (found.st_size, found.st_mtime_ns) for name, found in stats.items()}  # inodes change on some file systems
 
 
 def _commit(staging: Path, target: Path, removing: Collection[str]) -> None:

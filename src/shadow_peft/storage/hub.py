@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 _PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", ".saved/*"]
@@ -58,8 +58,12 @@ def push(
     token: str | None,
     revision: str | None,
     create_pr: bool,
+    replaces: Collection[str] = (),
 ) -> str:
     """Upload what `save` writes into a directory, to a repository that is created if needed.
+
+    Args:
+        replaces: names of files that go from the repository with the same commit, unless they are uploaded anew.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -73,6 +77,11 @@ def push(
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
         info = api.upload_folder(
-            repo_id=repo, folder_path=directory, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id=repo,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=sorted(replaces),
         )
     return info.pr_url or info.commit_url
