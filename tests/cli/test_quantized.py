@@ -102,6 +102,15 @@ def test_options_that_contradict_each_other(
     assert said in capsys.readouterr().err
 
 
+def test_fsdp_and_8_bits_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("bitsandbytes 8")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "--model", "m", "--data", "d", "--output", str(tmp_path / "out"), "--load_in_8bit"]) == 1
+    assert "FSDP cannot shard 8 bit weights of bitsandbytes" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     assert main(["generate", "say", "--model", "none", "--load_in_8bit"]) == 1

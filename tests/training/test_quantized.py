@@ -186,6 +186,16 @@ def test_floats_beside_weights_that_compute_in_bfloat16(autocast: bool, tmp_path
     assert error(found, expected) < tolerance(torch.bfloat16)
 
 
+def test_an_optimizer_of_8_bits(tmp_path: Path) -> None:
+    need("bitsandbytes 4")
+    model = wrapped(load(save_base(tmp_path / "base"), "bitsandbytes 4"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sft(model, tmp_path / "out", callbacks=[], optim="paged_adamw_8bit", learning_rate=1e-2).train()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.startswith("shadow_model.") for name in changed)
+    assert any(not name.startswith("shadow_model.") for name in changed)
+
+
 class MixedRewardTrainer(ShadowTrainerMixin, RewardTrainer):
     """TRL's own trainer, with what ours add."""
 

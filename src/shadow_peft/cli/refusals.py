@@ -39,7 +39,7 @@ def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, p
     _check_method(options, shadow, peft)
     _check_shadow(options, shadow)
     _check_evaluation(options, sft)
-    _check_launch(options)
+    _check_launch(options, peft)
 
 
 def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> None:
@@ -93,7 +93,7 @@ def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:
         raise UserError(f"--save_steps {sft.save_steps} must be a multiple of --eval_steps, to keep the best checkpoint")
 
 
-def _check_launch(options: TrainOptions) -> None:
+def _check_launch(options: TrainOptions, peft: ModelConfig) -> None:
     """Refuse what DeepSpeed and FSDP cannot do for an adapter."""
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise UserError(
@@ -107,6 +107,8 @@ def _check_launch(options: TrainOptions) -> None:
             "FSDP's cpu_ram_efficient_loading rebuilds a model from its state dict, which is the adapter alone here; set "
             "fsdp_cpu_ram_efficient_loading: false, as recipes/accelerate/fsdp2.yaml does"
         )
+    if peft.load_in_8bit:
+        raise UserError("FSDP cannot shard 8 bit weights of bitsandbytes; take --load_in_4bit, or DDP")
     if options.export:
         raise UserError("--export needs the base in one process; train first, and export from the saved adapter")
 
