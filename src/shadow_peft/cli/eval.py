@@ -16,9 +16,11 @@ from lm_eval.utils import handle_non_serializable, make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_adapted, load_model, load_tokenizer
+from shadow_peft.cli.loading import load_answering
 from shadow_peft.cli.options import OPTIONS, EvalOptions
-from shadow_peft.cli.parsing import make_parser, parse
+from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.screen import Screen
 from shadow_peft.model import InferenceMode
 
 DESCRIPTION = (
@@ -26,9 +28,10 @@ DESCRIPTION = (
     "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
 )
 EXAMPLES = """examples:
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --adapter out --tasks gsm8k
+  shadow-peft eval --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
+  shadow-peft eval --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --model Qwen/Qwen3-0.6B --tasks gsm8k --limit 100
   shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
 """
 PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
@@ -36,17 +39,22 @@ PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 def run(arguments: list[str]) -> None:
     """Parses the options, scores every mode and prints the tables."""
-    (options,) = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
-    modes = _modes(options)
+    options, _ = parse(VerbParser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
     manager = find_tasks(options.tasks, options.include_path)
-    tokenizer = load_tokenizer(options.adapter, options.model)
-    model = _model(options)
-    results = {}
-    for mode in modes:
-        results[mode] = score(model, tokenizer, mode, options, manager)
-        print(f"{options.model}{f' with {options.adapter}, {mode}' if options.adapter else ''}\n{make_table(results[mode])}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    screen = Screen()
+    with quiet_libraries():
+        model, tokenizer = load_answering(options.model, options.adapter, device, dtype=options.dtype)
+        name = options.model or model.peft_model.base_model.name_or_path
+        rows = [("model", name), *([("adapter", options.adapter)] if options.adapter else [])]
+        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}, {model.dtype}")])
+        results = {}
+        for mode in _modes(options):
+            results[mode] = score(model, tokenizer, mode, options, manager)
+            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}")
+            print(make_table(results[mode]))
     if options.output is not None:
-        write_results(Path(options.output), results, options, arguments)
+        write_results(Path(options.output), results, name, options, arguments)
 
 
 def score(
@@ -89,11 +97,11 @@ def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
     raise UserError(f"there is no task {', '.join(missing)} in lm-evaluation-harness {version('lm_eval')}{place}")
 
 
-def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arguments: list[str]) -> None:
+def write_results(path: Path, results: dict[str, Any], model: str, options: EvalOptions, arguments: list[str]) -> None:
     """Everything measured, mode by mode, with the command and the versions that made it, as JSON."""
     provenance = {
         "command": f"shadow-peft eval {shlex.join(arguments)}",
-        "model": options.model,
+        "model": model,
         "adapter": options.adapter,
         "seed": options.seed,
         "versions": {package: version(package) for package in PACKAGES},
@@ -104,29 +112,11 @@ def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arg
 
 
 def _modes(options: EvalOptions) -> list[str]:
-    if options.inference_mode not in (*get_args(InferenceMode), "both"):
-        raise UserError(f"--inference_mode is base_shadow, shadow_only or both, got {options.inference_mode!r}")
     if options.adapter is None:
-        if options.inference_mode != "base_shadow":
-            raise UserError(f"--inference_mode {options.inference_mode} needs --adapter: a bare model has no shadow")
         return ["bare"]
     return list(get_args(InferenceMode)) if options.inference_mode == "both" else [options.inference_mode]
 
 
-def _model(options: EvalOptions) -> PreTrainedModel:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base: PreTrainedModel = load_model(options.model, dtype=options.dtype).to(device).eval()
-    return base if options.adapter is None else load_adapted(base, options.adapter)
-
-
 def _batch(given: str) -> int | str:
-    """A number, or what the harness calls auto.
-
-    Raises:
-        UserError: neither.
-    """
-    if given.startswith("auto"):
-        return given
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
-    raise UserError(f"--batch_size is a number or auto, got {given!r}")
+    """A number, or what the harness calls auto."""
+    return given if given.startswith("auto") else int(given)
