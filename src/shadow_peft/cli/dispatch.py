@@ -5,6 +5,7 @@ Nothing here imports torch: help, version and a mistyped option are answered at 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -83,11 +84,14 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _import_and_run(verb: str, arguments: list[str]) -> int:
+    logging.disable(logging.WARNING)  # of what libraries remark while they are imported, such as missing kernels
     try:
         module = import_module(f"shadow_peft.cli.{verb}")
     except ImportError as error:
         if verb not in EXTRAS:
             raise
         raise UserError(f"{error}; install the extras: pip install 'shadow-peft[{EXTRAS[verb]}]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
     module.run(arguments)
     return 0
