@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +18,6 @@ from shadow_peft.storage.files import read_json
 from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
-_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises for folders that are damaged, incomplete or something else."""
-
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """A causal language model of a folder or of the hub; `kwargs` go to `from_pretrained`.
@@ -32,7 +28,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     check_place(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return model
 
@@ -168,7 +164,7 @@ def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
     """
     try:
         model: ShadowForCausalLM = ShadowForCausalLM.from_pretrained(base, adapter)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot attach the adapter {adapter!r}: {one_line(error)}") from error
     return model
 
@@ -176,7 +172,7 @@ def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
 def _tokenizer(place: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a tokenizer from {place!r}: {one_line(error)}") from error
     return tokenizer
 
