@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,13 +22,11 @@ from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProj
 from shadow_peft.backbone.projection import carried_projection
 from shadow_peft.checkpoint import peft
 from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.options import QuantizationOptions
 from shadow_peft.config import CONFIG_FILE
 from shadow_peft.storage.files import read_json
 from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises for folders that are damaged, incomplete or something else."""
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -41,7 +38,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     check_place(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return model
 
@@ -74,7 +71,11 @@ def looks_local(name: str) -> bool:
 
 
 def load_answering(
-    model: str | None, adapter: str | None, device: str | None, quantization: Any, **kwargs: Any
+    model: str | None,
+    adapter: str | None,
+    device: str | None = None,
+    quantization: QuantizationOptions | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What answers, and its tokenizer: a model, or a base with an adapter attached.
 
@@ -82,13 +83,14 @@ def load_answering(
         model: folder or hub id; None means the base that the adapter names.
         adapter: folder or hub id of a shadow adapter.
         device: where to; None leaves it where it was loaded.
-        quantization: `QuantizationOptions` that `check_quantization` has let pass.
+        quantization: options that `check_quantization` has let pass; None quantizes nothing.
         kwargs: go to `from_pretrained` of the model.
 
     Raises:
         UserError: one of them cannot be loaded, or they do not fit.
     """
     name = named_base(str(adapter)) if model is None else model
+    quantization = quantization or QuantizationOptions()
     try:
         check_place(name)
         tokenizer = load_tokenizer(adapter, name)
@@ -190,7 +192,7 @@ def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.
         return named
     try:
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return torch.float32 if stored is None else stored
 
@@ -246,7 +248,7 @@ def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
     """
     try:
         model: ShadowForCausalLM = ShadowForCausalLM.from_pretrained(base, adapter)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot attach the adapter {adapter!r}: {one_line(error)}") from error
     return model
 
@@ -254,7 +256,7 @@ def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
 def _tokenizer(place: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a tokenizer from {place!r}: {one_line(error)}") from error
     return tokenizer
 
