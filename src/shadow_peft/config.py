@@ -12,7 +12,7 @@ The mathematics of an adapter is part of its config (`variant`):
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -193,8 +193,8 @@ def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not abs(value) < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}.")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

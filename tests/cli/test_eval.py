@@ -132,7 +132,8 @@ def test_shipped_tasks_ask_what_their_recipe_taught(name: str, model_folder: Pat
     ("arguments", "said"),
     [
         (["--tasks", "gsm8k", "--inference_mode", "both"], "needs --adapter"),
-        (["--tasks", "gsm8k", "--inference_mode", "base"], "got 'base'"),
+        (["--tasks", "gsm8k", "--batch_size", "0"], "--batch_size is a number or auto, got '0'"),
+        (["--tasks", "gsm8k", "--limit", "-1"], "--limit must be above 0, got -1"),
         (["--tasks", "x", "--include_path", "/nowhere"], "is no folder"),
     ],
 )

@@ -24,11 +24,34 @@ def test_reads_messages_and_learns_the_last_turn(tmp_path: Path) -> None:
     assert turns == {"prompt": TALK["messages"][:1], "completion": TALK["messages"][1:]}
 
 
+def test_reads_texts(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "once", "id": 1}, {"text": "upon a time"}])
+    assert read_examples(path) == [{"text": "once"}, {"text": "upon a time"}]
+
+
+def test_reads_the_conversations_of_sharegpt(tmp_path: Path) -> None:
+    turns = [("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("human", "bye"), ("gpt", "see you")]
+    shared = {"conversations": [{"from": who, "value": what} for who, what in turns], "id": "x"}
+    chatml = {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    examples = read_examples(write_lines(tmp_path / "d.jsonl", [shared, chatml, TALK]))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert examples[0] == {"messages": [{"role": r, "content": c} for r, (_, c) in zip(roles, turns, strict=True)]}
+    assert examples[1:] == [TALK, TALK]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("{", "not JSON"),
         ("[1]", "a JSON object was expected, got list"),
+        ({"prompt": None, "completion": "b"}, "'prompt' is null"),
+        ({"text": " "}, "'text' is empty"),
+        ({"text": None}, "'text' is null"),
+        ({"text": "once"}, "a text line in a file of prompt/completion lines"),
+        ({"conversations": "hi"}, "'conversations' must be a list of at least two messages"),
+        ({"conversations": [{"from": "human", "value": "x"}] * 2}, "the last message must be the assistant's, got 'user'"),
+        ({"conversations": [{"from": "alien", "value": "x"}] * 2}, r"conversations\[0\] has the role 'alien'"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]}, "the last message is empty"),
         ({"prompt": "a"}, "no 'completion'"),
         ({"completion": "a"}, "no 'prompt'"),
         ({"prompt": 1, "completion": "b"}, "'prompt' must be a string, got int"),

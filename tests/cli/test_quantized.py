@@ -55,11 +55,13 @@ def test_train_resume_export_and_generate(
         assert torch.equal(value, weights[1][name]), name
 
     card = (out / "README.md").read_text(encoding="utf-8")
-    command = f'"..." --model {base} --adapter out {" ".join(FLAGS[bits])}'
-    assert f"shadow-peft generate {command}\n" in card
-    assert f"| base | `{base}`, `{' '.join(FLAGS[bits])}` |" in card
+    assert f'shadow-peft generate --adapter out {" ".join(FLAGS[bits])} "Hello"\n' in card
+    assert f"| base | `{base.name}`, `{' '.join(FLAGS[bits])}` |" in card
+    assert f'"{base.name}", quantization_config=BitsAndBytesConfig(load_in_{bits}bit=True' in card
+    said = capsys.readouterr().out
+    assert f"shadow-peft generate --adapter {out} {' '.join(FLAGS[bits])} " in " ".join(said.split())
     capsys.readouterr()
-    assert main(["generate", "say", "--model", str(base), "--adapter", str(out), *FLAGS[bits], "--max_new_tokens", "6"]) == 0
+    assert main(["generate", "say", "--adapter", str(out), *FLAGS[bits], "--max_new_tokens", "6"]) == 0
     said = capsys.readouterr().out
 
     tokenizer, config = AutoTokenizer.from_pretrained(base), BitsAndBytesConfig(**CONFIGS[bits])

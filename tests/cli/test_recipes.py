@@ -16,7 +16,7 @@ import yaml
 
 from shadow_peft.cli import main
 from shadow_peft.cli.options import OPTIONS
-from shadow_peft.cli.parsing import make_parser, parse
+from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.refusals import check_options
 from shadow_peft.cli.train import make_train_parser
 from shadow_peft.training.sources import load_examples
@@ -100,7 +100,7 @@ def commands(text: str, verb: str) -> list[list[str]]:
 def parsed(arguments: list[str]) -> tuple[Any, ...]:
     """The options of a `train` command, checked, with recipes found from the repository's root."""
     at_root = [str(ROOT / a) if a.startswith("recipes/") else a for a in arguments]
-    options, templates, shadow, sft, peft = parse(make_train_parser(), [*at_root, "--bf16", "False"])
+    options, templates, shadow, sft, peft, _ = parse(make_train_parser(), [*at_root, "--bf16", "False"])
     check_options(options, shadow, sft, peft)
     return options, templates, shadow, sft, peft
 
@@ -160,7 +160,7 @@ def test_recipe_opens_with_its_command(path: Path) -> None:
         assert arguments[:2] == ["--config", f"recipes/{name_of(path)}.yaml"]
         parsed(arguments)
     for arguments in commands(text, "eval"):
-        (options,) = parse(make_parser("eval", OPTIONS["eval"], "", ""), arguments)
+        options, _, _ = parse(VerbParser("eval", OPTIONS["eval"], "", ""), arguments)
         assert recipe(name_of(path))["output"] in (options.model, options.adapter)
     assert len(commands(text, "eval")) == (name_of(path) != "chat")
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from shadow_peft import ShadowForCausalLM
 from shadow_peft.cli import main
-from shadow_peft.cli.loading import load_model
+from shadow_peft.cli.loading import load_model, load_tokenizer
 from shadow_peft.training.card import loss_curves
 from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
-from tests.cli.conftest import write_lines
+from tests.cli.conftest import TEMPLATE, tiny_tokenizer, write_lines
 from tests.tiny_models import llama
 
 ROWS = [{"q": f"say {i}", "a": f"{i} {i}", "options": [f"{i}"] if i % 2 else []} for i in range(8)]
@@ -99,7 +99,11 @@ def test_completion_where_a_list_is_empty(tmp_path: Path) -> None:
         ),
         ([{"q": "x", "a": " "}], FORM, "row 1: 'completion' is empty"),
         ([{"messages": [{"role": "user", "content": "x"}] * 2}], PromptTemplate(), "row 1: the last message must be"),
-        (ROWS, PromptTemplate(), "no columns prompt and completion, messages or text among q, a, options; give templates"),
+        (
+            ROWS,
+            PromptTemplate(),
+            "no columns prompt and completion, messages, conversations or text among q, a, options; give",
+        ),
     ],
 )
 def test_bad_rows_are_named(rows: list[Any], form: PromptTemplate, said: str, tmp_path: Path) -> None:
@@ -113,6 +117,75 @@ def test_file_that_cannot_be_read_is_one_message(text: str, tmp_path: Path) -> N
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(BadDataError, match=r"d\.json: "):
         load_examples(str(tmp_path / "d.json"), FORM)
+
+
+# ---------------------------------------------------------------- null cells
+
+
+NULLS: list[dict[str, object]] = [{"q": "a", "a": "b", "d": {"e": "x"}}, {"q": None, "a": None, "d": {"e": None}}]
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (PromptTemplate(prompt="{q}:", completion="{a}"), "row 2: column q is null"),
+        (PromptTemplate(prompt="x", completion="{a}"), "row 2: column a is null"),
+        (PromptTemplate(prompt="x", completion="{a!r}"), "row 2: column a is null"),
+        (PromptTemplate(prompt="{d[e]}", completion="b"), r"row 2: column d\[e\] is null"),
+        (PromptTemplate(prompt="{q.nothing}", completion="b"), "row 1: the template does not fit: AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_null_cell_is_no_word(form: PromptTemplate, said: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"d.{kind}"
+    getattr(Dataset.from_list(NULLS), f"to_{kind.removesuffix('l')}")(path)
+    with pytest.raises(BadDataError, match=rf"d\.{kind}: {said}"):
+        load_examples(str(path), form)
+
+
+def test_what_is_missing_may_stand_for_a_null_completion(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", NULLS)
+    form = PromptTemplate(prompt="say:", completion="{a}", completion_if_missing="nothing")
+    assert load_examples(str(path), form)["completion"][:] == ["b", "nothing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\na,b\nc,\n", "row 2: 'completion' is null"),
+        ("prompt,completion\n,b\n", "row 1: 'prompt' is null"),
+        ("text,other\nonce,1\n,2\n", "row 2: 'text' is null"),
+        ("text\n' '\n", None),
+        ("prompt,completion\n", "no examples"),
+        ("", "d.csv: "),
+    ],
+)
+def test_cells_of_a_table(text: str, said: str | None, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(text)
+    if said is None:
+        assert len(load_examples(str(tmp_path / "d.csv"), PromptTemplate())) == 1
+        return
+    with pytest.raises(BadDataError, match=said):
+        load_examples(str(tmp_path / "d.csv"), PromptTemplate())
+
+
+def test_a_thousand_nulls_are_one_error(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": None}] * 1200 + [{"text": "a"}]).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(BadDataError, match=r"1200 problem\(s\)"):
+        load_examples(str(tmp_path / "d.parquet"), PromptTemplate())
+
+
+def test_conversations_of_sharegpt_from_a_table(tmp_path: Path) -> None:
+    rows = [{"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}] * 2
+    Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    example = load_examples(str(tmp_path / "d.parquet"), PromptTemplate())[1]
+    assert example["prompt"] == [{"role": "user", "content": "hi"}]
+    assert example["completion"] == [{"role": "assistant", "content": "hello"}]
+
+
+def test_texts_may_stand_in_another_column(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"body": "once", "text": 1}])
+    assert load_examples(str(path), PromptTemplate(), text_column="body").to_list() == [{"text": "once"}]
 
 
 def test_half_a_form_is_refused() -> None:
@@ -139,7 +212,7 @@ def test_options_from_a_file_and_the_card(model_folder: Path, data_file: Path, t
     assert card.data.library_name == "shadow-peft"
     assert card.data.base_model is None  # a folder of this machine is no id
     figures = [f"| eval loss | {results['eval_loss']:.6g} |", "| seed | 3 |", f"| torch | {version('torch')} |"]
-    command = f"shadow-peft train --config {recipe} --output {out}"
+    command = "shadow-peft train --config recipe.yaml --output adapter"
     for said in ("12 training, 4 evaluation", "0.25 held out", command, "losses.png", *figures):
         assert said in card.text, said
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -197,9 +270,84 @@ def test_lora_is_trained_by_the_same_command(model_folder: Path, data_file: Path
     trained(model_folder, data_file, tmp_path / "lora", "--max_steps", "2", "--use_peft", "--lora_r", "3", "--use_dora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (3, True)
-    assert "adapted with DoRA" in (tmp_path / "lora" / "README.md").read_text()
+    assert "trained with DoRA" in (tmp_path / "lora" / "README.md").read_text()
     loaded = load_model(str(tmp_path / "lora"))  # as `shadow-peft eval --model` takes it
     assert any("lora_magnitude_vector" in name for name in loaded.state_dict())
+
+
+def test_texts_are_learned_whole(model_folder: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "go to the red door now"}] * 4)
+    state = trained(model_folder, path, tmp_path / "out", "--max_steps", "1", "--logging_steps", "1")
+    tokens = len(tiny_tokenizer()("go to the red door now")["input_ids"]) + 1  # and the end of the text
+    assert state["log_history"][0]["num_tokens"] == 4 * tokens
+
+
+def test_too_long_rows_are_counted_and_all_of_them_are_an_error(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[object] = [{"prompt": "go " * 30, "completion": "x"}, {"prompt": "go", "completion": " on"}]
+    places = ["--model", str(model_folder), "--output", str(tmp_path / "out"), *QUIET, "--max_length", "16"]
+    long = write_lines(tmp_path / "long.jsonl", rows[:1] * 3)
+    said = refused(capsys, "--data", str(long), *places)
+    assert said.splitlines() == [
+        "shadow-peft train: no row is left to learn: all prompts alone fill --max_length 16 tokens; raise it"
+    ]
+    both = write_lines(tmp_path / "both.jsonl", rows * 2)
+    said = refused(capsys, "--data", str(both), "--eval_data", str(long), *places)
+    assert "no row is left to evaluate on" in said
+    assert main(["train", "--data", str(both), *places, "--max_steps", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 rows to learn" in shown
+    assert "2 to learn dropped: their prompts alone fill --max_length" in shown
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_an_empty_file_is_one_error(
+    text: str, suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"d.{suffix}"
+    path.write_text(text)
+    said = refused(capsys, "--model", str(model_folder), "--data", str(path), "--output", str(tmp_path / "out"), *QUIET)
+    assert f"{path}: " in said
+    assert len(said.splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+def test_a_template_of_a_file_is_used_and_saved(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]
+    data = write_lines(tmp_path / "d.jsonl", [{"messages": talk}] * 4)
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    trained(model_folder, data, tmp_path / "out", "--max_steps", "1", "--chat_template_path", str(tmp_path / "t.jinja"))
+    assert "--chat hi" in capsys.readouterr().out
+    assert main(["generate", "--adapter", str(tmp_path / "out"), "--chat", "hi", "--max_new_tokens", "2"]) == 0
+
+
+def test_a_template_of_another_tokenizer(model_folder: Path, chat_folder: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]
+    data = write_lines(tmp_path / "d.jsonl", [{"messages": talk}] * 4)
+    trained(model_folder, data, tmp_path / "out", "--max_steps", "1", "--chat_template_path", str(chat_folder))
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == TEMPLATE
+
+
+def test_a_template_with_tokens_that_the_base_does_not_know_is_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = "<|turn|>" + TEMPLATE
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "out"), *QUIET]
+    said = refused(capsys, *places, "--chat_template_path", str(tmp_path / "other"))
+    assert "its template needs the tokens <|turn|>, which the base does not know" in said
+    assert "has no chat template" in refused(capsys, *places, "--chat_template_path", str(tmp_path / "bare"))
+    assert "there is no file" in refused(capsys, *places, "--chat_template_path", str(tmp_path / "no.jinja"))
 
 
 def test_packing_reaches_the_trainer(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -295,8 +443,8 @@ def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp
         (["--shadow_model", "/nowhere"], "cannot load a causal language model from '/nowhere'"),
         (["--distillation_warmup_ratio", "2"], "distillation_warmup_ratio must lie in [0, 1], got 2.0"),
         (["--model_name_or_path", "x"], "give the base as --model"),
-        (["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
-        (["--resume_from_checkpoint", "/nowhere"], "is no checkpoint of a trainer"),
+        (["--resume_from_checkpoint", "last"], "there is no finished checkpoint in"),
+        (["--resume_from_checkpoint", "/nowhere"], "is no finished checkpoint of a trainer: it is no folder"),
         (["--prompt", "{q}"], "give both or neither"),
         (["--data_split", "test"], 'Unknown split "test"'),
         (["--report_to", "a_diary"], "a_diary is not supported"),

@@ -76,11 +76,16 @@ def check_target(directory: Path, names: Collection[str], overwrite: bool) -> se
     return own
 
 
-def others_in(directory: Path) -> str | None:
-    """What model or adapter of others a folder holds, in words; None where there is none, or an adapter of ours too."""
+def others_in(directory: Path, but: Collection[str] = ()) -> str | None:
+    """What model or adapter of others a folder holds, in words; None where there is none, or an adapter of ours too.
+
+    Args:
+        directory: the folder.
+        but: names of files that do not count, since they will be removed.
+    """
     files = visible_files(directory)
     own = own_files(files)
-    others = [] if _holds_adapter(own) else _others(files, own)
+    others = [] if _holds_adapter(own) else [name for name in _others(files, own) if name not in but]
     return _described(others, files) if others else None
 
 

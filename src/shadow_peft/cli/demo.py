@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from shadow_peft.cli.options import OPTIONS
-from shadow_peft.cli.parsing import make_parser, parse
+from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.demo.measure import side_by_side
 from shadow_peft.demo.race import SHADOW, Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 
 def run(arguments: list[str]) -> None:
     """Parse the options, run the race and print the table."""
-    (options,) = parse(make_parser("demo", OPTIONS["demo"], DESCRIPTION, EXAMPLES), arguments)
+    options, _ = parse(VerbParser("demo", OPTIONS["demo"], DESCRIPTION, EXAMPLES), arguments)
     settings = replace(RaceSettings(), seed=options.seed)
     if options.smoke:
         settings = replace(settings, steps=3, batch=4, test_commands=4)

@@ -5,12 +5,14 @@ Nothing here imports torch, so help, version and a mistyped option are answered 
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 import shadow_peft
-from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.errors import InterruptedRunError, UserError, one_line
 from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
@@ -21,8 +23,11 @@ VERBS = {
     "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 
-#: Verb -> the extra of this package that it needs.
-EXTRAS = {"demo": "demo", "train": "train", "generate": "train", "eval": "eval"}
+#: Verb -> the extra of this package that it needs; the others need none.
+EXTRAS = {"demo": "demo", "train": "train", "eval": "eval"}
+
+TRACEBACK = "SHADOW_PEFT_TRACEBACK"
+"""Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: a verb and its options; None uses those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a mistake of the user, 2 for an unknown verb or option.
+        The exit status: 0 for success, 1 for a mistake of the user, 2 for an unknown verb or option, 130 for Ctrl-C.
+
+    Raises:
+        SystemExit: from the parser of a verb, after its help (status 0) or a value that does not fit (2).
     """
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -60,14 +68,30 @@ def overview() -> str:
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
+        return _import_and_run(verb, arguments)
+    except BrokenPipeError:  # whoever read the output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        text = str(error) if isinstance(error, UserError) else one_line(error)
+        print(f"shadow-peft {verb}: {text}", file=sys.stderr)
+        return error.status if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print(f"shadow-peft {verb}: interrupted", file=sys.stderr)
+        return InterruptedRunError.status
+
+
+def _import_and_run(verb: str, arguments: list[str]) -> int:
+    logging.disable(logging.WARNING)  # of what libraries remark while they are imported, such as missing kernels
+    try:
         module = import_module(f"shadow_peft.cli.{verb}")
     except ImportError as error:
-        extra = EXTRAS[verb]
-        print(f"shadow-peft {verb}: {error}; install the extras: pip install 'shadow-peft[{extra}]'", file=sys.stderr)
-        return 1
-    try:
-        module.run(arguments)
-    except (UserError, OSError) as error:
-        print(f"shadow-peft {verb}: {error}", file=sys.stderr)
-        return 1
+        if verb not in EXTRAS:
+            raise
+        raise UserError(f"{error}; install the extras: pip install 'shadow-peft[{EXTRAS[verb]}]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    module.run(arguments)
     return 0

@@ -16,9 +16,11 @@ from lm_eval.utils import handle_non_serializable, make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import check_quantization, load_adapted, load_base, load_tokenizer
-from shadow_peft.cli.options import OPTIONS, EvalOptions, QuantizationOptions
-from shadow_peft.cli.parsing import make_parser, parse
+from shadow_peft.cli.loading import check_quantization, load_answering
+from shadow_peft.cli.options import OPTIONS, EvalOptions
+from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.screen import Screen
 from shadow_peft.outputs import InferenceMode
 
 DESCRIPTION = (
@@ -26,10 +28,11 @@ DESCRIPTION = (
     "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
 )
 EXAMPLES = """examples:
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
-  shadow-peft eval --model Qwen/Qwen3-0.6B --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit --use_bnb_nested_quant
+  shadow-peft eval --adapter out --tasks gsm8k
+  shadow-peft eval --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
+  shadow-peft eval --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit --use_bnb_nested_quant
+  shadow-peft eval --model Qwen/Qwen3-0.6B --tasks gsm8k --limit 100
   shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
 """
 PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
@@ -37,18 +40,23 @@ PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 def run(arguments: list[str]) -> None:
     """Parse the options, score every mode and print the tables."""
-    options, quantization = parse(make_parser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
+    options, quantization, _ = parse(VerbParser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
     check_quantization(quantization)
-    modes = _modes(options)
     manager = find_tasks(options.tasks, options.include_path)
-    tokenizer = load_tokenizer(options.adapter, options.model)
-    model = _model(options, quantization)
-    results = {}
-    for mode in modes:
-        results[mode] = score(model, tokenizer, mode, options, manager)
-        print(f"{options.model}{f' with {options.adapter}, {mode}' if options.adapter else ''}\n{make_table(results[mode])}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    screen = Screen()
+    with quiet_libraries():
+        model, tokenizer = load_answering(options.model, options.adapter, device, quantization, dtype=options.dtype)
+        name = options.model or model.peft_model.base_model.name_or_path
+        rows = [("model", name), *([("adapter", options.adapter)] if options.adapter else [])]
+        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}, {model.dtype}")])
+        results = {}
+        for mode in _modes(options):
+            results[mode] = score(model, tokenizer, mode, options, manager)
+            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}")
+            print(make_table(results[mode]))
     if options.output is not None:
-        write_results(Path(options.output), results, options, arguments)
+        write_results(Path(options.output), results, name, options, arguments)
 
 
 def score(
@@ -91,11 +99,11 @@ def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
     raise UserError(f"there is no task {', '.join(missing)} in lm-evaluation-harness {version('lm_eval')}{place}")
 
 
-def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arguments: list[str]) -> None:
+def write_results(path: Path, results: dict[str, Any], model: str, options: EvalOptions, arguments: list[str]) -> None:
     """Write the results of every mode with command and versions as JSON."""
     provenance = {
         "command": f"shadow-peft eval {shlex.join(arguments)}",
-        "model": options.model,
+        "model": model,
         "adapter": options.adapter,
         "seed": options.seed,
         "versions": {package: version(package) for package in PACKAGES},
@@ -106,31 +114,11 @@ def write_results(path: Path, results: dict[str, Any], options: EvalOptions, arg
 
 
 def _modes(options: EvalOptions) -> list[str]:
-    if options.inference_mode not in (*get_args(InferenceMode), "both"):
-        raise UserError(f"--inference_mode is base_shadow, shadow_only or both, got {options.inference_mode!r}")
     if options.adapter is None:
-        if options.inference_mode != "base_shadow":
-            raise UserError(f"--inference_mode {options.inference_mode} needs --adapter: a bare model has no shadow")
         return ["bare"]
     return list(get_args(InferenceMode)) if options.inference_mode == "both" else [options.inference_mode]
 
 
-def _model(options: EvalOptions, quantization: QuantizationOptions) -> PreTrainedModel:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    quantized = quantization.load_in_4bit or quantization.load_in_8bit
-    place: dict[str, Any] = {"device_map": device} if quantized else {}  # weights are quantized where they are to stay
-    base: PreTrainedModel = load_base(options.model, quantization, dtype=options.dtype, **place).to(device).eval()
-    return base if options.adapter is None else load_adapted(base, options.adapter)
-
-
 def _batch(given: str) -> int | str:
-    """The batch size as a number, or "auto" and its forms for the harness.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if given.startswith("auto"):
-        return given
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
-    raise UserError(f"--batch_size is a number or auto, got {given!r}")
+    """The batch size as a number, or "auto" and its forms for the harness."""
+    return given if given.startswith("auto") else int(given)

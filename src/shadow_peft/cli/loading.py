@@ -20,7 +20,12 @@ from transformers import (
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.backbone.projection import carried_projection
-from shadow_peft.cli.errors import UserError
+from shadow_peft.checkpoint import peft
+from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.options import QuantizationOptions
+from shadow_peft.config import CONFIG_FILE
+from shadow_peft.storage.files import read_json
+from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
@@ -30,15 +35,104 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, or it is no causal language model.
     """
+    check_place(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a causal language model from {name!r}: {error}") from error
+    except Exception as error:  # of a damaged folder it may be of any type
+        raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return model
 
 
+def check_place(name: str) -> None:
+    """Refuse what is no model at a glance; transformers says it in many words, and looks for it on the hub first.
+
+    Raises:
+        UserError: a path that is not there, a file, or a folder without a model or a LoRA adapter.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").is_file() or (path / peft.CONFIG_FILE).is_file():
+            return
+        if (path / CONFIG_FILE).is_file():
+            raise UserError(f"{name} is a shadow adapter and no model: give it as --adapter")
+        why = "it has no config.json"
+    elif path.exists():
+        why = "it is a file; give the folder"
+    elif looks_local(name):
+        why = "there is no such folder"
+    else:
+        return
+    raise UserError(f"cannot load a causal language model from {name!r}: {why}")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can be a path alone: hub ids are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def load_answering(
+    model: str | None,
+    adapter: str | None,
+    device: str | None = None,
+    quantization: QuantizationOptions | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What answers, and its tokenizer: a model, or a base with an adapter attached.
+
+    Args:
+        model: folder or hub id; None means the base that the adapter names.
+        adapter: folder or hub id of a shadow adapter.
+        device: where to; None leaves it where it was loaded.
+        quantization: options that `check_quantization` has let pass; None quantizes nothing.
+        kwargs: go to `from_pretrained` of the model.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not fit.
+    """
+    name = named_base(str(adapter)) if model is None else model
+    quantization = quantization or QuantizationOptions()
+    try:
+        check_place(name)
+        tokenizer = load_tokenizer(adapter, name)
+        if device is not None and (quantization.load_in_4bit or quantization.load_in_8bit):
+            kwargs["device_map"] = device  # weights are quantized where they are to stay
+        base = load_base(name, quantization, **kwargs).eval()
+    except UserError as error:
+        if model is not None:
+            raise
+        raise UserError(f"{error}; the adapter names it as its base, --model gives another place") from error
+    if device is not None:
+        base.to(device)
+    return (base if adapter is None else load_adapted(base, adapter)), tokenizer
+
+
+def named_base(adapter: str) -> str:
+    """The base that an adapter says it was made for: a folder that is there, or a hub id.
+
+    Raises:
+        UserError: it is no shadow adapter, it names none, or it names a folder that is not there.
+    """
+    try:
+        directory = local_directory(adapter)
+        native = (directory / CONFIG_FILE).is_file()
+        stored = read_json(directory / (CONFIG_FILE if native else peft.CONFIG_FILE))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error
+    origin = stored.get("provenance") if native else stored
+    base = origin.get("base_model_name_or_path") if isinstance(origin, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"the adapter {adapter!r} does not say which base it was made for; give it as --model")
+    if Path(base).is_dir():
+        return base
+    if looks_local(base):
+        raise UserError(
+            f"the adapter {adapter!r} was made for {base!r}, and no such folder is here; give its base as --model"
+        )
+    return base
+
+
 def check_quantization(options: Any) -> None:
-    """Refuses options of the quantization that contradict each other, or do nothing.
+    """Refuse options of the quantization that contradict each other, or do nothing.
 
     Args:
         options: `QuantizationOptions`, or TRL's `ModelConfig`.
@@ -68,7 +162,7 @@ def quantization_flags(options: Any) -> str:
 
 
 def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model, quantized by bitsandbytes where the options say so.
+    """Load a causal language model, quantized by bitsandbytes if the options say so.
 
     Args:
         name: folder or hub id.
@@ -98,8 +192,8 @@ def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.
         return named
     try:
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a causal language model from {name!r}: {error}") from error
+    except Exception as error:  # of a damaged folder it may be of any type
+        raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return torch.float32 if stored is None else stored
 
 
@@ -154,14 +248,49 @@ def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
     """
     try:
         model: ShadowForCausalLM = ShadowForCausalLM.from_pretrained(base, adapter)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot attach the adapter {adapter!r}: {error}") from error
+    except Exception as error:  # of a damaged folder it may be of any type
+        raise UserError(f"cannot attach the adapter {adapter!r}: {one_line(error)}") from error
     return model
 
 
 def _tokenizer(place: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {place!r}: {error}") from error
+    except Exception as error:  # of a damaged folder it may be of any type
+        raise UserError(f"cannot load a tokenizer from {place!r}: {one_line(error)}") from error
     return tokenizer
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Give a tokenizer the chat template of a .jinja file, or of another tokenizer with its end of a turn.
+
+    TRL's `clone_chat_template` adds the tokens that are missing and resizes the model. A frozen base cannot learn tokens,
+    and an adapter belongs to a base of one size, so a template with tokens that the base does not know is refused.
+
+    Args:
+        tokenizer: the base's; changed in place.
+        source: a file that ends in .jinja or .j2, or a folder or hub id with a tokenizer.
+
+    Raises:
+        UserError: there is no such file or template, or it needs other tokens.
+    """
+    if source.endswith((".jinja", ".j2")):
+        try:
+            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--chat_template_path {source}: {one_line(error)}") from error
+        return
+    other = load_tokenizer(source)
+    if other.chat_template is None:
+        raise UserError(f"--chat_template_path {source}: that tokenizer has no chat template")
+    template = other.get_chat_template()
+    tokens = {token.content for token in other.added_tokens_decoder.values()}
+    used = {token for token in tokens if token in template} | {str(other.eos_token)}
+    missing = sorted(used - set(tokenizer.get_vocab()))
+    if missing:
+        raise UserError(
+            f"--chat_template_path {source}: its template needs the tokens {', '.join(missing)}, which the base does not "
+            "know and, being frozen, cannot learn; give the template as a .jinja file to write them as plain text"
+        )
+    tokenizer.chat_template = template
+    tokenizer.eos_token = other.eos_token

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from shadow_peft.config import ShadowConfig
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
 """The default config of the command line; in Python the default variant is "published"."""
+
+LARGEST_SEED = 2**32 - 1
+
+
+def require(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Refuse a number outside a range; None, which stands for what was not given, lies in every range.
+
+    Raises:
+        ValueError: naming the option, the range and the number.
+    """
+    if value is None or (least <= value <= most and value != math.inf):
+        return
+    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
+    raise ValueError(f"--{name} must be {limits}, got {value}")
 
 
 @dataclass
@@ -19,6 +37,9 @@ class DemoOptions:
     smoke: bool = field(default=False, metadata={"help": "A few steps and commands only; the figures mean nothing."})
     seed: int = field(default=0, metadata={"help": "Seed of commands, weights and order."})
 
+    def __post_init__(self) -> None:
+        require("seed", self.seed, 0, LARGEST_SEED)
+
 
 @dataclass
 class TrainOptions:
@@ -27,6 +48,12 @@ class TrainOptions:
     model: str = field(metadata={"help": "Folder or hub id of the base."})
     data: str = field(metadata={"help": "File, folder or hub id of the training data."})
     output: str = field(metadata={"help": "Folder for the adapter, the tokenizer, the model card and the checkpoints."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Train over an old run in OUTPUT: its adapter, checkpoints, results and export are removed first."
+        },
+    )
     data_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, such as main."})
     data_split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."})
     eval_data: str | None = field(default=None, metadata={"help": "File, folder or hub id of data to evaluate on."})
@@ -63,6 +90,11 @@ class TrainOptions:
         default=0.0, metadata={"help": "A loss counts as better only if it is lower by more than this."}
     )
 
+    def __post_init__(self) -> None:
+        require("shadow_learning_rate_scale", self.shadow_learning_rate_scale, 0)
+        require("early_stopping_patience", self.early_stopping_patience, 1)
+        require("early_stopping_threshold", self.early_stopping_threshold, 0)
+
 
 @dataclass
 class TemplateOptions:
@@ -70,7 +102,9 @@ class TemplateOptions:
 
     prompt: str | None = field(default=None, metadata={"help": 'Template, such as "Question: {question}\\nAnswer:".'})
     completion: str | None = field(default=None, metadata={"help": 'Template, such as " {answer}" or "{choices[0]}".'})
-    completion_if_missing: str | None = field(default=None, metadata={"help": "Completion where a list is empty."})
+    completion_if_missing: str | None = field(
+        default=None, metadata={"help": "Completion where the template asks for a null cell or an entry of an empty list."}
+    )
     class_column: str | None = field(default=None, metadata={"help": "Column of class indices to replace by --class_names."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Name of each class."})
     chat: bool = field(default=False, metadata={"help": "Make prompt and completion turns for the chat template."})
@@ -80,15 +114,26 @@ class TemplateOptions:
 class GenerateOptions:
     """Options of `shadow-peft generate`."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the model."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the model; by default the base that the adapter names."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter."})
     shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
     draft: bool = field(
         default=False, metadata={"help": "The shadow drafts and the base verifies; the answer stays the same."}
     )
     chat: bool = field(default=False, metadata={"help": "Format each text as a user's message with the chat template."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.adapter is None:
+            raise ValueError("give --model, or an --adapter that names its base, or both")
+        if (self.shadow_only or self.draft) and self.adapter is None:
+            raise ValueError("--shadow_only and --draft need --adapter: a bare model has no shadow")
+        if self.shadow_only and self.draft:
+            raise ValueError("--draft needs the base, and --shadow_only switches it off")
+        require("seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass
@@ -115,15 +160,32 @@ class SamplingOptions:
     num_beams: int | None = field(default=None, metadata={"help": "Number of beams of a beam search."})
     repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1 it discourages repetition."})
 
+    def __post_init__(self) -> None:
+        require("max_new_tokens", self.max_new_tokens, 1)
+        for name, value in (("temperature", self.temperature), ("repetition_penalty", self.repetition_penalty)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name} must be above 0, got {value}")
+        require("top_p", self.top_p, 0, 1)
+        require("top_k", self.top_k, 0)
+        require("num_beams", self.num_beams, 1)
+
+    def given(self) -> dict[str, Any]:
+        """What was asked for, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 @dataclass
 class EvalOptions:
     """Options of `shadow-peft eval`; options of the harness keep their names."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the model."})
     tasks: list[str] = field(metadata={"help": "Names of tasks, groups or tags of the harness, or of --include_path."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter for the model."})
-    inference_mode: str = field(default="base_shadow", metadata={"help": "base_shadow, shadow_only, or both in turn."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the model; by default the base that the adapter names."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter."})
+    inference_mode: Literal["base_shadow", "shadow_only", "both"] = field(
+        default="base_shadow", metadata={"help": "Which network answers; both scores one after the other."}
+    )
     include_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
     num_fewshot: int | None = field(
         default=None, metadata={"help": "Number of examples in the prompt; by default the task decides."}
@@ -136,8 +198,20 @@ class EvalOptions:
     output: str | None = field(default=None, metadata={"help": "File for all results as JSON."})
     log_samples: bool = field(default=False, metadata={"help": "Write every example and answer into that file too."})
     device: str | None = field(default=None, metadata={"help": "Device to compute on; by default a GPU if there is one."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the model: auto, float32, bfloat16, float16."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the model; auto is that of its file."})
     seed: int = field(default=0, metadata={"help": "Seed of the harness."})
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.adapter is None:
+            raise ValueError("give --model, or an --adapter that names its base, or both")
+        if self.adapter is None and self.inference_mode != "base_shadow":
+            raise ValueError(f"--inference_mode {self.inference_mode} needs --adapter: a bare model has no shadow")
+        if not (self.batch_size.startswith("auto") or (self.batch_size.isdecimal() and int(self.batch_size) > 0)):
+            raise ValueError(f"--batch_size is a number or auto, got {self.batch_size!r}")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ValueError(f"--limit must be above 0, got {self.limit}")
+        require("num_fewshot", self.num_fewshot, 0)
+        require("seed", self.seed, 0, LARGEST_SEED)
 
 
 #: Verb -> the dataclasses of this package whose fields are its options.
@@ -150,3 +224,89 @@ OPTIONS: dict[str, list[type]] = {
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.
 TRL_OPTIONS: dict[str, list[str]] = {"train": ["SFTConfig", "ModelConfig"]}
+
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+
+#: Verb -> title of a section of its help -> options in it. What stands in no section is shown by --help-all.
+SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "demo": {"options": ("output", "smoke", "seed", "config")},
+    "train": {
+        "what to train": ("model", "data", "output", "config", "overwrite", "resume_from_checkpoint", "export"),
+        "data": (
+            "data_name", "data_split", "eval_data", "eval_split", "eval_fraction", "prompt", "completion",
+            "completion_if_missing", "class_column", "class_names", "chat", "chat_template_path", "dataset_text_field",
+            "max_length", "packing",
+        ),
+        "shadow": (
+            "variant", "num_shadow_layers", "injection_hidden_size", "gate_hidden_size", "output_hidden_size",
+            "readout_hidden_size", "alpha", "dropout", "shadow_model", "share_embeddings", "shadow_loss_weight",
+            "distillation_weight", "distillation_temperature", "distillation_warmup_ratio",
+        ),
+        "training": (
+            "learning_rate", "shadow_learning_rate_scale", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "logging_steps",
+            "eval_strategy", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "save_strategy",
+            "save_steps", "save_total_limit", "dtype", "bf16", "activation_checkpointing", *QUANTIZATION, "use_cpu",
+            "report_to", "push_to_hub", "hub_model_id",
+        ),
+        "LoRA baselines": (
+            "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
+        ),
+    },
+    "generate": {
+        "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
+        "how it answers (what is not given stays as the model's own file has it)": (
+            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
+        ),
+    },
+    "eval": {
+        "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
+        "by what": (
+            "tasks", "include_path", "num_fewshot", "limit", "batch_size", "apply_chat_template", "seed", "output",
+            "log_samples",
+        ),
+    },
+}  # fmt: skip
+
+#: Options of `train` whose own text, mostly TRL's, is long or says little -> the text that the help shows.
+TEXTS: dict[str, str] = {
+    "variant": "Mathematics between the layers: readout is this library's, published and peft are those packages'.",
+    "chat_template_path": "Chat template to use: a .jinja file, or a folder or hub id with a tokenizer.",
+    "dataset_text_field": "Column of plain text to learn.",
+    "max_length": "Longest example in tokens; what is longer is cut at its end.",
+    "packing": "Fill sequences of --max_length with several examples.",
+    "resume_from_checkpoint": "Go on from a checkpoint: last, which is the newest finished one in OUTPUT, or a folder.",
+    "learning_rate": "Peak learning rate.",
+    "num_train_epochs": "Passes over the data.",
+    "max_steps": "Optimizer steps; above 0 it overrides --num_train_epochs.",
+    "per_device_train_batch_size": "Examples of one forward pass.",
+    "gradient_accumulation_steps": "Forward passes of one optimizer step.",
+    "lr_scheduler_type": "How the learning rate falls.",
+    "warmup_steps": "Steps in which the learning rate rises; below 1, that part of the training.",
+    "weight_decay": "Weight decay of the matrices.",
+    "seed": "Seed of weights, dropout and order.",
+    "logging_steps": "Steps between two lines of the log.",
+    "eval_strategy": "When to evaluate, beside the end.",
+    "eval_steps": "Steps between two evaluations.",
+    "save_strategy": "When to save a checkpoint.",
+    "save_steps": "Steps between two checkpoints.",
+    "save_total_limit": "Keep only so many checkpoints.",
+    "dtype": "Floating point numbers of the base; auto is its file's.",
+    "bf16": "Compute in bfloat16 (mixed precision).",
+    "activation_checkpointing": "Compute activations again instead of keeping them: less memory, about 20 percent slower.",
+    "load_in_4bit": "Quantize the base to 4 bits, by bitsandbytes.",
+    "load_in_8bit": "Quantize the base to 8 bits, by bitsandbytes.",
+    "bnb_4bit_quant_type": "The 4 bit numbers: nf4 or fp4.",
+    "use_bnb_nested_quant": "Quantize the scales of the 4 bit weights, too.",
+    "use_cpu": "Compute on the CPU where there is a GPU, too.",
+    "report_to": "Trackers to log to, such as tensorboard or wandb.",
+    "push_to_hub": "Push the output folder to the hub.",
+    "hub_model_id": "Repository to push to.",
+    "use_peft": "Train LoRA on the same data instead of a shadow.",
+    "lora_r": "Rank of LoRA.",
+    "lora_alpha": "Factor of LoRA, over its rank.",
+    "lora_dropout": "Dropout of LoRA.",
+    "lora_target_modules": "Names of the layers that get LoRA, or all-linear.",
+    "use_rslora": "Scale by the square root of the rank (rsLoRA).",
+    "use_dora": "Train magnitude and direction apart (DoRA).",
+}

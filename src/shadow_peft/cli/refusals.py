@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import fields
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
-from shadow_peft.checkpoint.folder import others_in
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import check_quantization
-from shadow_peft.cli.options import DEFAULT_SHADOW, TrainOptions
+from shadow_peft.cli.options import DEFAULT_SHADOW, LARGEST_SEED, TrainOptions, require
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -30,16 +28,49 @@ def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, p
         raise UserError("give the folder as --output, not as --output_dir")
     if peft.model_name_or_path is not None:
         raise UserError("give the base as --model, not as --model_name_or_path")
-    if Path(options.output).is_file():
-        raise UserError(f"--output {options.output} is a file; give a folder")
     check_quantization(peft)
-    there = None if peft.use_peft else others_in(Path(options.output))
-    if there:
-        raise UserError(f"--output {options.output} holds {there}; give another folder")
+    _check_numbers(sft, peft)
     _check_method(options, shadow, peft)
     _check_shadow(options, shadow)
     _check_evaluation(options, sft)
     _check_launch(options, peft)
+
+
+#: Option of TRL's configurations -> the least and the most that make sense.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, LARGEST_SEED),
+    "data_seed": (0, LARGEST_SEED),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "max_length": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "lora_r": (1, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 1),
+}
+
+
+def _check_numbers(sft: SFTConfig, peft: ModelConfig) -> None:
+    """Numbers that TRL takes and that mean nothing: they would stop a run late, or change it without a word."""
+    try:
+        for name, (least, most) in RANGES.items():
+            require(name, getattr(sft, name, getattr(peft, name, None)), least, most)
+        if sft.max_steps <= 0 and not 0 < sft.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs must be above 0, got {sft.num_train_epochs}")
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            value = getattr(sft, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name} must be above 0, got {value}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> None:
@@ -113,28 +144,10 @@ def _check_launch(options: TrainOptions, peft: ModelConfig) -> None:
         raise UserError("--export needs the base in one process; train first, and export from the saved adapter")
 
 
-def checkpoint_to_resume(given: str | None, output: str) -> str | None:
-    """The checkpoint to resume from; "last" is the newest in the output folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    if given is None or given.lower() == "false":
-        return None
-    if given.lower() in ("last", "true"):
-        last: str | None = get_last_checkpoint(output) if Path(output).is_dir() else None
-        if last is None:
-            raise UserError(f"there is no checkpoint in {output} to resume from; drop --resume_from_checkpoint")
-        return last
-    if not Path(given, "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {given} is no checkpoint of a trainer: it has no trainer_state.json")
-    return given
-
-
 def check_template(tokenizer: PreTrainedTokenizerBase, examples: Dataset, path: str) -> None:
     """Refuse messages if the tokenizer has no chat template."""
     if "prompt" in examples.column_names and isinstance(examples[0]["prompt"], list) and tokenizer.chat_template is None:
         raise UserError(
             f"{path} contains messages, but the tokenizer has no chat template; "
-            "use a model with one, or prompt/completion lines"
+            "use a model with one, --chat_template_path, or prompt/completion lines"
         )

@@ -1,4 +1,4 @@
-"""Reports an unknown option at once, before TRL is imported, which does the real parsing."""
+"""Reports an unknown option at once, before transformers is imported, which does the real parsing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from shadow_peft.cli.declared_fields import DeclaredField, fields_in_source, fie
 from shadow_peft.cli.options import OPTIONS, TRL_OPTIONS
 
 CONFIG = "--config"
-"""The option that TRL's parser handles before all others."""
+"""The option of every verb that names a file of options."""
+
+HELP_ALL = ("--help-all", "--help_all")
+"""The option of every verb that shows all others."""
 
 
 class _RefusedError(Exception):
@@ -36,14 +39,14 @@ def complaint(verb: str, arguments: list[str]) -> str | None:
         fields = declared_fields(verb)
     except (LookupError, OSError, ValueError, SyntaxError):
         return None  # TRL is missing, or its source cannot be read: its own parser decides
-    wrong = _unknown(names_parser(fields), split_config(arguments))
+    wrong = _unknown(names_parser(fields), arguments)
     if not wrong:
         return None
     known = [CONFIG, *(f"--{f.name}" for f in fields), *(f"--no_{f.name}" for f in fields if f.is_true)]
-    nearest = list(dict.fromkeys(name for word in wrong for name in _nearest(word, known)))[:3]
+    close = list(dict.fromkeys(name for word in wrong for name in nearest(word, known)))[:3]
     return (
         f"shadow-peft {verb}: there is no option {', '.join(wrong)}\n"
-        f"nearest: {', '.join(nearest) or 'none is spelled like it'}\n"
+        f"nearest: {', '.join(close) or 'none is spelled like it'}\n"
         f"all options: shadow-peft {verb} --help"
     )
 
@@ -59,9 +62,10 @@ def declared_fields(verb: str) -> list[DeclaredField]:
 
 
 def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
-    """A parser of the options that TRL's parser makes from these fields, in all their spellings."""
+    """A parser of the options that a verb's parser makes from these fields, in all their spellings."""
     parser = _NamesParser(add_help=False, conflict_handler="resolve")
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", *HELP_ALL, action="store_true", dest="help")
+    parser.add_argument(CONFIG, nargs="*")
     parser.add_argument("positional", nargs="*")
     for field in fields:
         dashed = field.name.replace("_", "-")
@@ -69,12 +73,6 @@ def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
         if field.is_true:
             parser.add_argument(f"--no_{field.name}", f"--no-{dashed}", nargs="*")
     return parser
-
-
-def split_config(arguments: list[str]) -> list[str]:
-    """The arguments with `--config=FILE` split in two, the only form that TRL's parser accepts."""
-    parts = [a.split("=", 1) if a.startswith(f"{CONFIG}=") else [a] for a in arguments]
-    return [part for pair in parts for part in pair]
 
 
 def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
@@ -93,12 +91,12 @@ def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         else:
             if found.help:
                 return []
-        if rest and argument != CONFIG and not _is_number(argument):
+        if rest and not _is_number(argument):
             unknown.append(argument.partition("=")[0])
     return unknown
 
 
-def _nearest(word: str, known: list[str]) -> list[str]:
+def nearest(word: str, known: list[str]) -> list[str]:
     """Up to three options that begin with a word, or else are spelled like it, the most similar first."""
     name = f"--{word.lstrip('-').replace('-', '_').lower()}"
     longer = [option for option in known if option.startswith(name)]

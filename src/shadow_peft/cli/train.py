@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import shlex
+import sys
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig, SFTConfig
 
-from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_base, load_shadow, load_tokenizer, quantization_flags
+from shadow_peft.cli import summary
+from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.folders import check_output, checkpoint_to_resume, clear
+from shadow_peft.cli.loading import (
+    check_place,
+    load_base,
+    load_shadow,
+    load_tokenizer,
+    quantization_flags,
+    use_chat_template,
+)
 from shadow_peft.cli.options import DEFAULT_SHADOW, OPTIONS, TemplateOptions, TrainOptions
-from shadow_peft.cli.parsing import make_parser, parse
-from shadow_peft.cli.refusals import check_options, check_template, checkpoint_to_resume
+from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.progress import TrainingProgress
+from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.refusals import check_options, check_template
+from shadow_peft.cli.running import fit, make_trainer, save, show_progress
+from shadow_peft.cli.screen import Screen
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import get_shadow_model
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-from shadow_peft.training.card import RunFacts, write_card
+from shadow_peft.training.card import RunFacts, portable
 from shadow_peft.training.examples import BadDataError
-from shadow_peft.training.sft import ShadowSFTTrainer
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 
-DESCRIPTION = (
-    "Fine-tunes a causal language model with a shadow. --data is a file (.jsonl, .json, .csv, .parquet), a folder or a "
-    'dataset of the hub. Its rows are {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}; the '
-    "templates --prompt and --completion make prompts and completions of other columns. Only completions (of messages: the "
-    "last turn) are learned. Options are those of this verb, of ShadowConfig, and of TRL's SFTConfig and ModelConfig. "
-    "--use_peft trains TRL's LoRA instead of a shadow. --config FILE.yaml sets any of them."
-)
+DESCRIPTION = """Fine-tunes a causal language model with a shadow, or with LoRA as a baseline.
+
+--data is a file (.jsonl, .json, .csv, .parquet), a folder or a dataset of the hub. Its rows are
+  {"prompt": ..., "completion": ...}    the completion is learned
+  {"messages": [...]}                   the last turn is learned; also {"conversations": [...]} of ShareGPT
+  {"text": ...}                         all of it is learned
+or become prompts and completions by the templates --prompt and --completion over their columns."""
 EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
   shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
@@ -51,7 +65,7 @@ EXAMPLES = """examples:
 DEFAULTS = {
     "learning_rate": 1e-3,
     "report_to": "none",
-    "activation_checkpointing": False,
+    "gradient_checkpointing": None,  # the old name of activation_checkpointing, which TRL switches on
     "logging_steps": 10,
     "ddp_find_unused_parameters": False,
     "dtype": "auto",
@@ -61,37 +75,77 @@ DEFAULTS = {
 
 def run(arguments: list[str]) -> None:
     """Parse the options, check all data, train and save."""
-    options, templates, shadow, sft, peft = parse(make_train_parser(), arguments)
-    sft.resume_from_checkpoint = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
+    options, templates, shadow, sft, peft, _ = parse(make_train_parser(), arguments)
+    sft.resume_from_checkpoint, skipped = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
-    print(method_line(shadow, peft), flush=True)
+    _check_folder(options, sft, peft)
+    screen = Screen(silent=sft.process_index != 0)
+    screen.line(method_line(shadow, peft))
+    for line in skipped:
+        print(f"note: {line}", file=sys.stderr)
+    for place in filter(None, (options.model, options.shadow_model)):
+        check_place(place)
+    with quiet_libraries():
+        _train(options, _template(templates), shadow, sft, peft, arguments, screen)
+
+
+def _train(
+    options: TrainOptions,
+    template: PromptTemplate,
+    shadow: ShadowConfig,
+    sft: SFTConfig,
+    peft: ModelConfig,
+    arguments: list[str],
+    screen: Screen,
+) -> None:
+    """The run itself, once its options are checked."""
     sft.output_dir = options.output
-    train_set, eval_set = _data(options, _template(templates), sft.seed)
+    sft.dataloader_pin_memory = sft.dataloader_pin_memory and sft.device.type != "cpu"  # torch warns of it on a CPU
+    with screen.working(f"reading {options.data}"):
+        train_set, eval_set = _data(options, template, sft)
     tokenizer = load_tokenizer(options.model)
-    check_template(tokenizer, train_set, options.data)
+    if sft.chat_template_path is not None and not peft.use_peft:  # for LoRA, TRL can add tokens and train them
+        use_chat_template(tokenizer, sft.chat_template_path)
+        sft.chat_template_path = None
+    if sft.chat_template_path is None:
+        check_template(tokenizer, train_set, options.data)
     set_seed(sft.seed)
     model = build(options, shadow, peft, len(tokenizer))
-    trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
-    trainer.facts = _facts(options, trainer, peft, arguments)
-    fit(trainer, sft.resume_from_checkpoint)
+    with screen.working(f"preparing {len(train_set):,} rows"):
+        trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
+    trainer.facts = _facts(options, trainer, shadow, peft, arguments, chat=summary.example_prompt(train_set)[1])
+    head = partial(summary.head, options, trainer, method(shadow, peft), _dropped(trainer, train_set, eval_set))
+    progress = show_progress(trainer, screen, TrainingProgress(screen, head, bars=not sft.disable_tqdm))
+    if options.overwrite and trainer.is_world_process_zero():
+        clear(Path(options.output))
+    started = time.perf_counter()
+    evaluation = fit(trainer, sft.resume_from_checkpoint, progress, arguments)
     save(trainer, tokenizer, Path(options.output), options.export)
+    seconds = time.perf_counter() - started
+    screen.panel("done", summary.tail(trainer, Path(options.output), seconds, evaluation, options.export))
+    screen.command("try it", summary.next_command(options.output, train_set, peft.use_peft, quantization_flags(peft)))
 
 
-def make_train_parser() -> TrlParser:
+def make_train_parser() -> VerbParser:
     """The parser of this verb's options, ShadowConfig's and TRL's, with defaults that suit an adapter."""
-    parser = make_parser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
-    for bits in (4, 8):  # TRL's help says that they work with LoRA only
-        parser._option_string_actions[f"--load_in_{bits}bit"].help = f"Quantize the base to {bits} bits, by bitsandbytes."
+    parser = VerbParser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 
 
-def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
-    """The first line of output: the method and its variant."""
+def method(shadow: ShadowConfig, peft: ModelConfig) -> str:
+    """The method and its variant."""
     if peft.use_peft:
-        return f"training {'DoRA' if peft.use_dora else 'LoRA'} of rank {peft.lora_r}"
+        return f"{'DoRA' if peft.use_dora else 'LoRA'} of rank {peft.lora_r}"
+    return f"ShadowPEFT, variant {shadow.variant!r}"
+
+
+def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
+    """The first line of output."""
+    if peft.use_peft:
+        return f"training {method(shadow, peft)}"
     other = {"readout": "published", "published": "readout", "peft": "published"}[shadow.variant]
-    return f"training ShadowPEFT, variant {shadow.variant!r} (for the other mathematics: --variant {other})"
+    return f"training {method(shadow, peft)} (for the other mathematics: --variant {other})"
 
 
 def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
@@ -109,93 +163,23 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens
         weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
         return ShadowForCausalLM(get_shadow_model(base, shadow, shadow_model=brought), **weights)
     except (ValueError, TypeError) as error:
-        raise UserError(f"cannot attach this shadow to {options.model!r}: {error}") from error
+        raise UserError(f"cannot attach this shadow to {options.model!r}: {one_line(error)}") from error
 
 
-class _WithCard:
-    """A trainer that writes our model card wherever TRL writes one."""
-
-    facts: RunFacts | None = None
-    args: Any
-    state: Any
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write the card with the figures so far, in one process."""
-        if self.facts is not None and self.state.is_world_process_zero:
-            write_card(Path(self.args.output_dir), self.facts, self.state.log_history)
-
-
-class _ShadowTrainer(_WithCard, ShadowSFTTrainer):
-    pass
-
-
-class _BaselineTrainer(_WithCard, SFTTrainer):
-    pass
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    sft: SFTConfig,
-    peft: ModelConfig,
-    train_set: Dataset,
-    eval_set: Dataset | None,
-) -> Any:
-    """The trainer: ShadowSFTTrainer, or TRL's SFTTrainer for LoRA.
-
-    Raises:
-        UserError: the trainer refuses an option, such as a tracker that is not installed.
-    """
-    arguments: dict[str, Any] = {
-        "train_dataset": train_set,
-        "eval_dataset": eval_set,
-        "processing_class": tokenizer,
-        "callbacks": _callbacks(options, sft),
-    }
+def _data(options: TrainOptions, template: PromptTemplate, sft: SFTConfig) -> tuple[Dataset, Dataset | None]:
+    """The checked examples for training and for evaluation; plain text of any column is in `text` then."""
+    load = partial(load_examples, template=template, text_column=sft.dataset_text_field)
+    sft.dataset_text_field = "text"
     try:
-        if peft.use_peft:
-            return _BaselineTrainer(model, sft, peft_config=get_peft_config(peft), **arguments)
-        scale = options.shadow_learning_rate_scale
-        return _ShadowTrainer(model, sft, shadow_learning_rate_scale=scale, **arguments)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"cannot train with these options: {error}") from error
-
-
-def fit(trainer: Any, checkpoint: str | None) -> None:
-    """Train, evaluate at the end, and write the metrics."""
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_metrics("train", result.metrics)
-    if trainer.eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
-
-
-def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
-    """Save adapter, tokenizer and card into `output`; with `export`, also the exported shadow into `output/shadow`."""
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded, an adapter is one file
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output), _internal_call=True)
-    if export and trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).export_shadow().save_pretrained(output / "shadow")
-        tokenizer.save_pretrained(output / "shadow")
-    trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-
-
-def _data(options: TrainOptions, template: PromptTemplate, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The checked examples for training and for evaluation."""
-    try:
-        train_set = load_examples(options.data, template, name=options.data_name, split=options.data_split)
+        train_set = load(options.data, name=options.data_name, split=options.data_split)
         if options.eval_fraction is not None:
-            halves = train_set.train_test_split(options.eval_fraction, seed=seed)
+            halves = train_set.train_test_split(options.eval_fraction, seed=sft.seed)
             return halves["train"], halves["test"]
         if options.eval_data is None and options.eval_split is None:
             return train_set, None
         place, split = options.eval_data or options.data, options.eval_split or "train"
         name = options.data_name if options.eval_data is None else None
-        return train_set, load_examples(place, template, name=name, split=split)
+        return train_set, load(place, name=name, split=split)
     except (BadDataError, ValueError) as error:
         raise UserError(str(error)) from error
 
@@ -209,14 +193,24 @@ def _template(templates: TemplateOptions) -> PromptTemplate:
         raise UserError(str(error)) from error
 
 
-def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
-    """Early stopping, if asked for. It keeps the best checkpoint, so evaluation and saving must coincide."""
-    if options.early_stopping_patience is None:
-        return []
-    sft.load_best_model_at_end = True
-    sft.metric_for_best_model = sft.metric_for_best_model or "eval_loss"
-    sft.greater_is_better = bool(sft.greater_is_better)
-    return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold)]
+def _check_folder(options: TrainOptions, sft: SFTConfig, peft: ModelConfig) -> None:
+    check_output(
+        Path(options.output),
+        {"--model": options.model, "--shadow_model": options.shadow_model, "--data": options.data},
+        resumes=sft.resume_from_checkpoint,
+        overwrite=options.overwrite,
+        export=options.export,
+        shadow=not peft.use_peft,
+    )
+
+
+def _dropped(trainer: Any, train_set: Dataset, eval_set: Dataset | None) -> dict[str, int]:
+    """What rows were for -> how many TRL dropped since truncation left nothing of them to learn."""
+    if trainer.args.packing:
+        return {}
+    pairs = {"to learn": (train_set, trainer.train_dataset), "to evaluate on": (eval_set, trainer.eval_dataset)}
+    lost = {purpose: len(given) - len(left) for purpose, (given, left) in pairs.items() if given is not None}
+    return {purpose: count for purpose, count in lost.items() if count}
 
 
 def _parts(options: TrainOptions) -> str:
@@ -229,18 +223,22 @@ def _parts(options: TrainOptions) -> str:
     return f"{learned}split {options.data_split}{evaluated}"
 
 
-def _facts(options: TrainOptions, trainer: Any, peft: ModelConfig, arguments: list[str]) -> RunFacts:
+def _facts(
+    options: TrainOptions, trainer: Any, shadow: ShadowConfig, peft: ModelConfig, arguments: list[str], chat: bool
+) -> RunFacts:
     examples = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
     return RunFacts(
-        name=Path(options.output).name,
+        name=trainer.args.hub_model_id or portable(options.output),
         method="ShadowPEFT" if not peft.use_peft else "DoRA" if peft.use_dora else "LoRA",
+        variant=None if peft.use_peft else shadow.variant,
         base=options.model,
         data=options.data,
         parts=_parts(options),
         examples={purpose: len(rows) for purpose, rows in examples.items() if rows is not None},
         trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=trainer.args.seed,
-        command=f"shadow-peft train {shlex.join(arguments)}",
+        arguments=tuple(arguments),
         processes=trainer.args.world_size,
+        chat=chat,
         quantization=quantization_flags(peft),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,29 +23,33 @@ class RunFacts:
     """The facts about a run that are known before it starts.
 
     Attributes:
-        name: name of the model, for the title.
+        name: name of the adapter: a folder, beside which the commands run, or a hub id.
         method: "ShadowPEFT", "LoRA", "DoRA".
+        variant: of a shadow adapter, None for another.
         base: folder or hub id of the base.
         data: folder, file or hub id of the data.
         parts: which parts of it were used for training and evaluation, such as "split train".
         examples: purpose ("training", "evaluation") -> number of examples.
         trainable: number of trainable parameters.
         seed: seed of weights and order.
-        command: the command that made the run.
+        arguments: the arguments of `shadow-peft train`, which made the run.
         processes: number of processes.
+        chat: whether prompts are a user's turns.
         quantization: options of the command line that quantized the base; empty if none did.
     """
 
     name: str
     method: str
+    variant: str | None
     base: str
     data: str
     parts: str
     examples: dict[str, int]
     trainable: int
     seed: int
-    command: str
+    arguments: tuple[str, ...]
     processes: int = 1
+    chat: bool = False
     quantization: str = ""
 
 
@@ -93,36 +98,51 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
 
 def _card_data(facts: RunFacts) -> ModelCardData:
     """The card's header; the hub accepts ids there, and no local folders."""
-    return ModelCardData(
-        base_model=None if Path(facts.base).exists() else facts.base,
+    base = None if Path(facts.base).exists() else facts.base
+    data = ModelCardData(
+        base_model=base,
         datasets=None if Path(facts.data).exists() else [facts.data],
         library_name="shadow-peft" if facts.method == "ShadowPEFT" else "peft",
         pipeline_tag="text-generation",
         tags=[facts.method.lower(), "trl", "sft"],
     )
+    if base is not None:
+        data["base_model_relation"] = "adapter"
+    return data
 
 
 def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
     examples = ", ".join(f"{count:,} {purpose}" for purpose, count in facts.examples.items())
     figures = {"trainable parameters": f"{facts.trainable:,}", **_figures(log)}
+    base, method = portable(facts.base), facts.method + (f", variant `{facts.variant}`" if facts.variant else "")
     provenance = {
-        "base": f"`{facts.base}`" + (f", `{facts.quantization}`" if facts.quantization else ""),
+        "base": f"`{base}`" + (f", `{facts.quantization}`" if facts.quantization else ""),
+        "method": method,
         "seed": str(facts.seed),
         "processes": str(facts.processes),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+    command = shlex.join(["shadow-peft", "train", *map(portable, facts.arguments)])
     return "\n\n".join(
         [
-            f"# {facts.name}",
-            f"{facts.base} adapted with {facts.method} by supervised fine-tuning; the base itself is frozen.",
-            f"## Data\n\n`{facts.data}`, {facts.parts}: {examples} examples.",
+            f"# {Path(base).name} with a {facts.method} adapter",
+            f"An adapter of `{base}`, trained with {method}, by supervised fine-tuning. The base itself is as it was.",
+            f"## Use\n\n{_usage(facts, base)}",
+            f"## Data\n\n`{portable(facts.data)}`, {facts.parts}: {examples} examples.",
             f"## Figures\n\n{_table(figures)}",
             *([f"![losses over the steps]({PICTURE})"] if has_picture else []),
-            f"## Provenance\n\n```bash\n{facts.command}\n```\n\n{_table(provenance)}",
-            f"## Use\n\n{_usage(facts)}\n",
+            f"## Provenance\n\n```bash\n{command}\n```\n\n{_table(provenance)}\n",
         ]
     )
+
+
+def portable(word: str) -> str:
+    """A word of a command without the folders of one machine: of an absolute path, also behind `=`, its last part."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    is_here = path.is_absolute() and path.exists()
+    return f"{option}{equals}{path.name if is_here and path.name else value}"
 
 
 def _figures(log: Sequence[LogRow]) -> dict[str, str]:
@@ -139,8 +159,38 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _usage(facts: RunFacts) -> str:
-    if facts.method != "ShadowPEFT":
-        return f'```python\nmodel = peft.PeftModel.from_pretrained(base, "{facts.name}")\n```'
-    loaded = f" {facts.quantization}" if facts.quantization else ""
-    return f'```bash\nshadow-peft generate "..." --model {facts.base} --adapter {facts.name}{loaded}\n```'
+def _usage(facts: RunFacts, base: str) -> str:
+    """What loads the adapter and lets it answer, in Python and on the command line."""
+    chat = '[{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+    inputs = f"tokenizer.apply_chat_template({chat})" if facts.chat else 'tokenizer("Hello", return_tensors="pt")'
+    if facts.method == "ShadowPEFT":
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\nfrom shadow_peft import ShadowForCausalLM"
+        attach = f'ShadowForCausalLM.from_pretrained(base, "{facts.name}")'
+        place = f"--adapter {facts.name}"
+    else:
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
+        attach, place = f'PeftModel.from_pretrained(base, "{facts.name}")', f"--model {facts.name}"
+    if facts.quantization:
+        imports = imports.replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig")
+    python = f"""{imports}
+
+tokenizer = AutoTokenizer.from_pretrained("{facts.name}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{_quantized(facts.quantization)})
+model = {attach}
+inputs = {inputs}
+output = model.generate(**inputs, max_new_tokens=50)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+    options = " ".join(filter(None, (place, facts.quantization, "--chat" * facts.chat)))
+    command = f'shadow-peft generate {options} "Hello"'
+    return f"```python\n{python}\n```\n\n```bash\n{command}\n```"
+
+
+def _quantized(options: str) -> str:
+    """The argument of `from_pretrained` that quantizes a base as these options of the command line do."""
+    if not options:
+        return ""
+    given = ["load_in_8bit=True" if "--load_in_8bit" in options else "load_in_4bit=True"]
+    if "--load_in_4bit" in options:
+        given.append(f'bnb_4bit_quant_type="{"fp4" if "fp4" in options else "nf4"}"')
+        given += ["bnb_4bit_use_double_quant=True"] * ("--use_bnb_nested_quant" in options)
+    return f", quantization_config=BitsAndBytesConfig({', '.join(given)})"

@@ -1,9 +1,12 @@
-"""Reads JSON lines of prompt/completion or messages; every bad line is reported with its number.
+"""Reads JSON lines of prompts and completions, conversations or texts; every bad line is reported with its number.
 
     {"prompt": "Translate to German: good morning\\n", "completion": "Guten Morgen"}
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello to you"}]}
+    {"text": "Once upon a time there was a robot."}
 
-A conversation ends with a turn of the assistant. All lines of a file are of one kind.
+The third are conversations in the words of ShareGPT. A conversation ends with a turn of the assistant. All lines of a file
+are of one kind.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from trl.data_utils import maybe_convert_to_chatml
+
 Example: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["prompt/completion", "messages"]
+Kind: TypeAlias = Literal["prompt/completion", "messages", "text"]
 
 ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+"""Who speaks in the words of ShareGPT -> the role; what is no key is a role already."""
 SHOWN = 20
 
 
@@ -36,7 +43,7 @@ def read_examples(path: str | Path) -> list[Example]:
         path: a UTF-8 file with one JSON object per line, all of one kind; blank lines are skipped.
 
     Returns:
-        The objects with their keys `prompt` and `completion`, or `messages`; other keys are dropped.
+        The objects with their keys `prompt` and `completion`, `messages`, or `text`; other keys are dropped.
 
     Raises:
         BadDataError: lists every bad line, or says that the file has no examples.
@@ -63,7 +70,7 @@ def last_turn_as_completion(example: Example) -> Example:
 
 def kind_of(example: Example) -> Kind:
     """The kind of an example."""
-    return "messages" if "messages" in example else "prompt/completion"
+    return "messages" if "messages" in example else "text" if "text" in example else "prompt/completion"
 
 
 def _take(line: bytes, examples: list[Example], problems: list[str], where: str) -> None:
@@ -90,38 +97,54 @@ def _parsed(line: bytes) -> Example:
 
 
 def checked(value: Example) -> Example:
-    """The keys of a well-formed example, `prompt` and `completion` or `messages`; other keys are dropped.
+    """The keys of a well-formed example, `prompt` and `completion`, `messages`, or `text`; other keys are dropped.
 
     Raises:
         ValueError: says what is wrong with it.
     """
     if "messages" in value:
-        return {"messages": _checked_messages(value["messages"])}
-    for key in ("prompt", "completion"):
+        return {"messages": _checked_messages(value["messages"], "messages")}
+    if "conversations" in value:
+        return {"messages": _checked_messages(_in_chatml(value["conversations"]), "conversations")}
+    keys = ("text",) if "text" in value and not {"prompt", "completion"} & value.keys() else ("prompt", "completion")
+    for key in keys:
         if key not in value:
-            raise ValueError(f"no {key!r}; a line has 'prompt' and 'completion', or 'messages'")
+            raise ValueError(f"no {key!r}; a line has 'prompt' and 'completion', 'messages', 'conversations' or 'text'")
+        if value[key] is None:
+            raise ValueError(f"{key!r} is null")
         if not isinstance(value[key], str):
             raise ValueError(f"{key!r} must be a string, got {type(value[key]).__name__}")
-    if not value["completion"].strip():
-        raise ValueError("'completion' is empty, so there is nothing to learn")
-    return {"prompt": value["prompt"], "completion": value["completion"]}
+    if not value[keys[-1]].strip():
+        raise ValueError(f"{keys[-1]!r} is empty, so there is nothing to learn")
+    return {key: value[key] for key in keys}
 
 
-def _checked_messages(messages: Any) -> list[dict[str, str]]:
+def _in_chatml(conversation: Any) -> Any:
+    """A conversation with roles and contents, by TRL's own conversion, which leaves the names of ShareGPT's speakers."""
+    messages = maybe_convert_to_chatml({"conversations": conversation})["messages"]
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and isinstance(message.get("role"), str):
+            message["role"] = SHAREGPT_ROLES.get(message["role"], message["role"])
+    return messages
+
+
+def _checked_messages(messages: Any, key: str) -> list[dict[str, str]]:
     """A conversation that ends with a turn of the assistant."""
     if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError("'messages' must be a list of at least two messages")
-    checked = [_checked_message(message, index) for index, message in enumerate(messages)]
+        raise ValueError(f"{key!r} must be a list of at least two messages")
+    checked = [_checked_message(message, f"{key}[{index}]") for index, message in enumerate(messages)]
     if checked[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's, got {checked[-1]['role']!r}")
+    if not checked[-1]["content"].strip():
+        raise ValueError("the last message is empty, so there is nothing to learn")
     return checked
 
 
-def _checked_message(message: Any, index: int) -> dict[str, str]:
+def _checked_message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise ValueError(f"messages[{index}] must be an object, got {type(message).__name__}")
+        raise ValueError(f"{where} must be an object, got {type(message).__name__}")
     if message.get("role") not in ROLES:
-        raise ValueError(f"messages[{index}] has the role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+        raise ValueError(f"{where} has the role {message.get('role')!r}; use one of {', '.join(ROLES)}")
     if not isinstance(message.get("content"), str):
-        raise ValueError(f"messages[{index}] must have a string 'content'")
+        raise ValueError(f"{where} must have a string 'content'")
     return {"role": message["role"], "content": message["content"]}

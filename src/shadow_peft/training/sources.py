@@ -17,7 +17,9 @@ _ON_DISK = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` of `datasets` leaves in a folder."""
 
 
-def load_examples(data: str, template: PromptTemplate, *, name: str | None = None, split: str = "train") -> Dataset:
+def load_examples(
+    data: str, template: PromptTemplate, *, name: str | None = None, split: str = "train", text_column: str = "text"
+) -> Dataset:
     """The checked examples of a file, folder or dataset, with the columns that a trainer reads.
 
     Args:
@@ -26,6 +28,7 @@ def load_examples(data: str, template: PromptTemplate, *, name: str | None = Non
         template: how rows become prompts and completions, see `templates`.
         name: configuration of the dataset, such as `main`.
         split: its split, slices such as `train[:90%]` included; a file is one split, `train`.
+        text_column: column of plain text.
 
     Returns:
         A dataset with `prompt` and `completion`, or with `text`.
@@ -34,10 +37,10 @@ def load_examples(data: str, template: PromptTemplate, *, name: str | None = Non
         BadDataError: lists every bad line or row, or says what cannot be loaded.
         OSError: the file does not exist.
     """
-    if Path(data).suffix == ".jsonl" and not template.has_templates and split == "train":
+    if Path(data).suffix == ".jsonl" and not template.has_templates and split == "train" and text_column == "text":
         examples = read_examples(data)
         return Dataset.from_list([last_turn_as_completion(e) if kind_of(e) == "messages" else e for e in examples])
-    return formatted(load_rows(data, name=name, split=split), template, data)
+    return formatted(load_rows(data, name=name, split=split), template, data, text_column)
 
 
 def load_rows(data: str, *, name: str | None = None, split: str = "train") -> Dataset:
@@ -46,6 +49,8 @@ def load_rows(data: str, *, name: str | None = None, split: str = "train") -> Da
     if path.suffix in READERS and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {data}")
+        if path.stat().st_size == 0:
+            raise BadDataError([f"{data}: no examples, the file is empty"])
         return _loaded(data, READERS[path.suffix], data_files=str(path), split=split)
     if path.is_file():
         raise BadDataError([f"{data}: files end in {', '.join(READERS)}, got {path.suffix or 'no suffix'}"])
@@ -57,8 +62,10 @@ def load_rows(data: str, *, name: str | None = None, split: str = "train") -> Da
 def _loaded(data: str, *args: str, **kwargs: str | None) -> Dataset:
     try:
         rows = load_dataset(*args, **kwargs)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise BadDataError([f"{data}: {_innermost(error)}"]) from error
+    except (DatasetsError, OSError, ValueError, TypeError, LookupError, StopIteration) as error:
+        said = str(_innermost(error))
+        has_rows = said and "corresponds to no data" not in said  # what `datasets` says of a table with a header alone
+        raise BadDataError([f"{data}: {said if has_rows else 'no examples'}"]) from error
     assert isinstance(rows, Dataset)  # a split was named
     return rows
 

@@ -3,12 +3,13 @@
     prompt:      "Question: {question}\\nAnswer:"
     completion:  " {answer}"                            {choices[0]} of a list, {answers[text][0]} inside a struct
 
-Class labels of a dataset are replaced by their names. Without templates, rows must have the columns `prompt` and
-`completion`, `messages`, or `text`, which are used as they are.
+Class labels of a dataset are replaced by their names; a null cell is an error. Without templates, rows must have columns
+that are used as they are: `prompt` and `completion`, `messages`, `conversations`, or `text`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -20,6 +21,28 @@ from shadow_peft.training.examples import BadDataError, Example, checked, last_t
 Row = dict[str, Any]
 
 
+class NullCellError(ValueError):
+    """A template asks for a cell that is null."""
+
+
+class _RowFormatter(Formatter):
+    """`str.format`, but for null cells, which would become the word None."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The value of a field, and its first name.
+
+        Raises:
+            NullCellError: the value is null.
+        """
+        value, name = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise NullCellError(f"column {field_name} is null")
+        return value, name
+
+
+_FORMATTER = _RowFormatter()
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """How a row becomes a prompt and a completion.
@@ -27,7 +50,7 @@ class PromptTemplate:
     Args:
         prompt: template of the prompt; None uses the columns as they are.
         completion: template of the completion.
-        completion_if_missing: the completion where the template reads an entry of an empty list.
+        completion_if_missing: the completion where the template reads a null cell or an entry of an empty list.
         class_column: a column of class indices to be replaced by `class_names`.
         class_names: name of each class.
         chat: make prompt and completion a user's and an assistant's turn, for the chat template.
@@ -57,13 +80,14 @@ class PromptTemplate:
         return self.prompt is not None
 
 
-def formatted(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
+def formatted(rows: Dataset, template: PromptTemplate, where: str, text_column: str = "text") -> Dataset:
     """The rows with the columns that a trainer reads.
 
     Args:
         rows: any columns.
         template: how a row becomes a prompt and a completion.
         where: name of the data for errors.
+        text_column: column of plain text, where rows are neither prompts and completions nor conversations.
 
     Returns:
         A dataset with `prompt` and `completion`, or with `text`.
@@ -75,32 +99,33 @@ def formatted(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
         _require_columns(rows, template, where)
         return _mapped(_named_classes(rows, template, where), template, where)
     columns = set(rows.column_names)
-    if {"prompt", "completion"} <= columns or "messages" in columns:
+    if {"prompt", "completion"} <= columns or columns & {"messages", "conversations"}:
         return _mapped(rows, template, where)
-    if "text" in columns:
-        return rows.select_columns(["text"])
-    raise BadDataError(
-        [f"{where}: no columns prompt and completion, messages or text among {', '.join(rows.column_names)}; give templates"]
-    )
+    if text_column in columns:
+        return _mapped(rows.select_columns([text_column]).rename_columns({text_column: "text"}), template, where)
+    known = f"prompt and completion, messages, conversations or {text_column}"
+    raise BadDataError([f"{where}: no columns {known} among {', '.join(rows.column_names) or 'none'}; give templates"])
 
 
 def _mapped(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
     problems: list[str] = []
+    if not len(rows):
+        raise BadDataError([f"{where}: no examples"])
 
     def convert(row: Row, index: int) -> Example:
         try:
             return _filled(row, template) if template.has_templates else _as_it_is(row)
-        except (ValueError, IndexError, KeyError, TypeError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{where}: row {index + 1}: {_error_text(error)}")
-            return {"prompt": None, "completion": None}
+            return {"text": None} if rows.column_names == ["text"] else {"prompt": None, "completion": None}
 
-    examples = rows.map(
-        convert, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"Reading {where}"
-    )
-    if not len(rows):
-        problems.append(f"{where}: no examples")
-    if problems:
-        raise BadDataError(problems)
+    try:
+        examples = rows.map(
+            convert, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"Reading {where}"
+        )
+    finally:
+        if problems:  # whatever else the nulls in their place have led to
+            raise BadDataError(problems)
     return examples
 
 
@@ -113,10 +138,10 @@ def _filled(row: Row, template: PromptTemplate) -> Example:
     """Fill both templates with one row."""
     assert template.prompt is not None
     assert template.completion is not None
-    prompt = template.prompt.format_map(row)
+    prompt = _FORMATTER.vformat(template.prompt, (), row)
     try:
-        completion = template.completion.format_map(row)
-    except IndexError:
+        completion = _FORMATTER.vformat(template.completion, (), row)
+    except (IndexError, NullCellError):
         if template.completion_if_missing is None:
             raise
         completion = template.completion_if_missing

@@ -1,0 +1,39 @@
+"""Libraries beneath the command line: no bars of loading and preprocessing, and a warning is one line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import logging
+
+from shadow_peft.cli.errors import one_line
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within it, transformers and datasets show no bars, and warnings are lines on standard error without source code.
+
+    The bars of downloads stay: they are huggingface_hub's.
+    """
+    datasets = sys.modules.get("datasets")  # not for a verb that works without it
+    had_bars = datasets is not None and datasets.are_progress_bars_disabled() is False
+    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    if datasets is not None:
+        datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line
+            yield
+    finally:
+        logging.set_tqdm_hook(hook)
+        if datasets is not None and had_bars:
+            datasets.enable_progress_bars()
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    text = one_line(message) if isinstance(message, Warning) else str(message)
+    print(f"note: {text}", file=sys.stderr)
