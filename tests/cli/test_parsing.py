@@ -206,6 +206,7 @@ def test_texts_of_the_shadow_are_those_of_its_docstring(train_parser: VerbParser
         (["train", *TRAIN, "--export=perhaps"], "Truthy value expected"),
         (["train", *TRAIN, "stray"], "nothing takes 'stray'"),
         (["train", "--model"], "expected one argument"),
+        (["train", *TRAIN, "--model=--"], "argument --model: -- is no value"),
         (["train"], "the following arguments are required: --model, --data, --output"),
         (["generate", "x", "--model", "m", "--dtype", "foo"], "choose from auto, float32, bfloat16, float16"),
         (["generate", "--model", "m"], "the following arguments are required: text"),

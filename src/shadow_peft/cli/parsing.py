@@ -184,6 +184,10 @@ def parse(parser: VerbParser, arguments: list[str]) -> tuple[Any, ...]:
         UserError: a value that a dataclass refuses, or a file of options with a mistake in it.
         SystemExit: a value that is none of its option's; the message is printed.
     """
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name.startswith("--") and value == "--":  # of which argparse makes an empty list
+            parser.error(f"argument {name}: -- is no value")
     config = _config_of(parser, arguments)
     if config is not None:
         parser.read_config(config)
