@@ -83,9 +83,9 @@ def others_in(directory: Path, but: Collection[str] = ()) -> str | None:
         directory: the folder.
         but: names of files that do not count, since they will be removed.
     """
-    files = visible_files(directory)
+    files = {name: path for name, path in visible_files(directory).items() if name not in but}
     own = own_files(files)
-    others = [] if _holds_adapter(own) else [name for name in _others(files, own) if name not in but]
+    others = [] if _holds_adapter(own) else _others(files, own)
     return _described(others, files) if others else None
 
 
