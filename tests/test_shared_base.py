@@ -246,7 +246,7 @@ def test_a_failed_load_leaves_the_base(point: str, onto: str, tmp_path: Path, mo
 @pytest.mark.parametrize("load", [ShadowForCausalLM.from_pretrained, ShadowPeftModel.from_pretrained, get_shadow_model])
 def test_what_is_no_model_is_said(load: Callable[..., Any], tmp_path: Path) -> None:
     causal_lm(llama()).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got str"):
+    with pytest.raises(TypeError, match="Got the name 'gpt2'; load the base first"):
         load("gpt2", ShadowConfig() if load is get_shadow_model else tmp_path)
 
 
