@@ -106,6 +106,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4_unified_assistant": _DRAFTER,
     "gemma4_unified_text": Architecture(last_layer_kind="full_attention"),
     "git": Architecture(non_text_modules=("image_encoder", "visual_projection")),
+    "granite_swa": Architecture(layers_path="layers"),
+    "granitemoe_swa": Architecture(layers_path="layers"),
     "hrm_text": Architecture(
         unsupported="its two groups of layers alternate several times on every token, so a layer has no one place in depth",
     ),

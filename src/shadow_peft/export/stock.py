@@ -30,7 +30,7 @@ from shadow_peft.backbone.projected_lm import (
 )
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base.architectures import architecture_of, read_size
-from shadow_peft.base.decoder import classifier_name, find_decoder
+from shadow_peft.base.decoder import classifier_name
 from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
 from shadow_peft.storage.sharded import is_sharded
 
@@ -89,7 +89,8 @@ def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTraine
         config.tie_word_embeddings = False
     exported = task_class(config)
     heads = _trained_heads(model, exported)
-    backbone_path = find_decoder(exported, min_layers=1).path
+    same_class = type(exported) is type(model.base_model)
+    backbone_path = model.decoder.path if same_class else exported.base_model_prefix
     for path, module in exported.named_modules():
         if path in heads:
             source = heads[path]
