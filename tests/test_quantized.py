@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,17 @@ def test_a_dropped_wrapper_gives_the_kernels_back(folder: Path) -> None:
     base = packed(folder)
     attached(base)
     assert is_packed(base.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_a_copy_of_an_adapted_model_is_unloaded_on_its_own(folder: Path) -> None:
+    model, ids = attached(packed(folder), "random"), tokens()
+    twin = copy.deepcopy(model)
+    base = twin.peft_model.unload()
+    with torch.no_grad():
+        base(ids)
+    assert is_packed(base.model.layers[0].mlp.gate_proj.weight)
+    model.eval()(ids)
+    assert not any(is_packed(p) for p in model.peft_model.base_model.parameters())
 
 
 def test_weights_are_counted_as_what_they_stand_for(base: PreTrainedModel, folder: Path) -> None:

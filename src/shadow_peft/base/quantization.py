@@ -98,6 +98,11 @@ class GradientKernels:
         self._layers = [m for m in base.modules() if m.__dict__.get(_MAY_PACK, False) or self._holders.get(m)]
         self._held = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for layer in self._layers if self._held else []:  # a copy, of its layers too, holds what it was copied from holds
+            self._holders[layer] = self._holders.get(layer, 0) + 1
+
     def hold(self) -> None:
         """Take the gradient kernels."""
         layers = [] if self._held else self._layers
