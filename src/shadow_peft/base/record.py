@@ -58,6 +58,7 @@ class BaseRecord:
         if any(_checkpointed(base).values()) and not any(self._checkpointed.values()):
             base.activation_checkpointing_disable()
             base.disable_input_require_grads()
+        base.train(self._training[""])  # some layers do more in `train` than set their flag
         for name, module in base.named_modules():
             module.training = self._training.get(name, self._training[""])
             if name in self._checkpointed:
