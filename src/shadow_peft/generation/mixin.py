@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from shadow_peft.cache import num_uncached_tokens, select_cache
-from shadow_peft.generation import draft_length
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
+from shadow_peft.generation.pass_times import PassTimes, pass_times
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.outputs import InferenceMode
 
@@ -103,24 +103,28 @@ class ShadowGenerationMixin(GenerationMixin):
         """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
         raise NotImplementedError
 
-    def adaptive_cost(self, config: GenerationConfig, rows: int) -> float:
-        """What a drafted token costs, in base passes; 0 where the length of drafts does not adapt."""
+    def pass_times(self, config: GenerationConfig, rows: int) -> PassTimes | None:
+        """What passes over so many rows take; None where the length of drafts does not adapt."""
         constant = config.num_assistant_tokens_schedule == "constant"
-        return 0.0 if constant else draft_length.drafting_cost(self.peft_model, rows)
+        return None if constant else pass_times(self.peft_model, rows)
 
     def _prepare_generation_config(
         self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config.
 
-        Where nobody says how the length of drafts changes, it is "heuristic": it adapts.
+        Where nobody says how the length of drafts changes, it is "heuristic": it adapts; and then no confidence is too low
+        where nobody names a threshold.
         """
-        schedule = "num_assistant_tokens_schedule"
-        given = [kwargs.get(schedule), *(getattr(c, schedule, None) for c in (generation_config, self.generation_config))]
+        asked = (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config))
+        schedule, threshold = "num_assistant_tokens_schedule", "assistant_confidence_threshold"
+        given = {name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold)}
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
-        prepared.num_assistant_tokens_schedule = next(filter(None, given), "heuristic")
+        prepared.num_assistant_tokens_schedule = next(iter(given[schedule]), "heuristic")
+        if getattr(prepared, SWITCH, None) and prepared.num_assistant_tokens_schedule != "constant" and not given[threshold]:
+            prepared.assistant_confidence_threshold = 0.0
         if getattr(prepared, SWITCH, None) and prepared.guidance_scale not in (None, 1):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
         return DraftingGenerationConfig.of(prepared), model_kwargs
