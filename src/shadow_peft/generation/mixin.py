@@ -13,6 +13,7 @@ from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
 from shadow_peft.generation.pass_times import PassTimes, pass_times
+from shadow_peft.layers.casts import cast_once
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.outputs import InferenceMode
 
@@ -52,7 +53,8 @@ class ShadowGenerationMixin(GenerationMixin):
         """
         if use_shadow_draft is not None:
             kwargs["use_shadow_draft"] = use_shadow_draft
-        return super().generate(inputs, *args, **kwargs)
+        with cast_once():
+            return super().generate(inputs, *args, **kwargs)
 
     # ---------------------------------------------------------------- both caches
 

@@ -82,7 +82,7 @@ class PassTimes:
         return Costs(draft / first, max(0.0, more / first))
 
     def _line(self) -> tuple[float, float]:
-        """a and b in seconds, which make the sum of all w_n (a + b n - t_n)^2 and 2 (b - q a)^2 smallest; a = 0 if unknown."""
+        """a and b in seconds, which make the sum of w_n (a + b n - t_n)^2 and 2 (b - q a)^2 smallest; a = 0 if unknown."""
         q = self._prior.verify
         rows = [(PRIOR_WEIGHT, -q, 1.0, 0.0)]  # of weight w, factors of a and of b, and t
         for measured in list(self._passes.values()):
