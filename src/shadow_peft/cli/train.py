@@ -44,13 +44,13 @@ DESCRIPTION = """Fine-tunes a causal language model with a shadow, or with LoRA 
 or become prompts and completions by the templates --prompt and --completion over their columns."""
 EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
-  shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
-  shadow-peft train --model ./base --data d.jsonl --output out --num_shadow_layers 2 --learning_rate 5e-4 --max_steps 1000
-  shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data d.jsonl --output out
+  shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out/chat --export
+  shadow-peft train --model ./base --data texts.jsonl --output out/texts --num_shadow_layers 2 --learning_rate 5e-4
+  shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data commands.jsonl --output out/explicit
   shadow-peft train --config recipes/gsm8k.yaml
-  shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
-  shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
   shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
+  shadow-peft train --config recipes/gsm8k.yaml --overwrite --early_stopping_patience 1
+  shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 

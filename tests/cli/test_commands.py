@@ -1,0 +1,224 @@
+"""Every command of the README, the documentation, the helps and the recipes runs, as it is written, on tiny stand-ins.
+
+A document is a session: its commands run in their order in one folder, where folders stand for the models and datasets of
+the hub under the same names. What is added to a command makes it small: few steps, few tokens, few examples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shadow_peft.cli.dispatch import VERBS
+from shadow_peft.demo.robot_commands import commands
+from tests.cli.conftest import TEMPLATE, tiny_tokenizer, write_lines
+from tests.cli.stand_ins import STAND_INS, stand_in
+from tests.tiny_models import llama
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/cli.md", "docs/quickstart.md", "docs/training.md", "recipes/README.md")
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in path.parts
+)
+HELPS = tuple(f"{verb} --help" for verb in VERBS)
+
+SMALL = {
+    "train": ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "1", "--per_device_train_batch_size", "2",
+              "--gradient_accumulation_steps", "1", "--per_device_eval_batch_size", "4", "--use_cpu", "--bf16", "False",
+              "--dtype", "float32"],
+    "generate": ["--max_new_tokens", "2"],
+    "eval": ["--limit", "1", "--device", "cpu"],
+}  # fmt: skip
+TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}
+
+#: What stands in bash blocks beside our commands -> why it is not run here.
+OTHERS = {"make": "looked up in the Makefile", "pip": "the environment of the tests is what it makes"}
+
+
+# ---------------------------------------------------------------- what the documents say
+
+
+def written_in(document: str) -> list[list[str]]:
+    """The commands of a document, as words, in their order."""
+    if document.endswith("--help"):
+        module = __import__(f"shadow_peft.cli.{document.split()[0]}", fromlist=["EXAMPLES"])
+        lines = [line.split("   ")[0] for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]]
+    elif document.endswith(".yaml"):
+        head = (ROOT / document).read_text(encoding="utf-8").split("#\n")[0]
+        lines = [line.removeprefix("# ") for line in head.splitlines() if line.startswith("# shadow-peft")]
+    else:
+        blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def ours(document: str) -> list[list[str]]:
+    """Arguments of the `shadow-peft` commands of a document."""
+    return [words[1:] for words in written_in(document) if words[0] == "shadow-peft"]
+
+
+def test_nothing_else_is_written_in_bash_blocks() -> None:
+    programs = {words[0] for document in (*PAGES, *RECIPES, *HELPS) for words in written_in(document)}
+    assert programs == {"shadow-peft", "accelerate", *OTHERS}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    made = {words[-1] for document in PAGES for words in written_in(document) if words[0] == "make"}
+    assert made <= targets
+    assert {"demo", "test"} <= made
+
+
+def test_every_verb_and_every_recipe_is_among_them() -> None:
+    assert {arguments[0] for document in (*PAGES, *RECIPES, *HELPS) for arguments in ours(document)} == set(VERBS)
+    assert all(ours(recipe) for recipe in RECIPES)
+
+
+# ---------------------------------------------------------------- stand-ins
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the documents name and do not make themselves."""
+    world = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for name, width in (("Qwen/Qwen3-0.6B", 32), ("Qwen/Qwen3-4B", 32), ("Qwen/Qwen3-8B", 64), ("base", 32)):
+        llama(vocab_size=300, hidden_size=width, eos_token_id=1, bos_token_id=None).save_pretrained(world / name)
+        tokenizer.save_pretrained(world / name)
+    for repository in STAND_INS:
+        made = stand_in(repository, world / "datasets", rows=100 if "no_robots" in repository else 12)
+        (world / repository).parent.mkdir(exist_ok=True)
+        (world / repository).symlink_to(made)
+    rows: list[object] = [c.row() for c in commands("train", 12)]
+    files = {"commands": rows, "data": rows, "texts": [{"text": "once upon a time"}] * 8}
+    files |= dict.fromkeys(("chat", "held-out"), [TALK] * 8) | {"my_conversations": [TALK] * 100}
+    for name, lines in files.items():
+        write_lines(world / f"{name}.jsonl", lines)
+    (world / "recipes").symlink_to(ROOT / "recipes")
+    (world / "tasks").mkdir()
+    for task in ("gsm8k", "mmlu", "squadv2"):
+        (world / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(tiny_task(task, world / "commands.jsonl")))
+    return world
+
+
+def tiny_task(name: str, data: Path) -> dict[str, object]:
+    """A task of the harness under a name that it knows."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": ["red", "green"],
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+Run = Callable[[Path, list[str]], None]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs the arguments of a command in a folder, in a process of its own, and expects success."""
+    command = [sys.executable, "-m", "tests.cli.forkserver"]
+    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+
+    def run(folder: Path, arguments: list[str]) -> None:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps({"folder": str(folder), "arguments": arguments, "log": str(log)}) + "\n")
+        server.stdin.flush()
+        status = server.stdout.readline().strip()
+        said = log.read_text(errors="replace")
+        assert status == "0", f"{shlex.join(arguments)}\n{said[-3000:]}"
+        assert "Traceback" not in said
+
+    yield run
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.close()
+    server.wait(timeout=60)
+    server.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds this tree, and that asks nothing of the hub."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+@pytest.fixture
+def session(world: Path, tmp_path: Path) -> Path:
+    """A fresh folder in which all of that can be named."""
+    for entry in world.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What documents that do not train take for granted: an adapter in `out`, exported, and LoRA in `out/gsm8k-lora`."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = ["--model", "Qwen/Qwen3-0.6B", "--data", "commands.jsonl"]
+    run(world, ["train", *places, "--output", str(folder / "out"), "--export", *SMALL["train"]])
+    run(world, ["train", *places, "--output", str(folder / "out" / "gsm8k-lora"), "--use_peft", *SMALL["train"]])
+    return folder / "out"
+
+
+def small(arguments: list[str]) -> list[str]:
+    """A command with what makes it small; placeholders and places outside of the session are filled in.
+
+    The commands of `demo` differ in the folder and in the length, and become the same one.
+    """
+    verb = arguments[0]
+    if verb == "demo":
+        assert set(arguments) <= {"demo", "--smoke", "--output", "/tmp/race"}
+        return ["demo", "--output", "race", "--smoke"]
+    fill = {"--model": "Qwen/Qwen3-0.6B", "--adapter": "out"}
+    arguments = [fill[before] if word == "..." else word for before, word in zip(["", *arguments], arguments, strict=False)]
+    tasks = ["--include_path", "tasks"] if verb == "eval" and "--include_path" not in arguments else []
+    return [*arguments, *tasks, *SMALL[verb]]
+
+
+@pytest.mark.parametrize("document", [*PAGES[1:], *RECIPES, *HELPS])
+def test_commands_run_as_they_are_written(document: str, session: Path, trained: Path, run: Run) -> None:
+    if any(arguments[0] == "eval" for arguments in ours(document)):
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    if not any(arguments[0] == "train" for arguments in ours(document)):
+        shutil.copytree(trained, session / "out")
+    done: list[list[str]] = []
+    for arguments in map(small, ours(document)):
+        if arguments not in done and (arguments[0] != "demo" or document == "demo --help"):
+            run(session, arguments)
+        done.append(arguments)
+
+
+def test_the_commands_of_the_readme_run_by_the_installed_program(session: Path) -> None:
+    program = f"{sysconfig.get_path('scripts')}/shadow-peft"
+    for arguments in ours("README.md"):
+        command = [program, *small(arguments)]
+        done = subprocess.run(command, cwd=session, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+
+
+def test_the_launched_command_runs(session: Path) -> None:
+    """With one process, for which accelerate takes no FSDP on a CPU; `tests/distributed` has two and FSDP."""
+    (words,) = [words for words in written_in("train --help") if words[0] == "accelerate"]
+    at = words.index("-m")
+    launch = [f"{sysconfig.get_path('scripts')}/accelerate", *words[1:at], "--num_processes", "1", "--cpu", *words[at:]]
+    command = [*launch, *SMALL["train"]]
+    done = subprocess.run(command, cwd=session, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+    assert (session / "out" / "gsm8k" / "shadow_adapter_readout.safetensors").is_file()
