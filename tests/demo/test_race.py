@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -107,6 +111,20 @@ def test_work_in_its_own_process_has_its_own_peak() -> None:
 def test_work_side_by_side_runs_in_different_processes() -> None:
     first, second = side_by_side(os.getpid, os.getpid)
     assert len({first, second, os.getpid()}) == 3
+
+
+@pytest.mark.parametrize("ended_by", ["an interrupt", "an error"])
+def test_nothing_goes_on_where_one_fails(ended_by: str, capfd: pytest.CaptureFixture[str]) -> None:
+    started, works = time.monotonic(), [partial(time.sleep, 600)] * 2
+    if ended_by == "an error":
+        with pytest.raises(ValueError, match="got -1"):
+            side_by_side(*works, partial(commands, "train", -1))
+    else:
+        Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(*works)
+    assert time.monotonic() - started < 120
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_demo_runs_from_end_to_end(

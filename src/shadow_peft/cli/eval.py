@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -42,16 +43,18 @@ def run(arguments: list[str]) -> None:
     options, _ = parse(VerbParser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
     manager = find_tasks(options.tasks, options.include_path)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it remarks that it is handed a model, on every run
     screen = Screen()
     with quiet_libraries():
         model, tokenizer = load_answering(options.model, options.adapter, device, dtype=options.dtype)
         name = options.model or model.peft_model.base_model.name_or_path
         rows = [("model", name), *([("adapter", options.adapter)] if options.adapter else [])]
-        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}, {model.dtype}")])
+        dtype = str(model.dtype).removeprefix("torch.")
+        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}; model in {dtype}")])
         results = {}
         for mode in _modes(options):
             results[mode] = score(model, tokenizer, mode, options, manager)
-            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}")
+            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}", "bold")
             print(make_table(results[mode]))
     if options.output is not None:
         write_results(Path(options.output), results, name, options, arguments)
