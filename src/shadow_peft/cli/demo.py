@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.screen import Screen
 from shadow_peft.demo.measure import side_by_side
 from shadow_peft.demo.race import SHADOW, Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
@@ -48,8 +49,14 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
 def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
     """The lines of the table, in its order."""
     budget = shadow_size(settings)
-    print(f"training base + shadow (ShadowPEFT, variant {SHADOW.variant!r}) and base + LoRA side by side:")
-    print(f"{settings.steps} steps of {settings.batch} commands, {budget:,} trained parameters each")
+    screen = Screen()
+    screen.line(f"training base + shadow (ShadowPEFT, variant {SHADOW.variant!r}) and base + LoRA side by side")
+    rows = [
+        ("trained", f"{budget:,} parameters each"),
+        ("steps", f"{settings.steps} of {settings.batch} commands"),
+        ("output", str(output)),
+    ]
+    screen.panel("demo", rows)
     shadow, lora, bare = side_by_side(
         partial(race_shadow, settings, output), partial(race_lora, settings, budget), partial(race_base, settings)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from shadow_peft.cli.screen import Row, Screen
@@ -25,6 +25,12 @@ def in_words(log: Mapping[str, Any], prefix: str = "") -> str:
     """The figures of an entry of the log that are shown, in one line."""
     found = {key: log[f"{prefix}{key}"] for key in SHOWN if isinstance(log.get(f"{prefix}{key}"), (int, float))}
     return "  ".join(f"{SHOWN[key][0]} {SHOWN[key][1].format(value)}" for key, value in found.items())
+
+
+def losses_in_words(log: Mapping[str, Any]) -> str:
+    """The losses of an entry of the log: their sum alone where its parts are not known."""
+    parts = {key: value for key, value in log.items() if key in ("base_loss", "shadow_loss", "distillation_loss")}
+    return in_words(parts or {"loss": log.get("loss")})
 
 
 class TrainingProgress(TrainerCallback):
@@ -73,7 +79,7 @@ class TrainingProgress(TrainerCallback):
         if evaluated:
             self.screen.line(f"step {state.global_step}/{state.max_steps}  evaluation: {evaluated}")
         elif trained and self._progress is not None and self._training is not None:
-            self._progress.update(self._training, said=trained)
+            self._progress.update(self._training, said=losses_in_words(logs))
         elif trained:
             self.screen.line(f"step {state.global_step}/{state.max_steps}  {trained}")
 
@@ -110,12 +116,12 @@ class TrainingProgress(TrainerCallback):
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
+                BarColumn(bar_width=None),  # what the others leave
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[said]}"),
                 console=self.screen.console,
+                expand=True,
             )
             self._progress.start()
         return self._progress.add_task(name, total=total, completed=done, said="")

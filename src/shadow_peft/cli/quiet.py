@@ -26,6 +26,7 @@ def quiet_libraries() -> Iterator[None]:
         datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # asked by peft
             warnings.showwarning = _one_line
             yield
     finally:

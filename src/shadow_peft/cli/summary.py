@@ -14,7 +14,7 @@ from datasets import Dataset
 from shadow_peft.checkpoint.store import FILES as ADAPTER_FILES
 from shadow_peft.cli.folders import CARD, EXPORT, checkpoints
 from shadow_peft.cli.options import TrainOptions
-from shadow_peft.cli.progress import in_words
+from shadow_peft.cli.progress import in_words, losses_in_words
 from shadow_peft.cli.screen import Row
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.card import PICTURE
@@ -65,7 +65,7 @@ def tail(trainer: Any, output: Path, seconds: float, evaluation: Mapping[str, An
     if evaluation is not None:
         figures = ("validation", in_words(evaluation, "eval_"))
     else:
-        said = [in_words(row) for row in trainer.state.log_history if "train_loss" not in row]
+        said = [losses_in_words(row) for row in trainer.state.log_history if "loss" in row]
         figures = ("training", (said or ["nothing was logged"])[-1])
     weights = sorted(path.name for path in output.iterdir() if path.name in ADAPTER_FILES and path.suffix == ".safetensors")
     results = [str(output / name) for name in ("all_results.json", PICTURE) if (output / name).is_file()]
