@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> None:
     _check_folder(options, sft)
     screen = Screen(silent=sft.process_index != 0)
     screen.line(method_line(shadow, peft))
-    for line in skipped:
+    for line in skipped if sft.process_index == 0 else ():
         print(f"note: {line}", file=sys.stderr)
     for place in filter(None, (options.model, options.shadow_model)):
         check_place(place)
@@ -260,14 +260,11 @@ def fit(trainer: Any, checkpoint: str | None, progress: TrainingProgress, argume
 def _how_to_go_on(trainer: Any, progress: TrainingProgress, arguments: list[str]) -> str:
     """One line: where the run stopped, and the command that resumes it."""
     where = f"interrupted after step {progress.step} of {progress.steps}"
-    if checkpoint_is_there(Path(trainer.args.output_dir)):
-        return f"{where}; go on with: {_command([*_without_resuming(arguments), '--resume_from_checkpoint', 'last'])}"
+    if any(what_is_missing(folder) is None for folder in checkpoints(Path(trainer.args.output_dir))):
+        resumed = shlex.join([*_without_resuming(arguments), "--resume_from_checkpoint", "last"])
+        launched = "the same launcher and: " if trainer.args.world_size > 1 else ""
+        return f"{where}; go on with: {launched}shadow-peft train {resumed}"
     return f"{where}, before the first checkpoint, so there is nothing to resume; --save_steps N saves one every N steps"
-
-
-def checkpoint_is_there(output: Path) -> bool:
-    """Whether an output folder holds a finished checkpoint."""
-    return any(what_is_missing(folder) is None for folder in checkpoints(output))
 
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
@@ -327,10 +324,6 @@ def _dropped(trainer: Any, train_set: Dataset, eval_set: Dataset | None) -> dict
     pairs = {"to learn": (train_set, trainer.train_dataset), "to evaluate on": (eval_set, trainer.eval_dataset)}
     lost = {purpose: len(given) - len(left) for purpose, (given, left) in pairs.items() if given is not None}
     return {purpose: count for purpose, count in lost.items() if count}
-
-
-def _command(arguments: list[str]) -> str:
-    return f"shadow-peft train {shlex.join(arguments)}"
 
 
 def _without_resuming(arguments: list[str]) -> list[str]:
