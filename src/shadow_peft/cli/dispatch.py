@@ -18,7 +18,7 @@ from shadow_peft.cli.spelling import complaint
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
     "demo": "fine-tune an embedded model on an embedded task, offline, and race LoRA",
-    "train": "fine-tune any causal language model on data of yours or of the hub, with a shadow or LoRA",
+    "train": "fine-tune a causal language model on your own data, with a shadow or LoRA",
     "generate": "let a model, with or without its shadow adapter, go on with a text",
     "eval": "score a model, with its shadow or as the shadow alone, by lm-evaluation-harness",
 }

@@ -44,7 +44,7 @@ def check_place(name: str) -> None:
         if (path / "config.json").is_file() or (path / peft.CONFIG_FILE).is_file():
             return
         if (path / CONFIG_FILE).is_file():
-            raise UserError(f"{name} is a shadow adapter and no model: give it as --adapter")
+            raise UserError(f"{name} is a shadow adapter and no model; generate and eval take it as --adapter")
         why = "it has no config.json"
     elif path.exists():
         why = "it is a file; give the folder"
@@ -97,6 +97,8 @@ def named_base(adapter: str) -> str:
     try:
         directory = local_directory(adapter)
         native = (directory / CONFIG_FILE).is_file()
+        if not native and not (directory / peft.CONFIG_FILE).is_file():
+            raise ValueError(f"it has neither {CONFIG_FILE} nor {peft.CONFIG_FILE}")
         stored = read_json(directory / (CONFIG_FILE if native else peft.CONFIG_FILE))
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error

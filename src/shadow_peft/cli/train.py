@@ -73,12 +73,12 @@ def run(arguments: list[str]) -> None:
     sft.resume_from_checkpoint, skipped = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
     _check_folder(options, sft)
+    for place in filter(None, (options.model, options.shadow_model)):
+        check_place(place)
     screen = Screen(silent=sft.process_index != 0)
     screen.line(method_line(shadow, peft))
     for line in skipped if sft.process_index == 0 else ():
         print(f"note: {line}", file=sys.stderr)
-    for place in filter(None, (options.model, options.shadow_model)):
-        check_place(place)
     with quiet_libraries():
         _train(options, _template(templates), shadow, sft, peft, arguments, screen)
 
