@@ -7,7 +7,14 @@ author = "the shadow-peft developers"
 copyright = "2026, the shadow-peft developers"
 version = release = version_of("shadow-peft")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a CDN
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"shadow-peft {version}"

@@ -1,4 +1,4 @@
-"""Random models small enough to run anywhere in a second; in your script, load real ones with `from_pretrained`."""
+"""Random models that run anywhere in a second; in your script, load real ones with `from_pretrained`."""
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -29,24 +29,24 @@ def _config(hidden_size: int, num_layers: int, **options: object) -> LlamaConfig
 
 
 def causal_lm(hidden_size: int = 32, num_layers: int = 4, seed: int = 0) -> PreTrainedModel:
-    """In place of `AutoModelForCausalLM.from_pretrained(...)`."""
+    """Replaces `AutoModelForCausalLM.from_pretrained(...)`."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(_config(hidden_size, num_layers))
 
 
 def classifier(num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
-    """In place of `AutoModelForSequenceClassification.from_pretrained(..., num_labels=3)`."""
+    """Replaces `AutoModelForSequenceClassification.from_pretrained(..., num_labels=3)`."""
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(_config(32, 4, num_labels=num_labels))
 
 
 def token_ids(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
-    """In place of a tokenizer: ids `[B, T]`."""
+    """Replaces a tokenizer: ids `[B, T]`."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """In place of `AutoTokenizer.from_pretrained(...)`: a token for each printable ASCII character."""
+    """Replaces `AutoTokenizer.from_pretrained(...)`: a token for each printable ASCII character."""
     names = ["<pad>", "<bos>", "<eos>", *map(chr, range(32, 127))]
     characters = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=" "))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

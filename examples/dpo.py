@@ -1,4 +1,4 @@
-"""Learn preferences with TRL's DPOTrainer; the reference is the bare base, no second copy of it.
+"""Learn preferences with TRL's DPOTrainer; the reference is the bare base, without a second copy.
 
 python examples/dpo.py
 """

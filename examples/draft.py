@@ -1,4 +1,4 @@
-"""Let the shadow draft what its own base then verifies: the same tokens, with fewer passes of the base.
+"""The shadow drafts and its base verifies: the same tokens with fewer passes of the base.
 
 python examples/draft.py
 """
@@ -8,13 +8,13 @@ import torch
 from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-# A fresh shadow cut from all layers of its base is the base, so it guesses right; yours will as far as it has learned to.
+# A fresh shadow with copies of all layers is its base, so it guesses right. A trained one guesses as well as it has learned.
 model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig(num_shadow_layers=4, shadow_init="base"))).eval()
 prompt = token_ids(rows=1, length=6)
 settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 24, "do_sample": False}
 
 expected = model.generate(prompt, **settings)
-# By itself a draft ends where the shadow is no longer sure; random models never are, so this one has a fixed length.
+# By default a draft ends where the shadow is unsure. Random models always are, so this example fixes the length.
 fixed = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
 output = model.generate(prompt, **settings, use_shadow_draft=True, return_dict_in_generate=True, **fixed)
 assert torch.equal(output.sequences, expected)

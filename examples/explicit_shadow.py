@@ -1,4 +1,4 @@
-"""Bring your own small model as the shadow, of another width than the base.
+"""Use your own small model as the shadow; its width differs from the base's.
 
 python examples/explicit_shadow.py
 """
@@ -10,7 +10,7 @@ from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowConfig, 
 
 base, small = causal_lm(hidden_size=64), causal_lm(hidden_size=32, num_layers=2, seed=1)
 
-# The small model, made to speak through the base's head: its projection is the least-squares fit of the two heads.
+# The small model under the base's head: the projection is the least-squares fit of the two heads.
 shadow = AutoModelForCausalLMWithHiddenProjection.wrap(
     shadow_model=small,
     shadow_hidden_projection=torch.nn.Linear(32, 64, bias=False),

@@ -1,4 +1,4 @@
-"""Detach the shadow as a model of its own, and reload it in another process that knows nothing of its base.
+"""Export the shadow as a model of its own, and load it in another process without its base.
 
 python examples/export_shadow.py
 """

@@ -1,4 +1,4 @@
-"""Learn from rewards with TRL's GRPOTrainer: the adapted base writes, and its shadow imitates what it wrote.
+"""Learn from rewards with TRL's GRPOTrainer: the adapted base generates, and its shadow is distilled from it.
 
 python examples/grpo.py
 """

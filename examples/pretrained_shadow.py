@@ -1,4 +1,4 @@
-"""Give the shadow a pretraining of its own: cut it from the base, train it on text as any model, hand it back.
+"""Pretrain the shadow: initialise it from the base, train it on text like any model, and use it as the shadow.
 
 python examples/pretrained_shadow.py
 """
@@ -12,11 +12,11 @@ from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
 
 base, input_ids = causal_lm(), token_ids()
-cut = ShadowConfig(num_shadow_layers=2, shadow_init_layers="even", shadow_intermediate_size=32)
+shape = ShadowConfig(num_shadow_layers=2, shadow_init_layers="even", shadow_intermediate_size=32)
 
-small = get_shadow_model(base, cut).export_shadow()  # a stock model, with copies of the base's embeddings and head
+small = get_shadow_model(base, shape).export_shadow()  # a stock model, with copies of the base's embeddings and head
 for table in (small.get_input_embeddings(), small.get_output_embeddings()):
-    table.requires_grad_(False)  # so that both stay the base's
+    table.requires_grad_(False)  # both stay equal to the base's
 text = [{"input_ids": row, "labels": row} for row in token_ids(rows=16)]
 
 with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Classify sequences; padding may stand on either side.
+"""Classify sequences; padding may be on either side.
 
 python examples/sequence_classification.py
 """

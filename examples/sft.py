@@ -1,4 +1,4 @@
-"""Fine-tune with TRL's SFTTrainer: completions only, packed, the backbone at a rate of its own.
+"""Fine-tune with TRL's SFTTrainer: completions only, packed, with a learning rate of the backbone's own.
 
 python examples/sft.py
 """

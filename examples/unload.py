@@ -1,4 +1,4 @@
-"""Switch an adapter off for a while, then take it off for good: the base is what it was, to the last bit.
+"""Disable an adapter for a while, then unload it: the base is what it was, bit for bit.
 
 python examples/unload.py
 """

@@ -17,7 +17,7 @@ def narrow(request: pytest.FixtureRequest) -> ShadowForCausalLM:
     return causal_lm(llama(), shadow_hidden_size=16, variant=request.param)
 
 
-def test_a_narrow_twin_learns_its_embeddings_and_projection(narrow: ShadowForCausalLM) -> None:
+def test_a_narrow_shadow_learns_its_embeddings_and_projection(narrow: ShadowForCausalLM) -> None:
     narrow(input_ids=tokens(), labels=tokens()).loss.backward()
     peft = narrow.peft_model
     assert peft.shadow_model.get_input_embeddings().weight.grad.abs().sum() > 0
@@ -25,7 +25,7 @@ def test_a_narrow_twin_learns_its_embeddings_and_projection(narrow: ShadowForCau
     assert all(p.grad is None for p in peft.base_model.parameters())
 
 
-def test_a_narrow_twin_is_saved_and_loaded(narrow: ShadowForCausalLM, tmp_path: Path) -> None:
+def test_a_narrow_shadow_is_saved_and_loaded(narrow: ShadowForCausalLM, tmp_path: Path) -> None:
     narrow.save_pretrained(tmp_path)
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_a_narrow_twin_is_saved_and_loaded(narrow: ShadowForCausalLM, tmp_path: 
     assert torch.equal(seen.shadow_logits, expected.shadow_logits)
 
 
-def test_a_narrow_twin_stands_alone(narrow: ShadowForCausalLM) -> None:
+def test_a_narrow_shadow_stands_alone(narrow: ShadowForCausalLM) -> None:
     exported = narrow.eval().export_shadow()
     assert isinstance(exported, AutoModelForCausalLMWithHiddenProjection)
     with torch.no_grad():

@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel, get_shadow_model, prepare_shadow_model
-from tests.tiny_models import BASES, SIZES, adapted, gpt2, llama, qwen3, tokens, with_nonzero_weights
+from tests.tiny_models import BASES, SIZES, adapted, gemma3, gpt2, llama, qwen3, tokens, with_nonzero_weights
 
 
-def twin(base: PreTrainedModel, **config: object) -> PreTrainedModel:
+def implicit(base: PreTrainedModel, **config: object) -> PreTrainedModel:
     return get_shadow_model(base, ShadowConfig(**config)).shadow_model
 
 
@@ -60,7 +60,7 @@ def test_removing_an_explicit_table_shares_the_bases() -> None:
 @pytest.mark.parametrize("where", ["first", "even"])
 def test_starting_from_the_base_copies_its_layers(name: str, where: str) -> None:
     base = BASES[name]()
-    shadow = twin(base, num_shadow_layers=2, shadow_init="base", shadow_init_layers=where)
+    shadow = implicit(base, num_shadow_layers=2, shadow_init="base", shadow_init_layers=where)
     source = base.base_model.state_dict()
     stem = "h" if name == "gpt2" else "layers"
     chosen = {"first": {"0": "0", "1": "1"}, "even": {"0": "0", "1": "3"}}[where]
@@ -80,20 +80,20 @@ def test_a_cut_of_every_layer_is_the_base_itself() -> None:
 
 
 def test_per_layer_settings_follow_the_chosen_layers() -> None:
-    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    torch.manual_seed(0)
-    base = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, layer_types=kinds, sliding_window=4)).eval()
-    config = twin(base, num_shadow_layers=2, shadow_init="base", shadow_init_layers="even").config
+    base = gemma3()
+    config = implicit(base, num_shadow_layers=2, shadow_init="base", shadow_init_layers="even").config
     assert config.layer_types == ["sliding_attention", "full_attention"]
-    assert twin(base, num_shadow_layers=3).config.layer_types == kinds[:3]
+    assert implicit(base, num_shadow_layers=3).config.layer_types == base.config.layer_types[:3]
 
 
 def test_random_and_base_are_different_starts() -> None:
     base = llama()
     torch.manual_seed(0)
-    weight = twin(base, shadow_init="random").layers[0].mlp.up_proj.weight
+    weight = implicit(base, shadow_init="random").layers[0].mlp.up_proj.weight
     assert not torch.equal(weight, base.model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(twin(base).layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(
+        implicit(base, shadow_init="auto").layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight
+    )
 
 
 def test_a_thinner_mlp_keeps_the_neurons_that_weigh_most() -> None:
@@ -102,7 +102,7 @@ def test_a_thinner_mlp_keeps_the_neurons_that_weigh_most() -> None:
     with torch.no_grad():
         for i in (5, 17, 40):
             mlp.up_proj.weight[i] *= 50
-    cut = twin(base, shadow_init="base", shadow_intermediate_size=3).layers[0].mlp
+    cut = implicit(base, shadow_init="base", shadow_intermediate_size=3).layers[0].mlp
     rows = [5, 17, 40]
     assert torch.equal(cut.up_proj.weight, mlp.up_proj.weight[rows])
     assert torch.equal(cut.gate_proj.weight, mlp.gate_proj.weight[rows])
@@ -114,27 +114,27 @@ def test_fewer_heads_keep_whole_groups_that_weigh_most() -> None:
     attention = base.model.layers[0].self_attn
     with torch.no_grad():
         attention.o_proj.weight[:, 24:32] *= 50  # query head 3, of key/value group 1
-    cut = twin(base, shadow_init="base", shadow_num_attention_heads=1, shadow_num_key_value_heads=1).layers[0].self_attn
+    cut = implicit(base, shadow_init="base", shadow_num_attention_heads=1, shadow_num_key_value_heads=1).layers[0].self_attn
     assert torch.equal(cut.q_proj.weight, attention.q_proj.weight[24:32])
     assert torch.equal(cut.k_proj.weight, attention.k_proj.weight[8:16])
     assert torch.equal(cut.v_proj.weight, attention.v_proj.weight[8:16])
     assert torch.equal(cut.o_proj.weight, attention.o_proj.weight[:, 24:32])
 
 
-def test_what_cannot_be_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_start_from_the_base_is_said(caplog: pytest.LogCaptureFixture) -> None:
     impossible = {"shadow_head_dim": 16}
     with pytest.raises(ValueError, match=r"base has no tensor|no tensor of shape"):
-        twin(llama(), shadow_init="base", **impossible)
+        implicit(llama(), shadow_init="base", **impossible)
     with caplog.at_level(logging.INFO, logger="shadow_peft"):
-        assert twin(llama(), **impossible).layers[0].self_attn.q_proj.weight.shape == (64, 32)
+        assert implicit(llama(), shadow_init="auto", **impossible).layers[0].self_attn.q_proj.weight.shape == (64, 32)
     assert "starts at random" in caplog.text
     with pytest.raises(ValueError, match="width of a head"):
-        twin(gpt2(), shadow_init="base", shadow_num_attention_heads=2)
+        implicit(gpt2(), shadow_init="base", shadow_num_attention_heads=2)
     with pytest.raises(ValueError, match="has only 4 decoder layers"):
-        twin(llama(), num_shadow_layers=5)
+        implicit(llama(), num_shadow_layers=5)
 
 
-def test_a_twin_of_another_width_gets_a_projection() -> None:
+def test_a_shadow_of_another_width_gets_a_projection() -> None:
     model, ids = ShadowForCausalLM(adapted(llama(), shadow_model=llama(2, hidden_size=16))), tokens()
     assert isinstance(model.peft_model.shadow_hidden_projection, nn.Linear)
     state = model.peft_model.shadow_model(ids).last_hidden_state

@@ -10,12 +10,11 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft import ShadowForCausalLM
 from shadow_peft.generation.batched import accept, shifted
 from shadow_peft.generation.drafting import Draft
-from tests.test_drafting import DRAFT, LONG, EndsWith, agreeing, count_tokens
-from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
+from tests.test_drafting import CHANCE, DRAFT, LONG, SAMPLED, EndsWith, agreeing, count_tokens, sampling_bias, sharp
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens
 
 
 def padded(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
@@ -107,25 +106,37 @@ def test_no_token_passes_the_backbone_twice(agreement: str) -> None:
     assert backbone == base
 
 
-def test_several_samples_of_one_prompt_keep_the_bases_distribution() -> None:
-    """The third sampled token's distribution over a small vocabulary, 600 rows in one batch; chi square."""
-    torch.manual_seed(1)
-    base = llama(vocab_size=6)
-    config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
-    model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config))).eval()
-    with torch.no_grad():
-        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(1.5)
-        base.lm_head.weight.mul_(8)
-    prompt, draws = torch.tensor([[3, 4, 5]]), 600
-    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "num_return_sequences": draws, "eos_token_id": None}
-    output = model.generate(prompt, return_dict_in_generate=True, **settings, **DRAFT)
+def samples(model: ShadowForCausalLM) -> Any:
+    """100 texts of 12 tokens behind one prompt of 3, as one batch."""
+    settings = {"max_new_tokens": 12, "num_return_sequences": 100, "return_dict_in_generate": True}
+    return model.generate(torch.tensor([[3, 4, 5]]), **settings, **SAMPLED, **DRAFT)
+
+
+@pytest.mark.parametrize("agreement", ["sometimes", "never"])
+def test_several_samples_of_one_prompt_keep_the_bases_distribution(agreement: str) -> None:
+    model = sharp(agreement)
+    output = samples(model)
     assert 0.2 < output.draft_statistics.acceptance_rate < 0.95
-    counts = torch.bincount(output.sequences[:, 4], minlength=6)
-    with torch.no_grad():
-        first = model(prompt).logits[0, -1].softmax(-1)
-        pairs = torch.cat([prompt.expand(6, -1), torch.arange(6)[:, None]], 1)
-        expected = (first[:, None] * model(pairs).logits[:, -1].softmax(-1)).sum(0) * draws
-    assert ((counts - expected).square() / expected).sum() < 20.5  # 5 degrees of freedom, p = 0.001
+    assert sampling_bias(model, output.sequences, start=4) < CHANCE
+
+
+def accept_everything(draft: Draft, logits: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    count = torch.full((len(logits),), draft.tokens.shape[1])
+    return count, torch.multinomial(logits[:, -1].softmax(-1), 1)[:, 0]
+
+
+def redraw_from_p(draft: Draft, logits: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The right rule, but for the token behind a rejection, which is drawn from p instead of what p exceeds q by."""
+    accepted, _ = accept(draft, logits, do_sample)
+    return accepted, torch.multinomial(logits[torch.arange(len(logits)), accepted].softmax(-1), 1)[:, 0]
+
+
+@pytest.mark.parametrize("agreement", ["sometimes", "never"])
+@pytest.mark.parametrize("rule", [accept_everything, redraw_from_p])
+def test_a_biased_rule_is_noticed(rule: object, agreement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shadow_peft.generation.batched.accept", rule)
+    model = sharp(agreement)
+    assert sampling_bias(model, samples(model).sequences, start=4) > CHANCE
 
 
 def test_the_rule_of_acceptance_by_enumeration() -> None:

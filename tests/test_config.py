@@ -33,6 +33,7 @@ def test_published_defaults(variant: str) -> None:
 
 def test_the_default_is_the_published_method() -> None:
     assert ShadowConfig() == ShadowConfig(variant="published", **PUBLISHED)
+    assert ShadowConfig().shadow_init == "random"
     assert ShadowConfig.from_dict({}) == ShadowConfig()
     assert ShadowConfig.from_dict(PUBLISHED) == ShadowConfig()
 

@@ -55,9 +55,8 @@ def test_shadow_logits_are_computed_only_where_somebody_reads_them(shadow_heads:
     assert shadow_heads.calls == before
 
 
-@pytest.mark.parametrize("layers", [2, 4])
-def test_every_trainable_parameter_gets_a_gradient(layers: int) -> None:
-    model, ids = causal_lm(llama(num_hidden_layers=layers)), tokens()
+def test_every_trainable_parameter_of_the_smallest_base_gets_a_gradient() -> None:
+    model, ids = causal_lm(llama(num_hidden_layers=2)), tokens()
     model.train()
     model(ids, labels=ids).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -9,8 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.generation.draft_length import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
-from tests.test_generation import CROPPABLE, FAMILIES
-from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens, with_nonzero_weights
 
 LONG = {"max_new_tokens": 24, "do_sample": False}
 DRAFT = {
@@ -205,28 +204,51 @@ def test_a_left_padded_prompt_and_a_continued_one() -> None:
     assert torch.equal(second, model.generate(longer, attention_mask=mask, **LONG))
 
 
-@pytest.mark.parametrize("agreement", ["sometimes", "never"])
-def test_sampling_keeps_the_bases_distribution(agreement: str) -> None:
-    """The third sampled token's distribution over a small vocabulary, drafted against exact; chi square of 600 draws."""
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0, "eos_token_id": None}
+CHANCE = 16.3  # exceeded by one unbiased sample in a thousand, chi square of 3 degrees of freedom
+
+
+def sharp(agreement: str) -> ShadowForCausalLM:
+    """A model of six tokens that is rarely in doubt, and a shadow whose own distribution is another."""
     torch.manual_seed(1)
-    base = llama(vocab_size=6)
+    base = llama(vocab_size=6, max_position_embeddings=512)
     config = ShadowConfig(num_shadow_layers=4, shadow_init="base", alpha=0.3, modules_to_save=["shadow_lm_head"])
     model = ShadowForCausalLM(with_nonzero_weights(get_shadow_model(base, config))).eval()
     with torch.no_grad():
-        factor = 1.5 if agreement == "sometimes" else -2.0
-        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(factor)
+        model.peft_model.task_heads["shadow_lm_head"].weight.mul_(1.5 if agreement == "sometimes" else -2.0)
         base.lm_head.weight.mul_(8)
-    prompt, draws = torch.tensor([[3, 4, 5]]), 600
-    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
-    counts = torch.zeros(6)
-    for _ in range(draws):
-        counts[model.generate(prompt, **settings, **DRAFT)[0, 4]] += 1
-    with torch.no_grad():
-        first = model(prompt).logits[0, -1].softmax(-1)
-        pairs = torch.cat([prompt.expand(6, -1), torch.arange(6)[:, None]], 1)
-        expected = (first[:, None] * model(pairs).logits[:, -1].softmax(-1)).sum(0) * draws
-    chi_square = ((counts - expected).square() / expected).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+    return model
+
+
+@torch.no_grad()
+def sampling_bias(model: ShadowForCausalLM, texts: torch.Tensor, start: int) -> float:
+    """How far the tokens drawn at `start` and behind are from the base's distribution p; see CHANCE.
+
+    Given the text before it, every drawn token x has scores f(x) of known mean and covariance under p. What the scores of
+    all tokens exceed their means by is weighed against the covariances of all. With q the shadow's distribution, the scores
+    are log q(x) - log p(x), which a rule that trusts drafts too much favours, log p(x), and whether q is largest at x.
+    """
+    outputs = model(texts[:, :-1])
+    log_p, log_q = (
+        (logits[:, start - 1 :].double() / SAMPLED["temperature"]).log_softmax(-1).flatten(0, 1)
+        for logits in (outputs.logits, outputs.shadow_logits)
+    )
+    likeliest = nn.functional.one_hot(log_q.argmax(-1), log_q.shape[-1])
+    scores = torch.stack([log_q - log_p, log_p, likeliest], -1)  # [N, V, 3]
+    p, drawn = log_p.exp(), texts[:, start:].flatten()
+    scores -= torch.einsum("nv,nvi->ni", p, scores)[:, None]
+    covariance = torch.einsum("nv,nvi,nvj->ij", p, scores, scores)
+    excess = scores[torch.arange(len(drawn)), drawn].sum(0)
+    return float(excess @ torch.linalg.solve(covariance, excess))
+
+
+@pytest.mark.parametrize("agreement", ["sometimes", "never"])
+def test_sampling_keeps_the_bases_distribution(agreement: str) -> None:
+    """One long text: each of its 400 tokens, drafted, rejected or redrawn, is drawn from the base's distribution."""
+    model, prompt = sharp(agreement), torch.tensor([[3, 4, 5]])
+    output = model.generate(prompt, max_new_tokens=401, return_dict_in_generate=True, **SAMPLED, **DRAFT)
+    assert 0.2 < output.draft_statistics.acceptance_rate < 0.95
+    assert sampling_bias(model, output.sequences, start=4) < CHANCE  # the first token was not drafted
 
 
 def test_the_switch_can_be_stored() -> None:

@@ -9,25 +9,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import BASES, adapted, causal_lm, classifier, llama, qwen3_classifier, tokens, with_nonzero_weights
+from tests.tiny_models import (
+    BASES,
+    adapted,
+    causal_lm,
+    classifier,
+    llama,
+    qwen3_classifier,
+    slopes,
+    tokens,
+    with_nonzero_weights,
+)
 
 HALF = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", BASES)
-def test_a_half_precision_base_trains_and_generates(name: str, dtype: torch.dtype) -> None:
-    ids, exact = tokens(), causal_lm(BASES[name]())
-    model = causal_lm(BASES[name]().to(dtype))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    outputs = model(ids, labels=ids)
-    outputs.loss.backward()
-    assert outputs.logits.dtype == dtype
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    tolerance = 0.08 * exact(ids).logits.abs().max()
-    assert (outputs.logits.float() - exact(ids).logits).abs().max() < tolerance
-    assert (outputs.shadow_logits.float() - exact(ids).shadow_logits).abs().max() < tolerance
-    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (3, 13)
+def test_a_half_precision_base_generates(dtype: torch.dtype) -> None:
+    assert causal_lm(llama().to(dtype)).generate(tokens(), max_new_tokens=3, do_sample=False).shape == (3, 13)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -35,6 +34,63 @@ def test_an_argument_keeps_the_adapter_in_the_bases_dtype(dtype: torch.dtype) ->
     peft = get_shadow_model(llama().to(dtype), ShadowConfig(), autocast_adapter_dtype=False)
     assert {p.dtype for p in peft.parameters()} == {dtype}
     ShadowForCausalLM(peft)(tokens(), labels=tokens()).loss.backward()
+
+
+VARIANTS = ["readout", "published", "peft"]
+
+
+@pytest.mark.parametrize("heads", [[], ["lm_head", "shadow_lm_head"]])
+@pytest.mark.parametrize("masters", [True, False])
+@pytest.mark.parametrize("name", BASES)
+def test_a_float64_base_trains_and_generates_in_float64(name: str, masters: bool, heads: list[str], tmp_path: Path) -> None:
+    ids, config = tokens(), ShadowConfig(variant="readout", dropout=0.0, modules_to_save=heads)
+    peft = get_shadow_model(BASES[name]().double(), config, autocast_adapter_dtype=masters)
+    model = ShadowForCausalLM(with_nonzero_weights(peft)).train()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    outputs = model.eval()(ids)
+    assert outputs.logits.dtype == outputs.shadow_logits.dtype == torch.float64
+    written = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, use_shadow_draft=True), written)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = ShadowForCausalLM.from_pretrained(BASES[name]().double(), tmp_path / "adapter", autocast_adapter_dtype=masters)
+    assert torch.equal(loaded(ids).logits, outputs.logits)
+    exported = model.export_shadow()
+    assert exported.dtype == torch.float64
+    torch.testing.assert_close(exported(ids).logits, outputs.shadow_logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_beside_a_float64_base_is_that_of_differences(variant: str) -> None:
+    """Only where nothing on the way is rounded to float32; GPT-2's own layers round nothing."""
+    model, ids = ShadowForCausalLM(adapted(BASES["gpt2"]().double(), variant=variant), shadow_loss_weight=0.5), tokens()
+    model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(*slopes(model, lambda: model(ids, labels=ids).loss, 1e-5), rtol=1e-7, atol=0)
+
+
+def test_a_shadow_made_from_a_float64_base_has_its_very_weights() -> None:
+    base = llama().double()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1 + 1e-12)
+    layer = get_shadow_model(base, ShadowConfig(shadow_init="base")).shadow_model.layers[0]
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, base.model.layers[0].state_dict()[name]), name
+
+
+def test_float64_classifiers_and_an_explicit_shadow() -> None:
+    for base in (qwen3_classifier().double(), llama(num_labels=3).double()):
+        model = classifier(base)
+        outputs = model(tokens(), labels=torch.tensor([0, 1, 2]))
+        outputs.loss.backward()
+        assert outputs.logits.dtype == torch.float64
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+    explicit = ShadowForCausalLM(adapted(llama().double(), shadow_model=llama(3, hidden_size=16, num_hidden_layers=2)))
+    explicit.train()(tokens(), labels=tokens()).loss.backward()
+    assert {p.dtype for p in explicit.parameters()} == {torch.float64}
 
 
 def test_float32_masters_compute_in_the_bases_dtype() -> None:

@@ -5,22 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM
-from tests.tiny_models import BASES, SIZES, adapted, causal_lm, classifier, llama, qwen3, qwen3_classifier, tokens
+from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM, ShadowForSequenceClassification
+from tests.tiny_models import BASES, adapted, causal_lm, classifier, cohere, gemma2, llama, qwen3, qwen3_classifier, tokens
 
 
 def no_shared_tensor(one: nn.Module, other: nn.Module) -> bool:
@@ -60,13 +53,11 @@ def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
 
 
 def softcapped() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=3.0)).eval()
+    return gemma2(final_logit_softcapping=2.0, attn_logit_softcapping=3.0)
 
 
 def scaled() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)).eval()
+    return cohere(logit_scale=0.25)
 
 
 @pytest.mark.parametrize("make_base", [llama, softcapped, scaled])
@@ -160,3 +151,42 @@ def test_wrap_refuses_what_does_not_fit() -> None:
         wrap(nn.Linear(64, 16, bias=False))
     with pytest.raises(ValueError, match="no bias"):
         wrap(nn.Linear(16, 64))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "narrow explicit", "narrow implicit", "projected"])
+def test_a_classifier_is_exported_with_its_trained_head(kind: str, tmp_path: Path) -> None:
+    shadow = {
+        "explicit": lambda: llama(5),
+        "narrow explicit": lambda: llama(5, hidden_size=16),
+        "narrow implicit": lambda: None,
+        "projected": lambda: wrapped_for(llama(5, hidden_size=16)),
+    }[kind]()
+    sizes = {"shadow_hidden_size": 16} if kind == "narrow implicit" else {}
+    model = ShadowForSequenceClassification(adapted(qwen3_classifier(), shadow_model=shadow, **sizes)).eval()
+    with torch.no_grad():
+        model.shadow_classifier_head.weight.mul_(-1.5)
+    exported = model.export_shadow()
+    exported.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = tokens()
+    ids[0, 7:] = 0
+    mask = ids.ne(0).long()
+    model.set_inference_mode("shadow_only")
+    torch.testing.assert_close(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    assert no_shared_tensor(exported, model.peft_model.base_model)
+
+
+def wrapped_for(small: Any) -> Any:
+    return AutoModelForCausalLMWithHiddenProjection.wrap(
+        shadow_model=small, shadow_hidden_projection=nn.Linear(16, 32, bias=False), lm_head=llama().lm_head
+    )
+
+
+def test_a_classifier_on_a_bare_decoder_is_exported(tmp_path: Path) -> None:
+    config = qwen3_classifier().config
+    base = AutoModel.from_config(config).eval()
+    model = ShadowForSequenceClassification(adapted(base)).eval()
+    model.set_inference_mode("shadow_only")
+    model.export_shadow().save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)

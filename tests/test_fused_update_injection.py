@@ -100,7 +100,7 @@ def test_what_is_kept_for_the_backward_pass(variant: str) -> None:
     tensors = [draw(2, N, D, seed=1), draw(2, N, D, seed=2), draw(D, R), draw(R, D), *weights_of(paper)]
     skip = {t.untyped_storage().data_ptr() for t in tensors[1:]}
     kept = kept_per_token(lambda: step(fused_update_injection, tensors, paper, True, 0.3), 2 * N, skip)
-    choices = (K + (D if paper else R)) / 8  # a byte each
+    choices = (D if paper else K + R) / 8  # a byte each; "peft" drops before the down product, and not in the transform
     assert kept == 2 * D + R + choices  # h', which the next layer keeps too, s', which the next step reads, and z
 
 

@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    TextIteratorStreamer,
-)
+from transformers import DynamicCache, TextIteratorStreamer
 
 from shadow_peft import ShadowCache, ShadowForCausalLM
-from tests.tiny_models import SIZES, causal_lm, gpt2, llama, qwen3, tokens
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-def gemma3() -> PreTrainedModel:
-    """Sliding windows of 6 tokens beside full attention."""
-    torch.manual_seed(0)
-    kinds = ["sliding_attention", "full_attention"] * 2
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, layer_types=kinds, sliding_window=6)).eval()
-
-
-def mixtral() -> PreTrainedModel:
-    """A mixture of experts."""
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)).eval()
-
-
-def lfm2() -> PreTrainedModel:
-    """A hybrid of short convolutions and attention."""
-    torch.manual_seed(0)
-    kinds = ["conv", "full_attention", "conv", "full_attention"]
-    return Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=kinds, block_auto_adjust_ff_dim=False)).eval()
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": llama,
-    "qwen3": qwen3,
-    "gemma3": gemma3,
-    "gpt2": gpt2,
-    "mixtral": mixtral,
-    "lfm2": lfm2,
-}
-CROPPABLE = [name for name in FAMILIES if name != "lfm2"]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,4 +1,4 @@
-"""The loss is counted by tokens: the same gradient however a step is cut, finite without targets."""
+"""The loss is counted by tokens, and finite without targets; test_matrix.py has accumulated steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-from shadow_peft import ShadowForCausalLM
 from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens
 
 
@@ -17,24 +16,6 @@ def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
         labels[row, length:] = -100
     labels[6] = -100
     return ids, labels
-
-
-def gradients(model: ShadowForCausalLM, pieces: int) -> dict[str, torch.Tensor]:
-    ids, labels = padded_batch()
-    model.zero_grad(set_to_none=True)
-    count = labels[:, 1:].ne(-100).sum()
-    for part_ids, part_labels in zip(ids.chunk(pieces), labels.chunk(pieces), strict=True):
-        model(part_ids, labels=part_labels, num_items_in_batch=count).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("pieces", [2, 8])
-def test_accumulation_gives_the_same_gradients(pieces: int) -> None:
-    model = causal_lm(llama(), shadow_loss_weight=0.5)
-    whole, cut = gradients(model, 1), gradients(model, pieces)
-    assert whole.keys() == cut.keys()
-    for name in whole:
-        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-7)
 
 
 def test_the_loss_is_the_weighted_sum_of_two_means() -> None:
@@ -56,6 +37,42 @@ def test_no_target_is_a_finite_loss_without_gradient() -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_step_without_targets_is_a_finite_loss_without_gradient(count: torch.Tensor | int) -> None:
+    model, ids = causal_lm(llama()).train(), tokens()
+    outputs = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count)
+    outputs.loss.backward()
+    assert [x.item() for x in (outputs.loss, outputs.base_loss, outputs.shadow_loss)] == [0, 0, 0]
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    judge = classifier(qwen3_classifier())
+    loss = judge(ids, labels=torch.full((3,), -100), num_items_in_batch=count).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in judge.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0), -1])
+def test_a_count_that_contradicts_the_targets_is_refused(count: torch.Tensor | int) -> None:
+    with pytest.raises(ValueError, match=r"num_items_in_batch is (0|-1), but this batch has 27 targets"):
+        causal_lm(llama())(tokens(), labels=tokens(), num_items_in_batch=count)
+    with pytest.raises(ValueError, match=r"num_items_in_batch is (0|-1), but this batch has 3 targets"):
+        classifier(qwen3_classifier())(tokens(), labels=torch.tensor([0, 1, 2]), num_items_in_batch=count)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "kind"),
+    [
+        (1, torch.tensor([0.5, -100.0, 1.0]), "regression"),
+        (1, torch.tensor([1, -100, 2]), "regression"),
+        (3, torch.tensor([[0.0, 1.0, -100.0]] * 3), "multi_label_classification"),
+    ],
+)
+def test_a_missing_label_is_refused_where_labels_are_numbers(num_labels: int, labels: torch.Tensor, kind: str) -> None:
+    model = classifier(qwen3_classifier(num_labels=num_labels))
+    with pytest.raises(ValueError, match=f"A label is -100, .* '{kind}'"):
+        model(tokens(), labels=labels)
 
 
 def test_labels_with_some_logits_only_are_refused() -> None:

@@ -24,18 +24,6 @@ def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Ten
 ROWS = [tokens(1, 4, seed=1)[0], tokens(1, 9, seed=2)[0], tokens(1, 6, seed=3)[0]]
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", BASES)
-def test_each_row_of_a_batch_equals_the_row_alone(name: str, side: str) -> None:
-    model = causal_lm(BASES[name]())
-    ids, mask = padded(ROWS, side)
-    outputs = model(ids, attention_mask=mask)
-    for i, row in enumerate(ROWS):
-        alone, real = model(row[None]), mask[i].bool()
-        torch.testing.assert_close(outputs.logits[i, real], alone.logits[0], rtol=0, atol=2e-5)
-        torch.testing.assert_close(outputs.shadow_logits[i, real], alone.shadow_logits[0], rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("mode", ["base_shadow", "shadow_only"])
 @pytest.mark.parametrize("name", BASES)
 def test_generation_of_a_left_padded_batch(name: str, mode: str) -> None:

@@ -12,7 +12,7 @@ from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 from shadow_peft.layers.output_correction import correct_output, inject_transient
 from shadow_peft.layers.readout import ReadoutWeights, ShadowReadoutModel, read_out
 from tests.test_formulas import D, R, draw
-from tests.tiny_models import causal_lm, gpt2, llama, qwen3, tokens
+from tests.tiny_models import causal_lm, llama, tokens
 
 
 def reference(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -101,12 +101,9 @@ def test_gradients_of_read_out() -> None:
     assert torch.autograd.gradcheck(lambda h, s, *maps: read_out(h, s, ReadoutWeights(*maps)), readout_inputs())
 
 
-def test_a_fresh_read_out_and_a_fresh_adapter_change_no_bit() -> None:
+def test_a_fresh_read_out_changes_no_bit() -> None:
     h, s = torch.randn(2, 3, D), torch.randn(2, 3, D)
     assert torch.equal(ShadowReadoutModel(D, R, 2)(h, s), h)
-    base, ids = llama(), tokens()
-    expected = base(ids).logits
-    assert torch.equal(get_shadow_model(base, ShadowConfig(variant="readout")).eval()(ids).logits, expected)
 
 
 def test_every_part_of_a_fresh_adapter_learns_soon() -> None:
@@ -150,24 +147,3 @@ def test_a_layer_keeps_thin_products_alone(name: str) -> None:
         return (kept(6, rank) - kept(4, rank)) / 2 / 32
 
     assert per_layer(24) - per_layer(8) == 4 * 16
-
-
-@pytest.mark.parametrize("family", [llama, qwen3, gpt2])
-def test_cached_steps_equal_the_full_forward(family: Callable[[], object]) -> None:
-    model, ids = causal_lm(family(), variant="readout"), tokens(2, 9)
-    with torch.no_grad():
-        full, cache, rows = model(ids).logits, None, []
-        for place in range(9):
-            output = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            rows.append(output.logits)
-    torch.testing.assert_close(torch.cat(rows, 1), full, rtol=0, atol=2e-5)
-
-
-def test_the_bare_base_stays_bare() -> None:
-    base, ids = llama(), tokens()
-    expected, model = base(ids).logits, causal_lm(base, variant="readout")
-    assert not torch.equal(model(ids).logits, expected)
-    assert torch.equal(base(ids).logits, expected)
-    assert torch.equal(model.peft_model.unload()(ids).logits, expected)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in base.modules())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, BertModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import adapted, causal_lm, llama, tokens
+from tests.tiny_models import adapted, causal_lm, classifier, llama, qwen3_classifier, tokens
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -106,3 +108,15 @@ def test_a_base_that_is_resized_behind_the_models_back_has_its_new_head() -> Non
     model = causal_lm(llama())
     model.peft_model.base_model.resize_token_embeddings(100)
     assert model(torch.tensor([[99, 3, 98]])).shadow_logits.shape == (1, 3, 100)
+
+
+@pytest.mark.parametrize("make", [causal_lm, lambda base, **config: classifier(qwen3_classifier(), **config)])
+def test_outputs_come_in_the_order_of_transformers(make: Callable[..., Any]) -> None:
+    model, ids = make(llama()), tokens()
+    labels = ids if isinstance(model, ShadowForCausalLM) else torch.tensor([0, 1, 2])
+    outputs = model(ids, labels=labels)
+    assert list(outputs)[:2] == ["loss", "logits"]
+    assert outputs[1] is outputs.logits
+    loss, logits, *_ = model(ids, labels=labels, return_dict=False)
+    assert torch.equal(loss, outputs.loss)
+    assert torch.equal(logits, outputs.logits)

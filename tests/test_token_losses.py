@@ -9,33 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PreTrainedModel,
-)
+from transformers import BertConfig, BertLMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from shadow_peft import ShadowForCausalLM
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.losses import language_modeling as loss
-from tests.tiny_models import SIZES, adapted, causal_lm, llama, tokens
+from tests.tiny_models import SIZES, adapted, causal_lm, cohere, gemma2, llama, tokens
 
 WEIGHTS = {"shadow_loss_weight": 0.4, "distillation_weight": 0.7, "distillation_temperature": 2.0}
 STORED = {**WEIGHTS, "distillation_warmup_ratio": 0.25}
 
 
 def softcapped() -> PreTrainedModel:
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.5))
+    return gemma2(final_logit_softcapping=0.5)
 
 
 def scaled_up() -> PreTrainedModel:
-    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=3.0))
+    return cohere(logit_scale=3.0)
 
 
 def scaled_down() -> PreTrainedModel:

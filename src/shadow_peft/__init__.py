@@ -1,12 +1,15 @@
 """ShadowPEFT: a frozen base model and a small trainable shadow that corrects it, and stands alone when detached.
 
-The path of one batch, a file for each step:
+The path of one batch, and where each step is:
 
-    tokens -> backbone -> s                                 initial shadow state
-    tokens -> base layers, hooked by base/hooks -> logits   coupling: injection before a layer, update after it
-    logits, shadow_logits -> loss                           tasks/causal_lm, tasks/sequence_classification
+    tokens -> backbone -> P -> s            initial shadow state                           adapter, backbone/
+    tokens -> base -> h                     hooks on the base's layers call the coupling   model, base/hooks
+      h = inject(h, s); h = layer(h);       injection before a layer, update after it      coupling, layers/
+      s = update(h, s)
+    h -> head -> logits                     s -> head -> shadow_logits                     tasks/
+    CE(logits) + w * CE(shadow_logits)      loss                                           losses/
 
-A public name is imported when it is asked for: `import shadow_peft` loads neither torch nor transformers.
+A public name is imported when it is first used: `import shadow_peft` loads neither torch nor transformers.
 """
 
 from importlib import import_module
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from shadow_peft.cache import ShadowCache
     from shadow_peft.config import ShadowConfig
     from shadow_peft.model import ShadowPeftModel, get_shadow_model
+    from shadow_peft.tasks.auto import AutoShadowModelForCausalLM, AutoShadowModelForSequenceClassification
     from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
     from shadow_peft.tasks.sequence_classification import (
         ShadowForSequenceClassification,
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoModelForCausalLMWithHiddenProjection",
     "AutoModelForCausalLMWithHiddenProjectionConfig",
+    "AutoShadowModelForCausalLM",
+    "AutoShadowModelForSequenceClassification",
     "ShadowCache",
     "ShadowCausalLMOutputWithPast",
     "ShadowConfig",
@@ -48,6 +54,8 @@ __all__ = [
 _MODULES = {
     "AutoModelForCausalLMWithHiddenProjection": "backbone.projected_lm",
     "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
+    "AutoShadowModelForCausalLM": "tasks.auto",
+    "AutoShadowModelForSequenceClassification": "tasks.auto",
     "ShadowCache": "cache",
     "ShadowCausalLMOutputWithPast": "tasks.causal_lm",
     "ShadowConfig": "config",

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
-from shadow_peft.backbone.implicit import build_implicit_backbone
+from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
 from shadow_peft.backbone.recompute import checkpoint_except_matmuls
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.architectures import architecture_of
 from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.quantization import num_weights
 from shadow_peft.base.signature import Signature, returned_cache
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cache import ShadowCache
@@ -45,7 +46,8 @@ class ShadowAdapter(nn.Module):
         base_model: a transformers model with at least two decoder layers, or a `peft.PeftModel` of one.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base.
-        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
+            dtype; False casts them to it.
         init_from_base: False leaves an implicit backbone random, for a checkpoint that is about to be loaded.
 
     Attributes:
@@ -77,12 +79,12 @@ class ShadowAdapter(nn.Module):
         init_from_base: bool = True,
     ) -> None:
         super().__init__()
-        base_model = peft_adapters.unwrap_base(base_model)
         if isinstance(base_model, nn.Module) and any(isinstance(module, ShadowAdapter) for module in base_model.modules()):
             raise ValueError(
                 f"This {type(base_model).__name__} carries a shadow adapter already. Attach another one to its base "
                 "(`get_base_model()`), or take the first one off with `unload()`."
             )
+        base_model = peft_adapters.unwrap_base(base_model)
         decoder = find_decoder(base_model)
         if shadow_model is None:
             backbone, shared_table_name = build_implicit_backbone(decoder, shadow_config, init_from_base)
@@ -102,9 +104,8 @@ class ShadowAdapter(nn.Module):
         self._embedding_map_of: list[tuple[int, int]] = []
         self._checkpointing = False
         self.recompute_backbone = True
-        self._injected_adapters: Any = ()
         self._configure_embeddings(shadow_model)
-        self._place(torch.float32 if autocast_adapter_dtype else base_model.dtype)
+        self._place(master_dtype(base_model.dtype) if autocast_adapter_dtype else base_model.dtype)
 
     def _add_layer_parts(self, num_layers: int, width: int) -> None:
         config = self.shadow_config
@@ -187,10 +188,12 @@ class ShadowAdapter(nn.Module):
     def _recomputes(self, inputs: ModelInputs) -> bool:
         """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.
 
-        FSDP's hooks on the layers act differently the second time, so a sharded backbone saves everything.
+        A cache would take the keys of the same tokens twice. FSDP's hooks on the layers act differently the second time,
+        so a sharded backbone saves everything.
         """
         wanted = self.recompute_backbone and self.training and torch.is_grad_enabled()
-        never = self._checkpointing or inputs.use_cache or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
+        cached = inputs.use_cache or inputs.cache is not None
+        never = self._checkpointing or cached or torch.compiler.is_compiling() or is_sharded(self.shadow_model)
         return wanted and not never
 
     def _backbone_tokens(self, inputs: ModelInputs) -> dict[str, Tensor]:
@@ -288,14 +291,23 @@ class ShadowAdapter(nn.Module):
     # ---------------------------------------------------------------- sizes
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable parameters, and of all parameters."""
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
-        return sum(t for t, _ in counts), sum(n for _, n in counts)
+        """Number of trainable parameters, and of all parameters; a quantized weight is one parameter."""
+        trainable = num_weights(p for p in self.parameters() if p.requires_grad)
+        return trainable, num_weights(self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"Trainable params: {trainable:,} || Total params: {total:,} || Trainable%: {100 * trainable / total:.2f}%")
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows: variant, sizes, and what is trained."""
+        config, (trained, total) = self.shadow_config, self.get_nb_trainable_parameters()
+        own = sum(p.numel() for part in self.parts().values() for p in part.parameters())
+        return (
+            f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
+            f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
+        )
 
 
 def _check_vocabularies(shadow: int, base: int) -> None:

@@ -150,6 +150,14 @@ def base_only(cache: Any) -> StatePair | None:
     return StatePair(cache.base if isinstance(cache, (ShadowCache, StatePair)) else cache, None)
 
 
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache is more than an empty one."""
+    if cache is None:
+        return False
+    held = cache if isinstance(cache, ShadowCache) else getattr(cache, "base", cache)
+    return held.get_seq_length() > 0 if isinstance(held, Cache) else True
+
+
 def select_cache(cache: Any, runs_base: bool) -> Any:
     """The one cache that generation looks at: the base's, or the backbone's where the shadow runs alone."""
     if not isinstance(cache, (ShadowCache, StatePair)):

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shadow_peft.storage.files import all_or_none, read_json, write_json
+from shadow_peft.storage.atomic import all_or_none, visible_files
+from shadow_peft.storage.files import read_json, write_json
 from shadow_peft.storage.hub import local_directory
 
 CONFIG_FILE = "shadow_config.json"
@@ -55,12 +56,13 @@ class ShadowConfig:
         shadow_head_dim: width of one head of an implicit backbone; None means the base's.
         modules_to_save: heads that are trained and saved beside the adapter: `lm_head`, `shadow_lm_head` of a causal LM;
             `classifier_head`, `shadow_classifier_head` of a classifier (empty means both).
-        shadow_init: where an implicit backbone starts. "base" copies its layers from the base's own pretrained layers,
-            "random" draws them, "auto" is "base" where the sizes allow it and "random" elsewhere.
+        shadow_init: how an implicit backbone is initialised: "random" weights, "base" copies of the base's own pretrained
+            layers, "auto" copies where the sizes allow it and random weights elsewhere. None means "random", or "auto" in
+            the variant "readout".
         shadow_init_layers: which base layers "base" copies: the "first" ones or "even"ly spaced ones.
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
         train_base_adapters: train the PEFT adapters that the base carries together with the shadow.
-        variant: the mathematics between the layers: "published", "peft" or "readout", see the top of this file.
+        variant: the mathematics between the layers: "published", "peft" or "readout", see `docs/method.md`.
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -78,7 +80,7 @@ class ShadowConfig:
     shadow_head_dim: int | None = None
     modules_to_save: list[str] = field(default_factory=list)
     shadow_hidden_size: int | None = None
-    shadow_init: ShadowInit = "auto"
+    shadow_init: ShadowInit = None  # type: ignore[assignment]
     shadow_init_layers: ShadowInitLayers = "first"
     train_shadow_embeddings: bool = False
     train_base_adapters: bool = False
@@ -133,10 +135,17 @@ class ShadowConfig:
         Raises:
             ValueError: there is none, or it is damaged.
         """
-        return cls.from_dict(read_json(local_directory(pretrained_path) / CONFIG_FILE))
+        directory = local_directory(pretrained_path)
+        return cls.from_dict(read_json(visible_files(directory).get(CONFIG_FILE, directory / CONFIG_FILE)))
 
 
-_PUBLISHED = {"injection_hidden_size": 16, "gate_hidden_size": 10, "alpha": 0.1, "dropout": 0.2}
+_PUBLISHED = {
+    "injection_hidden_size": 16,
+    "gate_hidden_size": 10,
+    "alpha": 0.1,
+    "dropout": 0.2,
+    "shadow_init": "random",
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "published": _PUBLISHED,
     "peft": _PUBLISHED,
@@ -147,6 +156,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "readout_hidden_size": 32,
         "alpha": 1.0,
         "dropout": 0.0,
+        "shadow_init": "auto",
     },
 }
 """Variant -> what None means."""
@@ -165,6 +175,9 @@ _LEAST: dict[str, int | tuple[None, int]] = {
 }
 """Least value of every integer field; a tuple allows None as well."""
 
+_MOST = 2**20
+"""More than any model has; a stored config that says more is broken, and memory is not asked for it."""
+
 
 def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
     optional = isinstance(least, tuple)
@@ -173,8 +186,8 @@ def _check_int(name: str, value: object, least: int | tuple[None, int]) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer{' or None' if optional else ''}, got {value!r}.")
-    if value < bound:
-        raise ValueError(f"{name} must be at least {bound}, got {value}.")
+    if not bound <= value <= _MOST:
+        raise ValueError(f"{name} must be at least {bound} and at most {_MOST}, got {value}.")
 
 
 def _check_number(name: str, value: object) -> None:

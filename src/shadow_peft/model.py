@@ -8,15 +8,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
-from shadow_peft.base.hooks import Attachment
+from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
+from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
+from shadow_peft.base.record import BaseRecord
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cache import (
@@ -24,6 +27,7 @@ from shadow_peft.cache import (
     base_only,
     check_in_step,
     combine_caches,
+    holds_tokens,
     shadow_only_cache,
     with_shadow_cache,
 )
@@ -31,9 +35,7 @@ from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.inputs import ModelInputs
-
-InferenceMode = Literal["base_shadow", "shadow_only"]
-Mode = Literal["base_shadow", "shadow_only", "base_only"]
+from shadow_peft.outputs import AdaptedOutput, Mode
 
 
 def get_shadow_model(
@@ -45,23 +47,6 @@ def get_shadow_model(
 ) -> ShadowPeftModel:
     """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
     return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
-@dataclass
-class AdaptedOutput:
-    """What base and shadow computed in one call of `ShadowPeftModel.run`.
-
-    Attributes:
-        base: the base's outputs, or those of its backbone with `skip_head`; None in "shadow_only".
-        shadow_state: the initial shadow state s `[B, T, d]`; None in "base_only".
-        head_input: the final hidden state `[B, T, d]`, with `keep_head_input`.
-        cache: the cache of every network that ran, or None.
-    """
-
-    base: Any = None
-    shadow_state: Tensor | None = None
-    head_input: Tensor | None = None
-    cache: Any = None
 
 
 class ShadowPeftModel(CheckpointMixin):
@@ -76,7 +61,8 @@ class ShadowPeftModel(CheckpointMixin):
             `base.peft_adapters`. Its parameters are frozen, but for adapters that `train_base_adapters` trains.
         shadow_config: the adapter's hyperparameters.
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `backbone.implicit`).
-        autocast_adapter_dtype: keep adapter parameters in float32 whatever the base's dtype; False casts them to it.
+        autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
+            dtype; False casts them to it.
 
     Attributes: those of `ShadowAdapter`.
 
@@ -104,17 +90,29 @@ class ShadowPeftModel(CheckpointMixin):
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
         base, decoder = self.base_model, self.decoder
         self._base_signature, self._decoder_signature = Signature.of(base), Signature.of(decoder.backbone)
-        self._base_was_training = base.training
-        self._unfrozen = [name for name, p in base.named_parameters() if p.requires_grad]
-        peft_adapters.freeze(base, but_adapters=shadow_config.train_base_adapters)
-        self._attachment: Attachment | None = Attachment(
-            decoder.layers[shadow_config.first_injected_layer :],
-            decoder.layer_input_name,
-            decoder.output_module,
-            base.get_output_embeddings(),
-        )
-        weakref.finalize(self, self._attachment.detach)
-        self.train()
+        with restored_on_failure(base) as record:
+            self._attachment: Attachment | None = self._attach(record)
+            self._attachment.hold(self)
+            self._kernels = GradientKernels(base)
+            weakref.finalize(self, self._kernels.release)
+            self._hf_peft_config_loaded = trains_beside_quantized(base)  # transformers' Trainer asks
+            self.train()
+
+    def _attach(self, record: BaseRecord) -> Attachment:
+        """Freeze the base and put the hooks on it; several attachments share the record of the first."""
+        base, decoder, config = self.base_model, self.decoder, self.shadow_config
+        record.keep_changes(base)
+        record = next((other.record for other in attachments_of(base)), record)
+        peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
+        record.trains_adapters |= config.train_base_adapters
+        layers = decoder.layers[config.first_injected_layer :]
+        head = base.get_output_embeddings()
+        return Attachment(layers, decoder.layer_input_name, decoder.output_module, head, record)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attachment is not None:
+            self._attachment.hold(self)
 
     # ---------------------------------------------------------------- running base and shadow
 
@@ -174,7 +172,8 @@ class ShadowPeftModel(CheckpointMixin):
             keep_head_input: return the input of the base's head, which itself computes nothing then.
 
         Raises:
-            ValueError: no tokens, or a cache that does not hold the same tokens of all networks that run.
+            ValueError: no tokens, a cache that does not hold the same tokens of all networks that run, or a cached prefix in
+                a training with gradient checkpointing.
             RuntimeError: the adapter was unloaded.
         """
         attachment = self.attachment
@@ -205,6 +204,11 @@ class ShadowPeftModel(CheckpointMixin):
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
         cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache)
+        if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
+            raise ValueError(
+                "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
+                "layers that it recomputes. Call gradient_checkpointing_disable(), or pass the prefix with the other tokens."
+            )
         inputs = replace(inputs.checked(), cache=cache, extra=extra, use_cache=use_cache)
         return inputs.with_positions(self.decoder.first_position)
 
@@ -224,11 +228,7 @@ class ShadowPeftModel(CheckpointMixin):
         return self.initial_state(self._ready(inputs, "shadow_only"))[0]
 
     def with_shadow_cache(self, cache: Any) -> Any:
-        """The cache of both networks for a cache that a caller passes: an empty one gets an empty counterpart.
-
-        Raises:
-            ValueError: no transformers cache, or one with tokens that the shadow has not seen.
-        """
+        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`."""
         return with_shadow_cache(cache, self.shadow_model.config)
 
     @property
@@ -253,6 +253,13 @@ class ShadowPeftModel(CheckpointMixin):
             raise RuntimeError("This shadow adapter was unloaded from its base; attach a new one to use it again.")
         return self._attachment
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; a 4 bit base whose adapter is trained stays on kernels that pass gradients."""
+        if self._attachment is not None:
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            (self._kernels.hold if trained else self._kernels.release)()
+        return super().train(mode)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the context, in this thread, the model is its bare base."""
@@ -262,20 +269,33 @@ class ShadowPeftModel(CheckpointMixin):
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.
 
-        PEFT adapters that came with the base stay in it, as trained as they are; those of a checkpoint are removed.
+        On a base that carries other shadows too, the last one to be unloaded gives it back so. PEFT adapters that came with
+        the base stay in it, as trained as they are; those of a checkpoint are removed.
         """
-        self.attachment.detach()
+        attachment, base = self.attachment, self.base_model
+        attachment.detach()
         self._attachment = None
+        self._kernels.release()
         if self._checkpointing:
             self.gradient_checkpointing_disable()
-        self.base_model.requires_grad_(False)
-        for name in self._unfrozen:
-            self.base_model.get_parameter(name).requires_grad_(True)
-        for wrapped in self._injected_adapters:
-            peft_adapters.remove_adapters(self.base_model, wrapped)
-        self.base_model.train(self._base_was_training)
+        if not attachments_of(base):
+            attachment.record.restore(base)
         given: PreTrainedModel = self._given[0]
         return given
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Refuse what PEFT does for adapters that are a change of weights.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A shadow adapter cannot be merged: its correction depends on the shadow's state of every token, so it is no "
+            "change of the base's weights. Keep it attached, take it off with unload(), or detach the shadow with "
+            "export_shadow()."
+        )
+
+    merge_adapter = unmerge_adapter = merge_and_unload
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""

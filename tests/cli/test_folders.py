@@ -135,17 +135,27 @@ def test_a_folder_with_a_log_may_be_written_into(model_folder: Path, data_folder
 def test_overwriting_removes_what_is_ours_and_nothing_else(
     run: Path, model_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("notes.txt", "shadow/notes.txt", "runs/events", "checkpoint-best/x", "data.safetensors"):
+    for name in ("notes.txt", "shadow/notes.txt", "runs/events", "checkpoint-best/x", "data.npz"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
     (run / "chat_template.jinja").write_text("of an older run")
     options = ["--max_steps", "1", "--save_strategy", "no", "--variant", "published", "--overwrite"]
     assert main(["train", *places(model_folder, data_folder, run), *QUICK, *options]) == 0
     left = set(files(run))
-    mine = {"notes.txt", "shadow/notes.txt", "runs/events", "checkpoint-best/x", "data.safetensors"}
+    mine = {"notes.txt", "shadow/notes.txt", "runs/events", "checkpoint-best/x", "data.npz"}
     ours = {"README.md", "all_results.json", "train_results.json", "trainer_state.json", "training_args.bin", "losses.png"}
     adapter = {"shadow_adapter.safetensors", "shadow_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert left == mine | ours | adapter
+
+
+def test_a_model_of_others_beside_the_old_run_is_refused_before_anything_is_removed(
+    run: Path, model_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "data.safetensors").write_text("mine")
+    before = files(run)
+    assert main(["train", *places(model_folder, data_folder, run), *QUICK, "--overwrite"]) == 1
+    assert "holds a model (data.safetensors); give another folder" in capsys.readouterr().err
+    assert files(run) == before
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
@@ -270,7 +280,7 @@ def test_ctrl_c_says_how_to_resume(model_folder: Path, data_folder: Path, tmp_pa
     *others, line = said.splitlines()  # transformers remarks that its checkpoints are of the same second
     assert all("mtime" in other for other in others)
     assert line.startswith("shadow-peft train: interrupted after step ")
-    program, verb, *resumed = shlex.split(line.partition("go on with: ")[2])
+    program, verb, *resumed = shlex.split(line.partition("resume with: ")[2])
     assert (program, verb) == ("shadow-peft", "train")
     assert "--overwrite" not in resumed
     last, _ = checkpoint_to_resume("last", str(out))

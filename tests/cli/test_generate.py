@@ -74,7 +74,11 @@ def test_a_base_named_by_a_relative_path_is_found_from_where_it_was_trained(
 
 
 @pytest.mark.parametrize("base", ["/gone/base", "../base", "~/base", "a/b/c", "C:\\base"])
-def test_a_base_that_is_not_there_is_asked_for(base: str, adapter: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_there_is_asked_for(
+    base: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="no such folder is here; give its base as --model"):
         named_base(str(renamed(adapter, base, tmp_path / "adapter")))
 

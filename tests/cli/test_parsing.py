@@ -28,7 +28,7 @@ def generate_parser() -> VerbParser:
 
 def generate(*arguments: str) -> tuple[Any, Any, list[str]]:
     """What `generate` makes of its arguments: options, those of sampling, texts."""
-    options, sampling, others = parse(generate_parser(), ["--model", "m", *arguments])
+    options, sampling, _, others = parse(generate_parser(), ["--model", "m", *arguments])
     return options, sampling, others.text
 
 

@@ -243,6 +243,18 @@ def test_resumed_run_ends_where_the_whole_one_does(model_folder: Path, data_file
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_no_steps_write_an_untrained_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(out)]
+    options = ["--max_steps", "0", "--eval_fraction", "0.25", "--export", *QUIET]
+    assert main(["train", *places, *options]) == 0
+    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_loss"] == 0
+    assert results["eval_loss"] > 0
+    names = {path.name for path in out.iterdir()}
+    assert {"README.md", "shadow_adapter_readout.safetensors", "shadow", "trainer_state.json"} <= names
+
+
 def test_early_stopping_keeps_the_best(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     often = ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     options = ["--eval_fraction", "0.25", "--max_steps", "20", "--early_stopping_patience", "2", "--learning_rate", "30"]
@@ -392,7 +404,7 @@ def test_a_model_of_another_vocabulary_is_refused_as_a_shadow(
     llama(5, vocab_size=200, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "small")
     places = ["--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "out")]
     said = refused(capsys, *places, "--shadow_model", str(tmp_path / "small"))
-    assert "it knows 200 tokens, and the base's tokenizer has 300" in said
+    assert "its vocabulary has 200 tokens, the base's tokenizer has 300" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -426,7 +438,7 @@ def test_rates_and_losses_of_the_shadow(model_folder: Path, data_file: Path, tmp
         (["--use_peft", "--export"], "--export belongs to a shadow"),
         (["--use_peft", "--distillation_weight", "1"], "--distillation_weight belongs to a shadow"),
         (["--use_peft", "--shadow_model", "x"], "--shadow_model belongs to a shadow"),
-        (["--shadow_model", "x", "--num_shadow_layers", "2"], "--num_shadow_layers shapes a shadow made from the base"),
+        (["--shadow_model", "x", "--num_shadow_layers", "2"], "--num_shadow_layers is for a shadow made from the base"),
         (["--share_embeddings"], "--share_embeddings belongs to --shadow_model"),
         (["--shadow_model", "/nowhere"], "cannot load a causal language model from '/nowhere'"),
         (["--distillation_warmup_ratio", "2"], "distillation_warmup_ratio must lie in [0, 1], got 2.0"),
@@ -472,3 +484,7 @@ def test_output_that_is_a_file_stays(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "out").write_text("mine")
     assert "is a file" in refused(capsys, "--model", "m", "--data", "d", "--output", str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_output_that_holds_another_model_is_refused_at_once(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds a model (config.json" in refused(capsys, "--model", "m", "--data", "d", "--output", str(model_folder))

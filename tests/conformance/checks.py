@@ -77,9 +77,13 @@ def require(fact: Fact, what: str) -> None:
 # -------------------------------------------------------------------- the adapted models
 
 
+variant = "published"
+"""The mathematics that is checked; the sweep sets it."""
+
+
 def settings(**changes: Any) -> ShadowConfig:
-    """The default adapter, smaller."""
-    return ShadowConfig(**{"injection_hidden_size": 8, "gate_hidden_size": 6, **changes})
+    """The adapter of the variant that is checked, smaller."""
+    return ShadowConfig(**{"variant": variant, "injection_hidden_size": 8, "gate_hidden_size": 6, **changes})
 
 
 @torch.no_grad()

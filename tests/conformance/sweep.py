@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.utils import logging
 
 from shadow_peft.base.architectures import ARCHITECTURES
+from shadow_peft.config import Variant
+from tests.conformance import checks
 from tests.conformance.checks import CHECKS, Outcome, outcome
 from tests.conformance.tiny import NOT_APPLICABLE, applicable_types
 
@@ -130,7 +132,8 @@ def document(rows: dict[str, Row], refused: dict[str, str]) -> str:
         f"{len(refused)} cannot be adapted (last table). A check does not apply where the bare base itself does not do "
         "what is checked; this is measured in the same run, and the note says what was seen.",
         "",
-        f"Made by `{COMMAND}` with {', '.join(f'{name} {version(name)}' for name in PACKAGES)} on a CPU, float32.",
+        f"Made by `{COMMAND}` with {', '.join(f'{name} {version(name)}' for name in PACKAGES)} on a CPU, float32, "
+        f"variant `{checks.variant}`.",
         "",
         "| type | " + " | ".join(CHECKS) + " |",
         "|---|" + "---|" * len(CHECKS),
@@ -165,6 +168,7 @@ def write(rows: dict[str, Row], refused: dict[str, str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = {
         "command": COMMAND,
+        "variant": checks.variant,
         "versions": {name: version(name) for name in PACKAGES},
         "types": {name: {check: asdict(found) for check, found in result.items()} for name, result in rows.items()},
         "refused": refused,
@@ -179,9 +183,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="types at a time")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one type")
     parser.add_argument("--output", type=Path, help="folder of the tables")
+    parser.add_argument("--variant", default="published", choices=get_args(Variant), help="mathematics to check")
     parser.add_argument("types", nargs="*", help="default: all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    checks.variant = options.variant  # the workers are forks
     chosen = options.types or [name for name in applicable_types() if unsupported(name) is None]
     rows = sweep(chosen, options.jobs, options.timeout)
     if options.output is not None or not options.types:
@@ -189,8 +195,8 @@ def main(arguments: list[str]) -> int:
         write(rows, refused, options.output or Path("docs"))
     failed = {name: failing(result) for name, result in rows.items() if failing(result)}
     print(f"{len(rows) - len(failed)} of {len(rows)} types pass every check that applies to them.")
-    for name, checks in failed.items():
-        print(f"  {name}: {', '.join(checks)}")
+    for name, missed in failed.items():
+        print(f"  {name}: {', '.join(missed)}")
     return 1 if failed else 0
 
 

@@ -165,6 +165,8 @@ class FakeHub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files.pop(value["path"], None)
         is_pull_request = "create_pr" in request.query
         sha = repository.commit("refs/pr/1" if is_pull_request else revision, files)
         pull_request = f"{self.endpoint}/{repo}/discussions/1" if is_pull_request else None

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel
 from tests.hub.fake import FakeHub, connected, running
+from tests.test_atomic_save import stop_after_commit
+from tests.test_base_adapters import shadowed, with_lora
 from tests.tiny_models import adapted, causal_lm, llama, tokens
 
 # huggingface_hub's own way of sending a large file
@@ -55,6 +58,39 @@ def test_trained_heads_travel_along(hub: FakeHub) -> None:
     with torch.no_grad():
         model.peft_model.task_heads["lm_head"].weight.mul_(1.5)
     model.push_to_hub("org/shadow", token=TOKEN)
+    assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), "org/shadow")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("variant", ["published", "peft"])
+def test_adapters_of_the_base_travel_along(hub: FakeHub, variant: str) -> None:
+    model = shadowed(with_lora(), variant=variant).eval()
+    model.push_to_hub("org/shadow", token=TOKEN)
+    assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), "org/shadow")), logits(model))
+
+
+@pytest.mark.parametrize(("old", "new"), [("published", "peft"), ("peft", "readout"), ("readout", "published")])
+def test_a_push_takes_the_place_of_an_earlier_one(hub: FakeHub, old: str, new: str) -> None:
+    causal_lm(llama(), variant=old, modules_to_save=["lm_head"]).push_to_hub("org/shadow", token=TOKEN)
+    repository = hub.repositories["org/shadow"]
+    repository.commit("main", {**repository.commits[repository.branches["main"]], "README.md": b"mine"})
+    model = causal_lm(llama(), seed=5, variant=new)
+    model.push_to_hub("org/shadow", token=TOKEN)
+    assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), "org/shadow")), logits(model))
+    files = repository.commits[repository.branches["main"]]
+    assert files["README.md"] == b"mine"
+    assert "shadow_modules.safetensors" not in files
+
+
+def test_a_folder_with_an_interrupted_save_may_be_uploaded_as_it_is(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = causal_lm(llama(), seed=5, variant="readout")
+    causal_lm(llama(), variant="published").save_pretrained(tmp_path)
+    stop_after_commit(monkeypatch, lambda: model.save_pretrained(tmp_path))
+    api = huggingface_hub.HfApi(token=TOKEN)
+    api.create_repo("org/shadow")
+    api.upload_folder(repo_id="org/shadow", folder_path=tmp_path)
     assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), "org/shadow")), logits(model))
 
 

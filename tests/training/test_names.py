@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_public_name_is_there() -> None:
-    assert sorted(training.__all__) == sorted(training._ROOMS)
+    assert sorted(training.__all__) == sorted(training._MODULES)
     for name in training.__all__:
         assert getattr(training, name).__name__ == name
     with pytest.raises(AttributeError, match="ShadowPPOTrainer"):

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shadow_peft.backbone.projection import PROJECTION, carried_projection
 from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.quantization import quantization_method
 from shadow_peft.base.task_head import input_embeddings, path_of
 
 
@@ -28,10 +29,16 @@ def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: 
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its decoder layers cannot be told.
+        ValueError: its decoder layers cannot be told, or it is quantized.
     """
     if not isinstance(shadow_model, PreTrainedModel):
         raise TypeError(f"shadow_model must be a transformers PreTrainedModel, got {type(shadow_model).__name__}.")
+    method = quantization_method(shadow_model)
+    if method is not None:
+        raise ValueError(
+            f"shadow_model is quantized with {method!r}, but a shadow is trained, in floats: load it without "
+            "quantization_config. The base may be quantized."
+        )
     projection = carried_projection(shadow_model)
     is_projected_lm = projection is not None and "shadow_model" in shadow_model._modules
     backbone: PreTrainedModel = shadow_model.shadow_model if is_projected_lm else _without_head(shadow_model)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def build_implicit_backbone(
     decoder: Decoder, config: ShadowConfig, init_from_base: bool = True
 ) -> tuple[PreTrainedModel, str | None]:
-    """The implicit shadow backbone of a base, in float32 on the CPU.
+    """The implicit shadow backbone of a base, in its `master_dtype` on the CPU.
 
     Args:
         decoder: the base's decoder.
@@ -48,7 +48,8 @@ def build_implicit_backbone(
         ValueError: more layers than the base has, a size the base's config does not know, or `shadow_init="base"`
             where the sizes do not allow it.
     """
-    backbone: PreTrainedModel = type(decoder.backbone)(truncated_config(decoder, config)).to(torch.float32)
+    backbone: PreTrainedModel = type(decoder.backbone)(truncated_config(decoder, config))
+    backbone.to(master_dtype(decoder.backbone.dtype))
     _remove_unused_modules(backbone, decoder)
     _freeze_without_gradient(backbone)
     shared_name = _share_tables(backbone, decoder, config)
@@ -57,6 +58,11 @@ def build_implicit_backbone(
     if shared_name is None and config.shadow_hidden_size not in (None, decoder.hidden_size):
         return backbone, None
     return backbone, shared_name or remove_embeddings(backbone)
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which parameters are trained beside a base of a dtype: float32, unless the base computes in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _remove_unused_modules(backbone: PreTrainedModel, decoder: Decoder) -> None:

@@ -83,6 +83,7 @@ def truncated_config(decoder: Decoder, config: ShadowConfig) -> PreTrainedConfig
     """The base's config with the selected layers and the sizes that `ShadowConfig` overrides."""
     selected, stored = selected_layers(decoder, config), decoder.config.to_dict()
     short = copy.deepcopy(decoder.config)
+    vars(short).pop("quantization_config", None)  # a backbone is made of floats, and so is the model that it is exported as
     for name, value in _truncated(stored, selected, len(decoder.layers)).items():
         setattr(short, name, value)
     if _kinds(short).count(architecture_of(short).shared_layer_kind or "") == 1:

@@ -89,6 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v4": Architecture(residual_stream=ResidualStream(copies_dim=2), needs_token_ids=True),
     "falcon": Architecture(modifies_outputs_in_place=True),
     "gemma3n_text": Architecture(
+        layers_path="layers",
         residual_stream=ResidualStream(copies_dim=0),
         needs_token_ids=True,
         token_tables=("embed_tokens_per_layer",),
@@ -105,10 +106,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4_unified_assistant": _DRAFTER,
     "gemma4_unified_text": Architecture(last_layer_kind="full_attention"),
     "git": Architecture(non_text_modules=("image_encoder", "visual_projection")),
+    "granite_swa": Architecture(layers_path="layers"),
+    "granitemoe_swa": Architecture(layers_path="layers"),
     "hrm_text": Architecture(
         unsupported="its two groups of layers alternate several times on every token, so a layer has no one place in depth",
     ),
     "hy_v4": Architecture(residual_stream=ResidualStream(copies_dim=2)),
+    "llama4_text": Architecture(modifies_outputs_in_place=True),
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "olmo_hybrid": Architecture(min_exported_layers=(2, "its config wants a recurrent and an attention layer")),

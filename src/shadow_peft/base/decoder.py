@@ -77,11 +77,8 @@ def find_decoder(model: PreTrainedModel, min_layers: int = MIN_LAYERS) -> Decode
         The decoder and its place in the model.
 
     Raises:
-        TypeError: not a transformers model.
         ValueError: its type is unsupported, its layers cannot be told, or there are fewer than `min_layers`.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"The base must be a transformers PreTrainedModel, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
     reason = architecture_of(config).unsupported or architecture_of(model.config).unsupported
     if reason is not None:
@@ -107,7 +104,8 @@ def _require_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         ValueError: the model is no decoder.
     """
     if config.model_type in CONFIG_MAPPING and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = config.model_type.removesuffix("_text") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        family = config.model_type.removesuffix("_model").removesuffix("_text")  # the text part of a multimodal type
+        known = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         if not known and model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model.")
     if getattr(config, "is_decoder", True) is False:

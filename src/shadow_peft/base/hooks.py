@@ -1,9 +1,11 @@
 """Forward hooks on a base's decoder layers, and removing them exactly.
 
-The only file that touches a foreign model. The touch is a pair of forward hooks on unmodified layers: names, classes, state
-dict and `save_pretrained` of the base stay what they were. The hooks do nothing unless a coupling is active in the calling
-thread. The state of a forward pass (the shadow state) belongs to its coupling, never to a module; so a bare call of the
-base is the bare base, several attachments share one base, and dropping a wrapper leaves hooks that do nothing.
+All that a shadow does to a foreign model is a pair of forward hooks on unmodified layers: names, classes, state dict and
+`save_pretrained` of the base stay what they were. The hooks do nothing unless a coupling is active in the calling thread.
+The state of a forward pass (the shadow state) belongs to its coupling, never to a module; so a bare call of the base is
+the bare base, several attachments share one base, and dropping a wrapper leaves hooks that do nothing. What else changes
+with the first attachment, such as what is trainable, is in the base's record (see `base.record`): the last attachment to
+go puts it back.
 
 transformers checkpoints a layer's `forward`, so these hooks stay outside the region that a backward pass recomputes.
 """
@@ -11,12 +13,18 @@ transformers checkpoints a layer's `forward`, so these hooks stay outside the re
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from shadow_peft.base import peft_adapters
+from shadow_peft.base.record import BaseRecord
 
 
 class LayerCallbacks(Protocol):
@@ -43,6 +51,7 @@ class Attachment:
         layer_input_name: keyword of the hidden state in a call of a layer.
         output_module: the model whose first output is the final hidden state.
         head: the base's output embedding, when its input is wanted too.
+        record: what the base was before its first attachment.
     """
 
     def __init__(
@@ -50,9 +59,12 @@ class Attachment:
         layers: Sequence[nn.Module],
         layer_input_name: str,
         output_module: nn.Module,
-        head: nn.Module | None = None,
+        head: nn.Module | None,
+        record: BaseRecord,
     ) -> None:
         self._thread = threading.local()
+        self.record = record
+        self._holder: Any = None
         self._hooked = [*layers, output_module]
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(_PreLayer(self, index, layer_input_name), with_kwargs=True)
@@ -94,6 +106,16 @@ class Attachment:
         finally:
             self._thread.enabled = before
 
+    def hold(self, holder: object) -> None:
+        """Be the attachment of a wrapper, with which it goes; a copy of the base alone has attachments that nobody holds."""
+        self._holder = weakref.ref(holder)
+        weakref.finalize(holder, self.detach)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a wrapper uses this attachment."""
+        return self._holder is not None and self._holder() is not None
+
     def detach(self) -> None:
         """Remove every hook of this attachment from the base."""
         for module in self._hooked:
@@ -105,10 +127,43 @@ class Attachment:
         self._hooked = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_hooked": self._hooked}
+        return {"_hooked": self._hooked, "record": self.record}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=threading.local())
+        self.__dict__.update(state, _thread=threading.local(), _holder=None)
+
+
+def attachments_of(base: nn.Module) -> list[Attachment]:
+    """The attachments on a base that a wrapper uses."""
+    return [attachment for attachment in _all_attachments(base) if attachment.is_held]
+
+
+def _all_attachments(base: nn.Module) -> list[Attachment]:
+    found: dict[int, Attachment] = {}
+    for module in base.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, _Hook):
+                found[id(hook.attachment)] = hook.attachment
+    return list(found.values())
+
+
+@contextmanager
+def restored_on_failure(base: PreTrainedModel) -> Iterator[BaseRecord]:
+    """Whatever fails inside the context leaves the base as it was; the context is its record."""
+    record, attachments = BaseRecord(base), _all_attachments(base)
+    adapters = [(p, p.detach().clone()) for p in peft_adapters.adapter_parameters(base).values()]
+    try:
+        yield record
+    except BaseException:
+        for attachment in _all_attachments(base):
+            if not any(attachment is other for other in attachments):
+                attachment.detach()
+        record.keep_changes(base)
+        record.restore(base)
+        with torch.no_grad():
+            for parameter, value in adapters:
+                parameter.copy_(value)
+        raise
 
 
 class _Hook:

@@ -8,10 +8,15 @@ the adapter, as a shadow is worth what the base under it is, and put into a bare
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from shadow_peft.base.record import BaseRecord
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "base_adapter."
 """Goes before the names of their parameters in files and state dicts."""
@@ -21,15 +26,21 @@ def unwrap_base(model: Any) -> PreTrainedModel:
     """The transformers model that a `peft.PeftModel` holds, or the model itself.
 
     Raises:
+        TypeError: not a transformers model.
         ValueError: the method of the PeftModel is none that lives in layers, such as prompt tuning.
     """
-    if not hasattr(model, "peft_type") or not hasattr(model, "get_base_model"):
-        bare: PreTrainedModel = model
-        return bare
-    config = model.active_peft_config
-    if config.is_prompt_learning:
-        raise ValueError(f"A base with {config.peft_type.value} cannot carry a shadow: its prompts live outside of layers.")
-    base: PreTrainedModel = model.get_base_model()
+    base = model
+    if hasattr(model, "peft_type") and hasattr(model, "get_base_model"):
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"A base with {config.peft_type.value} cannot carry a shadow: its prompts live outside of layers."
+            )
+        base = model.get_base_model()
+    if isinstance(base, str):
+        raise TypeError(f"Got the name {base!r}; load the base first: AutoModelForCausalLM.from_pretrained({base!r}).")
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"The base must be a transformers PreTrainedModel, got {type(base).__name__}.")
     return base
 
 
@@ -85,17 +96,39 @@ def views(base: nn.Module) -> dict[str, Tensor]:
     return {PREFIX + name: parameter.detach() for name, parameter in adapter_parameters(base).items()}
 
 
-def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -> Any:
+def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]], record: BaseRecord) -> None:
     """Put fresh adapters of stored configs into a bare base, to be loaded.
 
-    Returns:
-        The `peft.PeftModel` around it, for `remove_adapters`; None where the base carries adapters, or none are asked for.
+    Some of their initialisations (PiSSA, OLoRA and others) change the base's own weights, as they did where the adapters
+    were made; the record gets copies of these.
+
+    Args:
+        base: carries no adapters.
+        configs: name -> stored config.
+        record: of the base, which `record.restore` gives back without the adapters.
 
     Raises:
         ValueError: `peft` is not installed.
     """
-    if not configs or tuned_modules(base):
-        return None
+    inits = [stored.get(_INIT) for stored in configs.values()]
+    if any("_niter_" in str(init) for init in inits):
+        logger.warning("PiSSA by a randomised SVD cannot be repeated exactly: the adapter's outputs will differ a little.")
+    if not all(init in _INITS_BESIDE_BASE for init in inits):
+        trial = BaseRecord(base)
+        _inject(base, {name: {**stored, _INIT: False} if _INIT in stored else stored for name, stored in configs.items()})
+        trial.keep_changes(base)
+        trial.restore(base)
+        record.copy_weights(trial.replaced)
+    _inject(base, configs)
+    record.keep_changes(base)
+
+
+_INIT = "init_lora_weights"
+_INITS_BESIDE_BASE = (None, True, False, "gaussian", "orthogonal")
+"""Ways to initialise a LoRA that leave the base's weights alone."""
+
+
+def _inject(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -> None:
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
@@ -107,11 +140,3 @@ def inject_adapters(base: PreTrainedModel, configs: dict[str, dict[str, Any]]) -
             wrapped = get_peft_model(base, config, adapter_name=name)
         else:
             wrapped.add_adapter(name, config)
-    return wrapped
-
-
-def remove_adapters(base: PreTrainedModel, wrapped: Any) -> None:
-    """Undo `inject_adapters`."""
-    if wrapped is not None:
-        wrapped.unload()
-        vars(base).pop("peft_config", None)

@@ -109,7 +109,7 @@ class TaskHead:
     def __call__(self, h: Tensor) -> Tensor:
         """The logits of `h`."""
         linear = None if torch.is_grad_enabled() else self.linear_for(h)
-        return self._logits(h) if linear is None else F.linear(h, *linear)
+        return self._logits(h) if linear is None else F.linear(h.to(linear[0].dtype), *linear)
 
     def _logits(self, h: Tensor) -> Tensor:
         dtype = self._output.weight.dtype

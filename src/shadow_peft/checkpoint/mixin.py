@@ -1,7 +1,7 @@
-"""The adapter of a model as tensors and files: state dicts, saved, loaded, uploaded.
+"""The methods of `ShadowPeftModel` for state dicts, files and the hub.
 
-`state_dict()` holds the adapter and the trained heads under their names in the files and nothing of the base, so a trainer's
-checkpoint is an adapter.
+`state_dict()` contains the adapter and the trained heads under their names in the files, and nothing of the base. So a
+trainer's checkpoint is an adapter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
@@ -17,33 +18,36 @@ from transformers import PreTrainedModel
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
+from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
+from shadow_peft.base.record import BaseRecord
 from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint.folder import FILES_OF_NO_OTHERS
+from shadow_peft.checkpoint.provenance import malformed
+from shadow_peft.checkpoint.state_dicts import load_nested, own_entries, with_own_memory
 from shadow_peft.storage.hub import push
 from shadow_peft.storage.sharded import is_sharded, own_state, sharded_like
 from shadow_peft.storage.tensors import fill
 
-_WRAPPERS = ("module.", "_orig_mod.", "peft_model.")
-"""What wrappers and parent modules put before the names of a state dict."""
-
 
 class CheckpointMixin(ShadowAdapter):
-    """What a `ShadowPeftModel` does with its adapter's tensors and files."""
+    """State dicts and files of a `ShadowPeftModel`."""
 
-    def unload(self) -> PreTrainedModel:
-        """Remove the adapter from its base."""
+    @property
+    def attachment(self) -> Attachment:
+        """The hooks on the base."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------- tensors
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors under their names in the file, without task heads; they share memory with the model."""
+        """The adapter's tensors under their names in the file, without task heads. They share memory with the model."""
         return self._adapter_views()
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `adapter_state_dict` returned into this model.
+        """Copy tensors that `adapter_state_dict` returned into this model.
 
         Raises:
-            ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+            ValueError: a tensor is missing, unknown or of another shape; nothing is changed.
         """
         shared = store.shared_table(self)
         fill(self._adapter_views(), {n: t for n, t in state.items() if n not in shared}, "The adapter state dict")
@@ -51,38 +55,39 @@ class CheckpointMixin(ShadowAdapter):
     def state_dict(  # type: ignore[override]
         self, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads, nothing of the base: what a trainer's checkpoint needs.
+        """The adapter's tensors and the trained heads under their names in the files; nothing of the base.
 
-        While parameters are sharded over processes, their names are those of the parameters, see `storage.sharded`.
+        While parameters are sharded over processes, the names are those of the parameters.
         """
         destination = {} if destination is None else destination
-        destination.update({prefix + name: _with_own_storage(view) for name, view in self._state_views().items()})
+        destination.update({prefix + name: tensor for name, tensor in with_own_memory(self._state_views()).items()})
         return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Copy what `state_dict` returned, of this model or of a module around it, into this model.
+        """Copy a state dict of this model, or of a module around it, into this model.
 
-        Prefixes of wrappers (`module.`, `peft_model.`) are removed, and the base's own parameters ignored.
+        Prefixes of wrappers (`module.`, `peft_model.`) are removed. The base's own parameters are ignored.
 
         Args:
             state_dict: name -> tensor.
             strict: every tensor of the adapter must be there.
-            assign: has no meaning here, since tensors of the file are views of the parameters.
+            assign: ignored; the tensors are always copied.
 
         Returns:
             torch's pair of missing and unexpected keys, the latter always empty.
 
         Raises:
-            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed then.
+            ValueError: a tensor is unknown or of another shape or, with `strict`, missing; nothing is changed.
         """
         views = self._state_views()
-        own = _own_entries(state_dict, views)
+        own = own_entries(state_dict, views, self)
         fill(views, sharded_like(views, own) if is_sharded(self) else own, "The state dict", strict)
         return _IncompatibleKeys([name for name in views if name not in own], [])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load from the state dict of a parent module, in which torch looks for the parameters' own names."""
-        load_nested(self, self._state_views(), state_dict, prefix, args[1], args[-1])
+        _, _, missing, unexpected, errors = args
+        load_nested(self, self._state_views(), state_dict, prefix, missing, unexpected, errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _state_views(self) -> dict[str, Tensor]:
@@ -102,7 +107,16 @@ class CheckpointMixin(ShadowAdapter):
     # ---------------------------------------------------------------- files
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        """Save the adapter and the trained heads; an interrupted save leaves what was there before.
+
+        Args:
+            save_directory: created when it is missing.
+            **kwargs: `include_shared_embeddings=True` also stores the base's embedding table where shadow-peft 0.1.x needs
+                one; `is_main_process=False` writes nothing; `state_dict` is the gathered `state_dict()` of a sharded model.
+
+        Raises:
+            ValueError: the parameters are sharded over processes, and `state_dict` does not have all of them.
+        """
         store.save(self, save_directory, **kwargs)
 
     def push_to_hub(
@@ -116,10 +130,20 @@ class CheckpointMixin(ShadowAdapter):
         create_pr: bool = False,
         save: Callable[[str], None] | None = None,
     ) -> str:
-        """Upload the adapter to the hub, creating the repository if needed; returns the address of the commit.
+        """Upload the adapter to the hub in place of an earlier one. The repository is created if needed.
 
-        `save` writes the files, where a task model stores more than the adapter.
+        Args:
+            repo_id: name of the repository.
+            commit_message: message of the commit.
+            private: make a new repository private.
+            token: access token; None uses the stored login.
+            revision: branch to push to; it is created if it is missing.
+            create_pr: open a pull request instead.
+
+        Returns:
+            The address of the commit or of the pull request.
         """
+        # a task model passes `save`, since it stores more than the adapter
         return push(
             self.save_pretrained if save is None else save,
             repo_id,
@@ -128,6 +152,7 @@ class CheckpointMixin(ShadowAdapter):
             token=token,
             revision=revision,
             create_pr=create_pr,
+            replaces=FILES_OF_NO_OTHERS,
         )
 
     @classmethod
@@ -140,25 +165,27 @@ class CheckpointMixin(ShadowAdapter):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> Self:
-        """Attach a stored adapter to a base; heads that were trained with it belong to the task models and are left out.
+        """Attach a stored adapter to a base. Stored heads belong to the task models and are left out.
 
         Args:
             model: the base.
             pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
             is_trainable: False freezes the adapter.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
-            autocast_adapter_dtype: see the class.
+            autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
 
         Raises:
-            ValueError: no adapter there, a damaged file, or an adapter that does not fit the base; the base stays untouched.
+            ValueError: there is no adapter, a file is damaged, or the adapter does not fit the base; the base is not
+                changed.
         """
-        return cls.from_checkpoint(
+        loaded: Self = cls.from_checkpoint(
             model,
             store.read(pretrained_shadow_path).without_heads(),
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        return loaded
 
     @classmethod
     def from_checkpoint(
@@ -170,13 +197,20 @@ class CheckpointMixin(ShadowAdapter):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
         make_head: Callable[[Any, str], nn.Module] | None = None,
-    ) -> Self:
-        """Attach an adapter that was read already; `make_head` makes the modules of the trained heads that it holds."""
+        make_task: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Attach an adapter that was read already; whatever fails leaves the base as it was.
+
+        Args:
+            make_head: makes the module of a trained head that the checkpoint holds.
+            make_task: makes the task model around the adapted one, which is returned in its place.
+        """
+        base, origin = peft_adapters.unwrap_base(model), stored.provenance
         if shadow_model is None:
-            shadow_model = build_stored_shadow(stored.provenance)
-        base = peft_adapters.unwrap_base(model)
-        injected = peft_adapters.inject_adapters(base, stored.provenance.get("base_adapters") or {})
-        try:
+            with malformed(f"{stored.directory}: shadow_model_config"):
+                shadow_model = build_stored_shadow(origin)
+        with restored_on_failure(base) as record:
+            injected = _inject_adapters(base, stored, record)
             peft_model = cls(
                 model,
                 stored.config,
@@ -184,64 +218,43 @@ class CheckpointMixin(ShadowAdapter):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 init_from_base=False,
             )
-        except BaseException:
-            peft_adapters.remove_adapters(base, injected)
-            raise
-        peft_model._injected_adapters = () if injected is None else (injected,)
-        try:
+            if injected:
+                record.trains_adapters = stored.config.train_base_adapters
+                peft_model.attachment.record = record
             if make_head is not None:
                 for name in stored.head_names:
                     peft_model.task_heads[name] = make_head(peft_model, name)
             store.load_into(peft_model, stored)
-        except ValueError:
-            peft_model.unload()
-            raise
-        if not is_trainable:
-            peft_model.requires_grad_(False).eval()
-        return peft_model
+            result: nn.Module = peft_model if make_task is None else make_task(peft_model)
+            if not is_trainable:
+                peft_model.freeze()
+                result.eval()
+        return result
+
+    def freeze(self) -> None:
+        """Freeze the adapter and the trained heads; the base too, unless another shadow on it trains its PEFT adapters."""
+        for part in (*self.parts().values(), self.task_heads):
+            part.requires_grad_(False)
+        if len(attachments_of(self.base_model)) == 1:
+            self.base_model.requires_grad_(False)
 
 
-def load_nested(
-    module: nn.Module, views: Mapping[str, Tensor], state_dict: dict[str, Any], prefix: str, strict: bool, errors: list[str]
-) -> None:
-    """Copy a part of a parent's state dict into views, and let torch find every parameter of the module in its place.
+def _inject_adapters(base: PreTrainedModel, stored: store.Checkpoint, record: BaseRecord) -> bool:
+    """Put the PEFT adapters of a checkpoint into a bare base; they are part of what another shadow on it reads.
 
-    Args:
-        module: the module that torch is about to load.
-        views: name in files -> destination.
-        state_dict: of the parent; changed in place.
-        prefix: what the parent puts before the module's names.
-        strict: every view needs a value.
-        errors: problems are added here, as torch wants them.
+    Raises:
+        ValueError: another shadow would read other adapters than those that it was trained with.
     """
-    entries = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    try:
-        own = _own_entries({name[len(prefix) :]: tensor for name, tensor in entries.items()}, views)
-        fill(views, own, f"The state dict at {prefix!r}", strict)
-    except ValueError as error:
-        errors.append(str(error))
-    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-        state_dict[prefix + name] = tensor  # itself, so that torch copies nothing and misses nothing
-
-
-def _own_entries(state_dict: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without the prefixes of wrappers and without the base's own parameters."""
-    entries = {_unwrapped(name, known): tensor for name, tensor in state_dict.items()}
-    return {name: tensor for name, tensor in entries.items() if not name.startswith("base_model.")}
-
-
-def _with_own_storage(view: Tensor) -> Tensor:
-    """A tensor that shares its storage with no other entry of a state dict: slices of stacked weights are copied."""
-    if type(view) is not Tensor or view.untyped_storage().nbytes() == view.numel() * view.element_size():
-        return view
-    return view.clone()
-
-
-def _unwrapped(name: str, known: Mapping[str, Tensor]) -> str:
-    """A name without the prefixes of wrappers around the model that has `known` names."""
-    while name not in known:
-        prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
-        if prefix is None:
-            break
-        name = name.removeprefix(prefix)
-    return name
+    configs, present = stored.provenance.get("base_adapters") or {}, peft_adapters.views(base)
+    if attachments_of(base) and any(
+        name not in present or not torch.equal(present[name].cpu(), tensor.to(present[name].dtype))
+        for name, tensor in stored.base_adapters.items()
+    ):
+        raise ValueError(
+            f"{stored.directory} brings PEFT adapters for the base, which carries another shadow already; unload that first."
+        )
+    if present or not configs:
+        return False
+    with malformed(f"{stored.directory}: base_adapters"):
+        peft_adapters.inject_adapters(base, configs, record)
+    return True

@@ -1,7 +1,8 @@
 """Dialect A: the tensors of `shadow-peft` 0.1.x under their names in `shadow_adapter.safetensors`.
 
-The names map to views of the model's own parameters, whose layout follows speed: gate and transform share one down map, and
-the maps of all layers are stacked. Copying a view out saves, copying into it loads.
+Each name belongs to a view of one of the model's parameters. The layout of the parameters is chosen for speed: gate and
+transform share one down projection, and the weights of all layers are stacked. Copying from a view saves, copying into it
+loads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from shadow_peft.adapter import ShadowAdapter
 
 ADAPTER_FILE = "shadow_adapter.safetensors"
 READOUT_FILE = "shadow_adapter_readout.safetensors"
-"""Another name, so that `shadow-peft` 0.1.x finds no adapter where it could not compute it."""
+"""Has another name, so that `shadow-peft` 0.1.x does not find an adapter that it cannot compute."""
 LEGACY_ADAPTER_FILE = "shadow_adapter.pt"
 HEADS_FILE = "shadow_modules.safetensors"
 BASE_ADAPTER_FILE = "base_adapter.safetensors"
@@ -27,7 +28,7 @@ def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in the file -> view of the parameter, for every tensor of the adapter; task heads are apart.
 
     Raises:
-        ValueError: the adapter's mathematics has no place in this dialect.
+        ValueError: this dialect cannot hold the adapter's variant.
     """
     if model.shadow_config.variant == "peft":
         raise ValueError(
@@ -61,7 +62,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _update_views(model: ShadowAdapter) -> dict[str, Tensor]:
-    """Layer i's gate is `update_gates.i` (indices 0, 2), its transform `update_transforms.i` (0, 3: dropout stands at 2)."""
+    """Gate of layer i: `update_gates.i` (indices 0, 2); its transform: `update_transforms.i` (0, 3, since 2 is dropout)."""
     updating, k = model.shadow_update_model, model.shadow_config.gate_hidden_size
     assert updating is not None
     assert updating.hidden_norm is not None

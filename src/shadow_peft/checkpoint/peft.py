@@ -1,9 +1,12 @@
-"""Dialect B: the files of the Shadow tuner in `peft` 0.21, which holds adapters of the variant "peft".
+"""Dialect B: the files of the Shadow tuner in `peft` 0.21, for adapters of the variant "peft".
 
-It has two files:
+Its two files:
 
     adapter_config.json          peft_type "SHADOW" and the hyperparameters under peft's names
-    adapter_model.safetensors    per block the injection and update maps, then backbone and projection
+    adapter_model.safetensors    injection and update weights of each layer, then backbone and projection
+
+Trained heads and adapters of the base are in files of their own beside them, as in dialect A; peft does not read these. What
+peft's config has no name for is in its `provenance`, which peft ignores too.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     """Name in `adapter_model.safetensors` -> view of the parameter.
 
     Raises:
-        ValueError: the adapter's mathematics has no place in this dialect.
+        ValueError: this dialect cannot hold the adapter's variant.
     """
     if model.shadow_config.variant != "peft":
         raise ValueError(
@@ -84,24 +87,27 @@ def _block_views(model: ShadowAdapter, i: int) -> dict[str, Tensor]:
     }
 
 
-def config_from_peft(data: dict[str, Any]) -> ShadowConfig:
+def config_from_peft(data: dict[str, Any], ours: dict[str, Any]) -> ShadowConfig:
     """The ShadowConfig that an `adapter_config.json` describes.
 
+    Args:
+        data: its content.
+        ours: the fields that we stored with it, for what peft has no name; empty in a file of peft's own.
+
     Raises:
-        ValueError: another tuner's config, or one that uses what this library does not know.
+        ValueError: a config of another tuner, or one with an option that this library does not support.
     """
     if data.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{CONFIG_FILE} has peft_type {data.get('peft_type')!r}; only {PEFT_TYPE!r} is a shadow adapter.")
     if not data.get("share_embeddings", True):
         raise ValueError(f"{CONFIG_FILE} has share_embeddings false, which is not supported.")
-    values = {ours: data[theirs] for theirs, ours in _FIELDS.items() if data.get(theirs) is not None}
-    return ShadowConfig(
-        **values,
-        num_shadow_layers=data.get("shadow_num_hidden_layers") or 1,
-        gate_hidden_size=data.get("update_hidden_size") or data["r"],
-        variant="peft",
-        shadow_init="random",
-    )
+    values = {name: data[theirs] for theirs, name in _FIELDS.items() if data.get(theirs) is not None}
+    values |= {
+        "num_shadow_layers": data.get("shadow_num_hidden_layers") or 1,
+        "gate_hidden_size": data.get("update_hidden_size") or data["r"],
+        "variant": "peft",
+    }
+    return ShadowConfig.from_dict({"shadow_init": "random", **ours, **values})
 
 
 def peft_config(model: ShadowAdapter, base_name: str | None) -> dict[str, Any]:

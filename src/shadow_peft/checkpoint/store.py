@@ -1,27 +1,26 @@
-"""An adapter saved and loaded, in either file dialect, from a directory or the hub."""
+"""Saves an adapter into a directory and reads it from a directory or the hub, in either file dialect."""
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base import peft_adapters
-from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.checkpoint import native, peft
+from shadow_peft.checkpoint.arguments import check_arguments
+from shadow_peft.checkpoint.folder import FILES, INDEX_FILE, STATE_FILE, check_target, is_trainer_folder
+from shadow_peft.checkpoint.provenance import base_sizes, malformed, provenance, stored_provenance
+from shadow_peft.checkpoint.state_dicts import own_entries
 from shadow_peft.config import CONFIG_FILE, ShadowConfig
-from shadow_peft.storage.files import all_or_none, read_json, write_json
+from shadow_peft.storage.atomic import all_or_none, read_unchanged
+from shadow_peft.storage.files import read_json, write_json
 from shadow_peft.storage.hub import local_directory
 from shadow_peft.storage.sharded import is_sharded, own_state, parameters_replaced
 from shadow_peft.storage.tensors import fill, read_tensors, write_tensors
@@ -30,22 +29,8 @@ logger = logging.getLogger(__name__)
 
 Dialect = Literal["native", "peft"]
 
-FILES = frozenset(
-    {native.ADAPTER_FILE, native.READOUT_FILE, native.LEGACY_ADAPTER_FILE, native.HEADS_FILE, CONFIG_FILE}
-    | {native.BASE_ADAPTER_FILE}
-    | {peft.ADAPTER_FILE, peft.CONFIG_FILE}
-)
-"""All names that an adapter's files can have; a save leaves none of an earlier one."""
-
-INDEX_FILE = "model.safetensors.index.json"
-"""transformers' index of a checkpoint in several files; a Trainer resumes only from a folder with weights that it knows."""
-
-_TRAINER_FOLDER = re.compile(r"(last-)?checkpoint(-\d+)?")
-"""Names that a Trainer gives the folders it may resume from; no other folder gets an index."""
-
-
 _PEFT_WEIGHT = ("auxiliary_loss_weight", "shadow_loss_weight")
-"""What peft's config calls the weight of the shadow's loss, and what we call it."""
+"""The name of the shadow's loss weight in peft's config, and ours."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +39,13 @@ class Checkpoint:
 
     Attributes:
         config: the adapter's hyperparameters.
-        dialect: which files it was read from.
+        dialect: dialect of the files.
         tensors: name -> tensor of the adapter.
         heads: name -> tensor of the trained heads.
         base_adapters: name -> tensor of the PEFT adapters that the base carried.
-        provenance: what the file says about where it comes from; empty when it says nothing.
-        directory: where it was read.
-        training: factors of the loss that it was trained with, by the names of the task models' arguments, where the file
-            says them.
+        provenance: where the adapter comes from, as stored in the file; empty if nothing is stored.
+        directory: directory that it was read from.
+        training: stored factors of the loss, under the names of the task models' arguments.
     """
 
     config: ShadowConfig
@@ -75,8 +59,22 @@ class Checkpoint:
 
     @property
     def head_names(self) -> list[str]:
-        """Names of the trained heads that the checkpoint holds."""
+        """Names of the trained heads in the checkpoint."""
         return sorted({name.partition(".")[0] for name in self.heads})
+
+    def require_heads(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint that names heads of a task model and does not hold them.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        declared = self.provenance.get("heads", self.config.modules_to_save)
+        missing = sorted(set(declared) & set(names) - set(self.head_names))
+        if missing:
+            raise ValueError(
+                f"{self.directory} was saved with trained heads, but {native.HEADS_FILE} with {' and '.join(missing)} is "
+                "not there; copy or download it too."
+            )
 
     def without_heads(self) -> Checkpoint:
         """The same checkpoint for a model without task heads."""
@@ -86,50 +84,70 @@ class Checkpoint:
         return replace(self, heads={}, config=replace(self.config, modules_to_save=[]))
 
 
+# -------------------------------------------------------------------- reading
+
+
 def read(path_or_repo: str | Path) -> Checkpoint:
     """Read a checkpoint of either dialect.
 
     Raises:
-        ValueError: no checkpoint is there, or a file of it is damaged.
+        ValueError: no checkpoint is there, or a file of it is missing or damaged.
     """
     directory = local_directory(path_or_repo)
-    if (directory / CONFIG_FILE).is_file():
-        return _read_native(directory)
-    if (directory / peft.CONFIG_FILE).is_file():
-        return _read_peft(directory)
+    return read_unchanged(directory, FILES, lambda files: _read(directory, files))
+
+
+def _read(directory: Path, files: Mapping[str, Path]) -> Checkpoint:
+    if CONFIG_FILE in files:
+        return _read_native(directory, files)
+    if peft.CONFIG_FILE in files:
+        return _read_peft(directory, files)
     raise ValueError(
         f"{directory} holds no shadow adapter: neither {CONFIG_FILE} (shadow-peft) nor {peft.CONFIG_FILE} (peft)."
     )
 
 
-def _read_native(directory: Path) -> Checkpoint:
-    stored = read_json(directory / CONFIG_FILE)
-    config = ShadowConfig.from_dict(stored)
-    file, legacy = native.adapter_file(config.variant), directory / native.LEGACY_ADAPTER_FILE
-    use_legacy = legacy.is_file() and not (directory / file).is_file()
-    tensors = read_tensors(legacy) if use_legacy else _required(directory, file)
-    heads, base = (_if_there(directory / name) for name in (native.HEADS_FILE, native.BASE_ADAPTER_FILE))
-    origin = stored.get("provenance", {})
-    return Checkpoint(config, "native", tensors, heads, origin, directory, origin.get("training") or {}, base)
+def _read_native(directory: Path, files: Mapping[str, Path]) -> Checkpoint:
+    stored = read_json(files[CONFIG_FILE])
+    with malformed(files[CONFIG_FILE]):
+        config, origin = ShadowConfig.from_dict(stored), stored_provenance(stored, FILES)
+    file = native.adapter_file(config.variant)
+    if file not in files and native.LEGACY_ADAPTER_FILE in files:
+        file = native.LEGACY_ADAPTER_FILE
+    return _with_tensors(Checkpoint(config, "native", {}, {}, origin, directory, origin.get("training", {})), file, files)
 
 
-def _if_there(file: Path) -> dict[str, Tensor]:
-    return read_tensors(file) if file.is_file() else {}
+def _read_peft(directory: Path, files: Mapping[str, Path]) -> Checkpoint:
+    data = read_json(files[peft.CONFIG_FILE])
+    with malformed(files[peft.CONFIG_FILE]):
+        origin = stored_provenance(data, FILES)
+        config = peft.config_from_peft(data, origin.get("shadow_config", {}))
+        training = {_PEFT_WEIGHT[1]: float(data.get(_PEFT_WEIGHT[0], 0.05)), **origin.get("training", {})}
+    return _with_tensors(Checkpoint(config, "peft", {}, {}, origin, directory, training), peft.ADAPTER_FILE, files)
 
 
-def _read_peft(directory: Path) -> Checkpoint:
-    data = read_json(directory / peft.CONFIG_FILE)
-    config = peft.config_from_peft(data)
-    tensors = _required(directory, peft.ADAPTER_FILE)
-    origin = data.get("provenance", {})
-    training = {_PEFT_WEIGHT[1]: float(data.get(_PEFT_WEIGHT[0], 0.05)), **(origin.get("training") or {})}
-    return Checkpoint(config, "peft", tensors, {}, origin, directory, training)
+def _with_tensors(checkpoint: Checkpoint, adapter_file: str, files: Mapping[str, Path]) -> Checkpoint:
+    """The checkpoint with the tensors of all files that its config names; files that it does not name are left alone.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    directory, origin = checkpoint.directory, checkpoint.provenance
+    named = set(origin.get("files", files))
+    if origin.get("base_adapters"):
+        named.add(native.BASE_ADAPTER_FILE)
+    tensors = {}
+    for name in (adapter_file, *sorted({native.HEADS_FILE, native.BASE_ADAPTER_FILE} & named)):
+        if name not in files:
+            raise ValueError(f"{directory} has a config but no {name}, which it was saved with; copy or download it too.")
+        tensors[name] = read_tensors(files[name])
+    heads, base = (tensors.get(name, {}) for name in (native.HEADS_FILE, native.BASE_ADAPTER_FILE))
+    read = replace(checkpoint, tensors=tensors[adapter_file], heads=heads, base_adapters=base)
+    read.require_heads(origin.get("heads", ()))
+    return read
 
 
-def _required(directory: Path, name: str) -> dict[str, Tensor]:
-    if not (directory / name).is_file():
-        raise ValueError(f"{directory} has a config but no {name}.")
-    return read_tensors(directory / name)
+# -------------------------------------------------------------------- saving
 
 
 def save(
@@ -141,63 +159,66 @@ def save(
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     training: Mapping[str, float] | None = None,
-    **_: Any,
+    overwrite: bool = False,
+    **others: Any,
 ) -> None:
-    """Save an adapter; an interrupted save leaves what was there before.
+    """Save an adapter; an interrupted save leaves what was there before, see `storage.atomic`.
 
     Args:
         model: the adapted model.
         save_directory: created when it is missing.
-        dialect: which files; None takes peft's for the variant "peft" and ours for all others.
-        include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x wants one: beside an
+        dialect: dialect of the files; None is peft's for the variant "peft" and ours for all others.
+        include_shared_embeddings: store a copy of the base's embedding table where shadow-peft 0.1.x needs one: beside an
             implicit shadow whose class does not call its table `embed_tokens`.
         is_main_process: False writes nothing, as in transformers.
         state_dict: what `model.state_dict()` returned, when a trainer has gathered it; needed where it is sharded.
         training: factors of the loss, to be stored with where the adapter comes from.
-        **_: further arguments of transformers' `save_pretrained`, which have no meaning here.
+        overwrite: save even if the folder holds a model or an adapter of another kind; files of the same name are replaced.
+        **others: what trainers pass to any model, see `checkpoint.arguments`.
 
     Raises:
-        ValueError: the parameters are sharded over processes, and `state_dict` does not hold them whole.
+        ValueError: the folder holds something else, or the parameters are sharded over processes and `state_dict` does not
+            hold them whole.
+        TypeError: an unknown argument.
     """
+    check_arguments(others)
     if not is_main_process:
         return
     if is_sharded(model):
         if include_shared_embeddings:
             raise ValueError("include_shared_embeddings copies the base's table, which is sharded over processes here.")
         with _gathered(model, state_dict):
-            return _save(model, save_directory, dialect, training)
-    _save(model, save_directory, dialect, training, include_shared_embeddings, state_dict)
-
-
-def _save(
-    model: ShadowAdapter,
-    save_directory: str | Path,
-    dialect: Dialect | None,
-    training: Mapping[str, float] | None,
-    include_shared_embeddings: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    if (dialect or _dialect_of(model)) == "peft":
-        return _save_peft(model, save_directory, training)
-    contents = {
-        native.adapter_file(model.shadow_config.variant): native.adapter_views(model),
-        native.HEADS_FILE: native.head_views(model),
-        native.BASE_ADAPTER_FILE: peft_adapters.views(model.base_model),
-    }
+            return _write(model, Path(save_directory), _contents(model, dialect), training, overwrite)
+    contents = _contents(model, dialect)
     if state_dict is not None:
-        contents = {file: {name: state_dict[name] for name in views} for file, views in contents.items()}
-    if include_shared_embeddings:
+        contents = _taken_from(state_dict, contents)
+    if include_shared_embeddings and peft.ADAPTER_FILE not in contents:
         contents[native.adapter_file(model.shadow_config.variant)] |= shared_table(model)
-    with all_or_none(save_directory, replacing=FILES) as staging:
-        for file, tensors in contents.items():
-            if tensors:
-                write_tensors(tensors, staging / file)
-        write_json({**model.shadow_config.to_dict(), "provenance": provenance(model, training)}, staging / CONFIG_FILE)
-        _write_index({name: file for file, tensors in contents.items() for name in tensors}, save_directory, staging)
+    _write(model, Path(save_directory), contents, training, overwrite)
+
+
+def _contents(model: ShadowAdapter, dialect: Dialect | None) -> dict[str, dict[str, Tensor]]:
+    """File -> name -> tensor of the model."""
+    if (dialect or _dialect_of(model)) == "peft":
+        contents = {peft.ADAPTER_FILE: peft.adapter_views(model)}
+    else:
+        contents = {native.adapter_file(model.shadow_config.variant): native.adapter_views(model)}
+    heads, base = native.head_views(model), peft_adapters.views(model.base_model)
+    return {**contents, native.HEADS_FILE: heads, native.BASE_ADAPTER_FILE: base}
+
+
+def _taken_from(state_dict: Mapping[str, Tensor], contents: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same files with the tensors of a state dict."""
+    known = {name: tensor for tensors in contents.values() for name, tensor in tensors.items()}
+    given = own_entries(state_dict, known)
+    missing = [name for name in known if name not in given]
+    if missing:
+        raise ValueError(f"state_dict lacks {len(missing)} tensors of the adapter; {missing[0]} is the first.")
+    return {file: {name: given[name] for name in tensors} for file, tensors in contents.items()}
 
 
 def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
-    """The model with whole parameters from a gathered state dict, for as long as a file is written."""
+    """A context in which the model has the unsharded parameters of a gathered state dict, to write a file."""
     missing = [name for name in own_state(model, without="base_model") if name not in (state_dict or {})]
     if state_dict is None or missing:
         raise ValueError(
@@ -209,34 +230,64 @@ def _gathered(model: ShadowAdapter, state_dict: Mapping[str, Tensor] | None) -> 
     )
 
 
-def _save_peft(model: ShadowAdapter, save_directory: str | Path, training: Mapping[str, float] | None) -> None:
-    if native.head_views(model) or peft_adapters.views(model.base_model):
-        raise ValueError("peft's dialect has no place for trained heads, nor for adapters of the base.")
-    with all_or_none(save_directory, replacing=FILES) as staging:
-        adapter = peft.adapter_views(model)
-        write_tensors(adapter, staging / peft.ADAPTER_FILE)
-        base_name = model.base_model.name_or_path or None
-        config = {**peft.peft_config(model, base_name), "provenance": provenance(model, training)}
-        if training is not None:
-            config[_PEFT_WEIGHT[0]] = training[_PEFT_WEIGHT[1]]
-        write_json(config, staging / peft.CONFIG_FILE)
-        _write_index(dict.fromkeys(adapter, peft.ADAPTER_FILE), save_directory, staging)
+def _write(
+    model: ShadowAdapter,
+    directory: Path,
+    contents: dict[str, dict[str, Tensor]],
+    training: Mapping[str, float] | None,
+    overwrite: bool,
+) -> None:
+    contents = {file: tensors for file, tensors in contents.items() if tensors}
+    config_file = peft.CONFIG_FILE if peft.ADAPTER_FILE in contents else CONFIG_FILE
+    extra = _trainer_file(directory, config_file)
+    old = check_target(directory, [*contents, config_file, *extra], overwrite)
+    origin = {**provenance(model, training, list(contents)), "trainer_files": extra}
+    with all_or_none(directory, removing=old) as staging:
+        for file, tensors in contents.items():
+            write_tensors(tensors, staging / file)
+        write_json(_config(model, config_file, origin, training), staging / config_file)
+        if extra == [INDEX_FILE]:
+            files = {name: file for file, tensors in contents.items() for name in tensors}
+            write_json({"metadata": {}, "weight_map": files}, staging / INDEX_FILE)
+        elif extra == [STATE_FILE]:
+            write_tensors({n: t for tensors in contents.values() for n, t in tensors.items()}, staging / STATE_FILE)
 
 
-def _write_index(files: Mapping[str, str], save_directory: str | Path, staging: Path) -> None:
-    if _TRAINER_FOLDER.fullmatch(Path(save_directory).name):
-        write_json({"metadata": {}, "weight_map": dict(files)}, staging / INDEX_FILE)
+def _trainer_file(directory: Path, config_file: str) -> list[str]:
+    """What a `Trainer` needs to load the adapter back into its model; only the folders that it resumes from get it.
+
+    Beside `adapter_model.safetensors` it takes no index: it expects a PeftModel, or all tensors in one file.
+    """
+    if not is_trainer_folder(directory):
+        return []
+    return [STATE_FILE if config_file == peft.CONFIG_FILE else INDEX_FILE]
+
+
+def _config(
+    model: ShadowAdapter, config_file: str, origin: dict[str, Any], training: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """The content of the config file."""
+    config = model.shadow_config.to_dict()
+    if config_file == CONFIG_FILE:
+        return {**config, "provenance": origin}
+    theirs = peft.peft_config(model, model.base_model.name_or_path or None)
+    if training is not None:
+        theirs[_PEFT_WEIGHT[0]] = training[_PEFT_WEIGHT[1]]
+    return {**theirs, "provenance": {**origin, "shadow_config": config}}
 
 
 def _dialect_of(model: ShadowAdapter) -> Dialect:
     return "peft" if model.shadow_config.variant == "peft" else "native"
 
 
+# -------------------------------------------------------------------- loading
+
+
 def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model; all are checked before the first is copied.
 
     Raises:
-        ValueError: it was made for a base of other sizes, or a tensor is missing, unknown or of another shape.
+        ValueError: the checkpoint was made for a base of other sizes, or a tensor is missing, unknown or of another shape.
     """
     _require_same_base(model, checkpoint)
     views = peft.adapter_views(model) if checkpoint.dialect == "peft" else native.adapter_views(model)
@@ -257,40 +308,8 @@ def _require_same_base(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
 
 
 def shared_table(model: ShadowAdapter) -> dict[str, Tensor]:
-    """The base's embedding table under the name that an implicit shadow's own table would have."""
+    """The base's embedding table under the name that an embedding table of the implicit shadow would have."""
     name = model.shared_table_name
     if name is None:
         return {}
     return {f"shadow_model.{name}": model.base_model.get_input_embeddings().weight.detach()}
-
-
-def provenance(model: ShadowAdapter, training: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Where an adapter comes from: versions, base, base sizes, seed, and the factors of the loss where they are known."""
-    base = model.base_model
-    return {
-        "versions": {
-            **{name: version(name) for name in ("shadow-peft", "torch", "transformers", "safetensors")},
-            "python": platform.python_version(),
-        },
-        "base_model_name_or_path": base.name_or_path or None,
-        "base_model_type": base.config.model_type,
-        "base_model_class": type(base).__name__,
-        "base_sizes": base_sizes(model),
-        "base_adapters": peft_adapters.stored_configs(base),
-        "seed": torch.initial_seed(),
-        "training": None if training is None else dict(training),
-        "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
-        "shadow_model_has_embeddings": input_embeddings(model.shadow_model) is not None,
-    }
-
-
-def base_sizes(model: ShadowAdapter) -> dict[str, int]:
-    """The sizes of a base that an adapter depends on."""
-    table = model.base_model.get_input_embeddings()
-    sizes = {"hidden_size": model.decoder.hidden_size, "num_hidden_layers": len(model.decoder.layers)}
-    return sizes if table is None else {**sizes, "vocab_size": int(table.weight.shape[0])}
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
-    return plain

@@ -1,6 +1,6 @@
-"""The fields of dataclasses of this and of other packages, the latter read from their source without importing them.
+"""The fields of dataclasses of this and of other packages; the latter are read from source, without an import.
 
-TRL's configs cost seconds to import, since TRL, transformers and torch come along. Their source names every field.
+Importing TRL's configs takes seconds, since it imports TRL, transformers and torch. Their source names every field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DeclaredField:
-    """What a parser makes options of.
+    """A field from which a parser makes options.
 
     Args:
         name: name of the field.
@@ -29,7 +29,7 @@ class DeclaredField:
 
 
 def fields_of(cls: type) -> list[DeclaredField]:
-    """The fields of a dataclass of ours."""
+    """The fields of a dataclass of this package."""
     return [
         DeclaredField(f.name, f.default is True, _strings(f.metadata.get("aliases", ())))
         for f in dataclasses.fields(cls)
@@ -41,7 +41,7 @@ def fields_in_source(package: str, name: str) -> list[DeclaredField]:
     """The fields of the dataclass `name` that a package exports, those of its base classes first.
 
     Raises:
-        LookupError: there is no such package, or no class of that name is found by following the imports in its source.
+        LookupError: there is no such package, or following the imports in its source finds no class of that name.
         OSError, ValueError, SyntaxError: a source cannot be found, read or parsed.
     """
     module, node = _find_class(package, name)
@@ -55,7 +55,7 @@ def fields_in_source(package: str, name: str) -> list[DeclaredField]:
 
 
 def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:
-    """The module that defines a class, and the definition; imports are followed, those for type checkers included."""
+    """The module that defines a class, and the definition; imports are followed, type-checking imports included."""
     path, tree = _source(module)
     for item in tree.body:
         if isinstance(item, ast.ClassDef) and item.name == name:
@@ -69,7 +69,7 @@ def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:
 
 
 def _source(module: str) -> tuple[Path, ast.Module]:
-    """File and syntax tree of a module; only the folder of its outermost package is asked of the import system."""
+    """File and syntax tree of a module; the import system is used only to find the folder of its top-level package."""
     package, *parts = module.split(".")
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -88,7 +88,7 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def _declared(item: ast.AnnAssign) -> DeclaredField | None:
-    """The field that `name: type = value` declares; None where it is no argument of the constructor."""
+    """The field that `name: type = value` declares; None if it is no argument of the constructor."""
     kind = ast.unparse(item.annotation)
     if not isinstance(item.target, ast.Name) or any(word in kind for word in ("ClassVar", "InitVar", "KW_ONLY")):
         return None

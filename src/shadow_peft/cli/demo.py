@@ -1,4 +1,4 @@
-"""`shadow-peft demo`: the embedded base learns robot commands, LoRA races beside it, offline, in some minutes."""
+"""`shadow-peft demo`: fine-tunes the embedded base on robot commands, with a shadow and with LoRA, offline."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shadow_peft.demo.race import SHADOW, Contender, RaceSettings, race_base, ra
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 
-DESCRIPTION = "Fine-tunes an embedded model on an embedded task, offline, and races PEFT LoRA of the same size."
+DESCRIPTION = "Fine-tunes an embedded model on an embedded task, offline, and compares it with PEFT LoRA of the same size."
 EXAMPLES = """examples:
-  shadow-peft demo                          the whole race, some minutes on two cores
-  shadow-peft demo --output /tmp/race       results go there
-  shadow-peft demo --smoke                  a few steps, to see that everything runs
+  shadow-peft demo                          everything; some minutes on two cores
+  shadow-peft demo --output /tmp/race       results go to this folder
+  shadow-peft demo --smoke                  a few steps, to check that everything runs
 """
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, runs the race and prints the table."""
+    """Parse the options, run the race and print the table."""
     options, _ = parse(VerbParser("demo", OPTIONS["demo"], DESCRIPTION, EXAMPLES), arguments)
     settings = replace(RaceSettings(), seed=options.seed)
     if options.smoke:
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
 
 
 def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
-    """Runs every contender, prints the table and writes all files below `output`."""
+    """Run every contender, print the table and write all files below `output`."""
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     contenders = _contenders(settings, output)
@@ -47,7 +47,7 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
 
 
 def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
-    """The lines of the table, in its order."""
+    """The contenders in the order of the table."""
     budget = shadow_size(settings)
     screen = Screen()
     screen.line(f"training base + shadow (ShadowPEFT, variant {SHADOW.variant!r}) and base + LoRA side by side")

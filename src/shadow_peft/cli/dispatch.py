@@ -1,6 +1,6 @@
-"""Finds the verb and runs it; users' mistakes become one clear message and exit status 1, or 2 for what does not exist.
+"""Finds the verb and runs it. A mistake of the user is one clear message and exit status 1, or 2 for an unknown name.
 
-Nothing here imports torch: help, version and a mistyped option are answered at once.
+Nothing here imports torch, so help, version and a mistyped option are answered at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
-    "demo": "fine-tune an embedded model on an embedded task, offline, and race LoRA",
+    "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
     "train": "fine-tune a causal language model on your own data, with a shadow or LoRA",
-    "generate": "let a model, with or without its shadow adapter, go on with a text",
-    "eval": "score a model, with its shadow or as the shadow alone, by lm-evaluation-harness",
+    "generate": "continue a text with a model, with or without its shadow adapter",
+    "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point `shadow-peft`.
 
     Args:
-        arguments: a verb and its options; None takes those of the process.
+        arguments: a verb and its options; None uses those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a mistake of the user's, 2 for an unknown verb or option, 130 for Ctrl-C.
+        The exit status: 0 for success, 1 for a mistake of the user, 2 for an unknown verb or option, 130 for Ctrl-C.
 
     Raises:
         SystemExit: from the parser of a verb, after its help (status 0) or a value that does not fit (2).
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The verbs and what they do."""
+    """The usage text: the verbs and what they do."""
     lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
     usage = "usage: shadow-peft VERB [options]   (VERB --help shows the options, --version the version)"
     return "\n".join([usage, "", *lines])

@@ -1,4 +1,4 @@
-"""What the verbs raise for a mistake in what was asked for, and how the errors of libraries become one line."""
+"""The exceptions that the verbs raise for a mistake of the user, and how errors of libraries become one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ LONGEST = 400
 
 
 class UserError(Exception):
-    """A mistake in what was asked for; the message says what was wrong and what to do.
+    """A mistake of the user; the message says what was wrong and what to do.
 
     Attributes:
         status: the exit status of the process.

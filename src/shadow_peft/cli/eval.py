@@ -1,4 +1,4 @@
-"""`shadow-peft eval`: scores a model by lm-evaluation-harness, attached, as the shadow alone, or bare."""
+"""`shadow-peft eval`: scores a model with lm-evaluation-harness: the adapted base, the shadow alone, or any other model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from lm_eval.utils import handle_non_serializable, make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_answering
+from shadow_peft.cli.loading import check_quantization, load_answering
 from shadow_peft.cli.options import OPTIONS, EvalOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Screen
-from shadow_peft.model import InferenceMode
+from shadow_peft.outputs import InferenceMode
 
 DESCRIPTION = (
-    "Scores a model by lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
+    "Scores a model with lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
     "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
 )
 EXAMPLES = """examples:
   shadow-peft eval --adapter out --tasks gsm8k
   shadow-peft eval --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
   shadow-peft eval --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
+  shadow-peft eval --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit --use_bnb_nested_quant
   shadow-peft eval --model Qwen/Qwen3-0.6B --tasks gsm8k --limit 100
   shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
 """
@@ -39,14 +40,15 @@ PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, scores every mode and prints the tables."""
-    options, _ = parse(VerbParser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
+    """Parse the options, score every mode and print the tables."""
+    options, quantization, _ = parse(VerbParser("eval", OPTIONS["eval"], DESCRIPTION, EXAMPLES), arguments)
+    check_quantization(quantization)
     manager = find_tasks(options.tasks, options.include_path)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it remarks that it is handed a model, on every run
     screen = Screen()
     with quiet_libraries():
-        model, tokenizer = load_answering(options.model, options.adapter, device, dtype=options.dtype)
+        model, tokenizer = load_answering(options.model, options.adapter, device, quantization, dtype=options.dtype)
         name = options.model or model.peft_model.base_model.name_or_path
         rows = [("model", name), *([("adapter", options.adapter)] if options.adapter else [])]
         dtype = str(model.dtype).removeprefix("torch.")
@@ -63,7 +65,7 @@ def run(arguments: list[str]) -> None:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str, options: EvalOptions, manager: TaskManager
 ) -> dict[str, Any]:
-    """What the harness measures of a model in one inference mode; "bare" is that of a model without a shadow."""
+    """The harness's results of a model in one inference mode; "bare" means a model without a shadow."""
     if mode != "bare":
         model.set_inference_mode(mode)
     results = simple_evaluate(
@@ -84,10 +86,10 @@ def score(
 
 
 def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
-    """The harness's catalogue, read no further than to the tasks that are asked for.
+    """The harness's catalogue; its own tasks are read only if a task is not found in `include_path`.
 
     Raises:
-        UserError: naming a task that nobody knows, or a folder that is not there.
+        UserError: names an unknown task, or a folder that does not exist.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include_path {include_path} is no folder")
@@ -101,7 +103,7 @@ def find_tasks(tasks: list[str], include_path: str | None) -> TaskManager:
 
 
 def write_results(path: Path, results: dict[str, Any], model: str, options: EvalOptions, arguments: list[str]) -> None:
-    """Everything measured, mode by mode, with the command and the versions that made it, as JSON."""
+    """Write the results of every mode with command and versions as JSON."""
     provenance = {
         "command": f"shadow-peft eval {shlex.join(arguments)}",
         "model": model,
@@ -121,5 +123,5 @@ def _modes(options: EvalOptions) -> list[str]:
 
 
 def _batch(given: str) -> int | str:
-    """A number, or what the harness calls auto."""
+    """The batch size as a number, or "auto" and its forms for the harness."""
     return given if given.startswith("auto") else int(given)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from shadow_peft.checkpoint.store import FILES as ADAPTER_FILES
+from shadow_peft.checkpoint.folder import FILES as ADAPTER_FILES
+from shadow_peft.checkpoint.folder import others_in
 from shadow_peft.cli.errors import UserError
 from shadow_peft.config import CONFIG_FILE
 from shadow_peft.storage.files import read_json
@@ -31,9 +32,9 @@ _SHARDED = re.compile(r"pytorch_model_fsdp.*|global_step\d+")
 
 
 def check_output(
-    output: Path, sources: dict[str, str | None], *, resumes: str | None, overwrite: bool, export: bool
+    output: Path, sources: dict[str, str | None], *, resumes: str | None, overwrite: bool, export: bool, shadow: bool = True
 ) -> None:
-    """Refuses a folder that something would be lost in.
+    """Refuse a folder that something would be lost in.
 
     Args:
         output: folder of the run, which may be missing.
@@ -41,6 +42,7 @@ def check_output(
         resumes: the checkpoint that the run goes on from.
         overwrite: an old run may go.
         export: the run exports its shadow.
+        shadow: the run trains a shadow, which is never saved beside a model or an adapter of others.
 
     Raises:
         UserError: saying what is there, and what to do.
@@ -56,7 +58,11 @@ def check_output(
     if model:
         raise UserError(f"--output {output} holds a model ({model[0]}); give another folder")
     old = [path.name for path in old_run(output)]
-    if resumes is not None and Path(resumes).resolve().parent == output.resolve():
+    resumes_here = resumes is not None and Path(resumes).resolve().parent == output.resolve()
+    there = others_in(output, but=() if resumes_here else old) if shadow else None
+    if there:
+        raise UserError(f"--output {output} holds {there}; give another folder")
+    if resumes_here:
         if EXPORT in old and not export:
             raise UserError(f"{output / EXPORT} was exported from this run; add --export to renew it, or remove it")
         return
@@ -92,7 +98,7 @@ def old_run(output: Path) -> list[Path]:
 
 
 def clear(output: Path) -> None:
-    """Removes what `old_run` finds, and nothing else; of the exported shadow the files that an export has."""
+    """Remove what `old_run` finds, and nothing else; of the exported shadow the files that an export has."""
     for path in old_run(output):
         if path.is_symlink() or path.is_file():
             path.unlink()

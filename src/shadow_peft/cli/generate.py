@@ -1,4 +1,4 @@
-"""`shadow-peft generate`: a model goes on with a text, with its shadow adapter, as the shadow alone, or bare.
+"""`shadow-peft generate`: continues a text with the adapted base, the shadow alone, or any other model.
 
 It needs the core dependencies alone, and no trainer.
 """
@@ -13,33 +13,35 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from shadow_peft.cli.errors import UserError, one_line
-from shadow_peft.cli.loading import load_answering
+from shadow_peft.cli.loading import check_quantization, load_answering
 from shadow_peft.cli.options import OPTIONS, SamplingOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.generation.drafting import DraftStatistics
 
-DESCRIPTION = "Lets a model go on with one or more texts and prints what it adds."
+DESCRIPTION = "Continues one or more texts with a model and prints what it adds."
 EXAMPLES = """examples:
   shadow-peft generate --adapter out "Translate to German: good morning\\n"
   shadow-peft generate --adapter out "the base from another place" --model Qwen/Qwen3-0.6B
   shadow-peft generate --adapter out "the shadow alone answers" --shadow_only
-  shadow-peft generate --adapter out "the same answer, sooner" --draft
+  shadow-peft generate --adapter out "the shadow drafts, the base verifies" --draft
   shadow-peft generate --adapter out --chat "Hello"
+  shadow-peft generate --adapter out/gsm8k-4bit "as it was trained" --load_in_4bit --use_bnb_nested_quant
   shadow-peft generate --model out/shadow "the exported shadow is a model like any other"
   shadow-peft generate --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1 "Once upon a time"
 """
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, loads the model and prints one answer per text."""
+    """Parse the options, load the model and print one answer per text."""
     parser = VerbParser("generate", OPTIONS["generate"], DESCRIPTION, EXAMPLES)
-    parser.add_argument("text", nargs="+", help="Text to go on with; the two characters \\n stand for a line break")
-    options, sampling, others = parse(parser, arguments)
+    parser.add_argument("text", nargs="+", help="Text to continue; the two characters \\n mean a line break")
+    options, sampling, quantization, others = parse(parser, arguments)
+    check_quantization(quantization)
     if options.draft and (sampling.num_beams or 1) > 1:
         raise UserError("--draft goes with greedy decoding and sampling, not with --num_beams; drop one of them")
     with quiet_libraries():
-        model, tokenizer = load_answering(options.model, options.adapter, dtype=options.dtype)
+        model, tokenizer = load_answering(options.model, options.adapter, None, quantization, dtype=options.dtype)
         if options.shadow_only:
             model.set_inference_mode("shadow_only")
         config = generation_config(model, tokenizer, sampling)
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> None:
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingOptions
 ) -> GenerationConfig:
-    """The model's own generation config, with what was asked for and a padding token.
+    """The model's own generation config with the given options and a padding token.
 
     Raises:
         UserError: options that do not go together.
@@ -79,7 +81,7 @@ def generation_config(
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig
 ) -> tuple[str, DraftStatistics | None]:
-    """What the model adds to a prompt, without special tokens, and what became of the shadow's drafts, if it drafted.
+    """What the model adds to a prompt, without special tokens, and the statistics of drafting, if it drafted.
 
     Raises:
         UserError: an empty prompt, or options that the model cannot answer with.
@@ -97,7 +99,7 @@ def continuation(
 
 
 def report(statistics: DraftStatistics) -> str:
-    """One line about the drafts of one answer."""
+    """One line with the drafting statistics of one answer."""
     positions = zip(statistics.accepted_at, statistics.drafted_at, strict=True)
     by_position = " ".join(f"{accepted}/{drafted}" for accepted, drafted in positions)
     return (

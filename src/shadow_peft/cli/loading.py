@@ -1,18 +1,28 @@
-"""Models and tokenizers by name, for the verbs."""
+"""Loads models and tokenizers by name, for the verbs."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.backbone.projection import carried_projection
 from shadow_peft.checkpoint import peft
 from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.options import QuantizationOptions
 from shadow_peft.config import CONFIG_FILE
 from shadow_peft.storage.files import read_json
 from shadow_peft.storage.hub import local_directory
@@ -20,10 +30,10 @@ from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model of a folder or of the hub; `kwargs` go to `from_pretrained`.
+    """Load a causal language model from a folder or the hub; `kwargs` are passed to `from_pretrained`.
 
     Raises:
-        UserError: if there is no such model, or it is no causal language model.
+        UserError: there is no such model, or it is no causal language model.
     """
     check_place(name)
     try:
@@ -34,7 +44,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def check_place(name: str) -> None:
-    """Refuses what is no model at a glance; transformers says it in many words, and looks for it on the hub first.
+    """Refuse what is no model at a glance; transformers says it in many words, and looks for it on the hub first.
 
     Raises:
         UserError: a path that is not there, a file, or a folder without a model or a LoRA adapter.
@@ -61,7 +71,11 @@ def looks_local(name: str) -> bool:
 
 
 def load_answering(
-    model: str | None, adapter: str | None, device: str | None = None, **kwargs: Any
+    model: str | None,
+    adapter: str | None,
+    device: str | None = None,
+    quantization: QuantizationOptions | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What answers, and its tokenizer: a model, or a base with an adapter attached.
 
@@ -69,16 +83,20 @@ def load_answering(
         model: folder or hub id; None means the base that the adapter names.
         adapter: folder or hub id of a shadow adapter.
         device: where to; None leaves it where it was loaded.
+        quantization: options that `check_quantization` has let pass; None quantizes nothing.
         kwargs: go to `from_pretrained` of the model.
 
     Raises:
         UserError: one of them cannot be loaded, or they do not fit.
     """
     name = named_base(str(adapter)) if model is None else model
+    quantization = quantization or QuantizationOptions()
     try:
         check_place(name)
         tokenizer = load_tokenizer(adapter, name)
-        base = load_model(name, **kwargs).eval()
+        if device is not None and (quantization.load_in_4bit or quantization.load_in_8bit):
+            kwargs["device_map"] = device  # weights are quantized where they are to stay
+        base = load_base(name, quantization, **kwargs).eval()
     except UserError as error:
         if model is not None:
             raise
@@ -115,24 +133,90 @@ def named_base(adapter: str) -> str:
     return base
 
 
-def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
-    """A model of a folder or of the hub as the shadow of a base, speaking through the base's head as it speaks by itself.
+def check_quantization(options: Any) -> None:
+    """Refuse options of the quantization that contradict each other, or do nothing.
+
+    Args:
+        options: `QuantizationOptions`, or TRL's `ModelConfig`.
+
+    Raises:
+        UserError: saying what, and what to do.
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other; drop one of them")
+    if options.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise UserError(f"--bnb_4bit_quant_type is nf4 or fp4, got {options.bnb_4bit_quant_type!r}")
+    defaults = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False, "bnb_4bit_quant_storage": None}
+    given = [name for name, default in defaults.items() if getattr(options, name, default) != default]
+    if given and not options.load_in_4bit:
+        raise UserError(f"--{given[0]} says how 4 bit weights are stored; add --load_in_4bit, or drop it")
+    if (options.load_in_4bit or options.load_in_8bit) and find_spec("bitsandbytes") is None:
+        bits = 4 if options.load_in_4bit else 8
+        raise UserError(f"--load_in_{bits}bit needs bitsandbytes: pip install 'shadow-peft[quantized]'")
+
+
+def quantization_flags(options: Any) -> str:
+    """The options that quantize a base as TRL's `ModelConfig` says, as `generate` and `eval` take them; empty if none do."""
+    flags = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant") if getattr(options, name)]
+    if options.load_in_4bit and options.bnb_4bit_quant_type != "nf4":
+        flags.append(f"--bnb_4bit_quant_type {options.bnb_4bit_quant_type}")
+    return " ".join(flags)
+
+
+def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model, quantized by bitsandbytes if the options say so.
 
     Args:
         name: folder or hub id.
-        base: the base; a shadow of another width gets the projection that fits the two heads best (least squares).
-        tokens: number of tokens that the base's tokenizer knows.
-        share_embeddings: take its embedding table away, so that it is fed the base's.
-        kwargs: go to `from_pretrained`.
+        options: `QuantizationOptions`, or TRL's `ModelConfig`, which `check_quantization` has let pass.
+        kwargs: go to `from_pretrained`, `dtype` among them. 4 bit weights compute in it; "auto" is the checkpoint's.
 
     Raises:
-        UserError: if there is no such model, it is no causal language model, or it knows fewer tokens.
+        UserError: if there is no such model, or it is no causal language model.
+    """
+    if options.load_in_8bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif options.load_in_4bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=_compute_dtype(name, kwargs.get("dtype"), kwargs.get("revision")),
+            bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=getattr(options, "bnb_4bit_quant_storage", None),
+        )
+    return load_model(name, **kwargs)
+
+
+def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:
+    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint."""
+    if dtype not in (None, "auto"):
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    try:
+        stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
+    except Exception as error:  # of a damaged folder it may be of any type
+        raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
+    return torch.float32 if stored is None else stored
+
+
+def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
+    """Load a model from a folder or the hub as the shadow of a base; with the base's head it starts as the model itself.
+
+    Args:
+        name: folder or hub id.
+        base: the base; a shadow of another width gets a projection that fits the two heads by least squares.
+        tokens: number of tokens of the base's tokenizer.
+        share_embeddings: remove its embedding table, so that it is fed the base's embeddings.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        UserError: there is no such model, it is no causal language model, or its vocabulary is smaller.
     """
     shadow = load_model(name, **kwargs)
     known = shadow.get_input_embeddings().weight.shape[0]
     if known < tokens:
         raise UserError(
-            f"cannot take {name!r} as the shadow: it knows {known} tokens, and the base's tokenizer has {tokens}"
+            f"cannot use {name!r} as the shadow: its vocabulary has {known} tokens, the base's tokenizer has {tokens}"
         )
     if share_embeddings or carried_projection(shadow) is not None:
         return prepare_shadow_model(shadow, remove_embed_tokens=share_embeddings)
@@ -146,10 +230,10 @@ def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings:
 
 
 def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first place that has one: a folder with its files, or the last place whatever it is.
+    """Load the tokenizer of the first folder that has one, else that of the last place.
 
     Raises:
-        UserError: if none has one.
+        UserError: none has one.
     """
     named = [place for place in places if place]
     for place in named[:-1]:
@@ -159,10 +243,10 @@ def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:
 
 
 def load_adapted(base: PreTrainedModel, adapter: str) -> ShadowForCausalLM:
-    """The base with a saved adapter attached, ready to answer.
+    """The base with a saved adapter attached, in eval mode.
 
     Raises:
-        UserError: if the adapter does not fit the base or is no adapter.
+        UserError: the adapter does not fit the base or is no adapter.
     """
     try:
         model: ShadowForCausalLM = ShadowForCausalLM.from_pretrained(base, adapter)
@@ -180,7 +264,7 @@ def _tokenizer(place: str) -> PreTrainedTokenizerBase:
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Gives a tokenizer the chat template of a .jinja file, or of another tokenizer with its end of a turn.
+    """Give a tokenizer the chat template of a .jinja file, or of another tokenizer with its end of a turn.
 
     TRL's `clone_chat_template` adds the tokens that are missing and resizes the model. A frozen base cannot learn tokens,
     and an adapter belongs to a base of one size, so a template with tokens that the base does not know is refused.

@@ -1,4 +1,4 @@
-"""The options of every verb, as dataclasses; apart from the verbs, so that they are known without torch and TRL."""
+"""The options of every verb as dataclasses, apart from the verbs so that torch and TRL need not be imported."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from shadow_peft.config import ShadowConfig
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
-"""The shadow that the command line trains unless it is told otherwise; in Python the default is "published"."""
+"""The default config of the command line; in Python the default variant is "published"."""
 
 LARGEST_SEED = 2**32 - 1
 
 
 def require(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Refuses a number outside a range; None, which stands for what was not given, lies in every range.
+    """Refuse a number outside a range; None, which stands for what was not given, lies in every range.
 
     Raises:
         ValueError: naming the option, the range and the number.
@@ -33,7 +33,7 @@ def require(name: str, value: float | None, least: float, most: float = math.inf
 class DemoOptions:
     """Options of `shadow-peft demo`."""
 
-    output: Path = field(default=Path("shadow-demo"), metadata={"help": "Folder of adapter, shadow, picture, results."})
+    output: Path = field(default=Path("shadow-demo"), metadata={"help": "Folder for adapter, shadow, plot and results."})
     smoke: bool = field(default=False, metadata={"help": "A few steps and commands only; the figures mean nothing."})
     seed: int = field(default=0, metadata={"help": "Seed of commands, weights and order."})
 
@@ -46,8 +46,8 @@ class TrainOptions:
     """Options of `shadow-peft train` itself."""
 
     model: str = field(metadata={"help": "Folder or hub id of the base."})
-    data: str = field(metadata={"help": "File, folder or hub id of the data to learn."})
-    output: str = field(metadata={"help": "Folder of the adapter, the tokenizer, the model card and the checkpoints."})
+    data: str = field(metadata={"help": "File, folder or hub id of the training data."})
+    output: str = field(metadata={"help": "Folder for the adapter, the tokenizer, the model card and the checkpoints."})
     overwrite: bool = field(
         default=False,
         metadata={
@@ -55,31 +55,40 @@ class TrainOptions:
         },
     )
     data_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, such as main."})
-    data_split: str = field(default="train", metadata={"help": "Split to learn; slices such as train[:1000] work."})
+    data_split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."})
     eval_data: str | None = field(default=None, metadata={"help": "File, folder or hub id of data to evaluate on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of --eval_data or else --data."})
-    eval_fraction: float | None = field(default=None, metadata={"help": "Hold out this part of the data to evaluate on."})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Hold out this fraction of the data to evaluate on."}
+    )
     shadow_model: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub id of a small model to be the shadow, instead of one made from the base."},
+        metadata={"help": "Folder or hub id of a small model to use as the shadow, instead of one made from the base."},
     )
-    share_embeddings: bool = field(default=False, metadata={"help": "Feed it the base's embeddings instead of its own."})
+    share_embeddings: bool = field(
+        default=False, metadata={"help": "Feed --shadow_model the base's embeddings instead of its own."}
+    )
     export: bool = field(default=False, metadata={"help": "Also save the shadow as a model of its own, OUTPUT/shadow."})
     shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
     shadow_learning_rate_scale: float = field(
-        default=1.0, metadata={"help": "Rate of the backbone, in units of --learning_rate; about 0.05 for a pretrained one."}
+        default=1.0,
+        metadata={"help": "Learning rate of the backbone divided by --learning_rate; about 0.05 for a pretrained one."},
     )
     distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the shadow's distance from the adapted base, which teaches it."}
+        default=0.0,
+        metadata={"help": "Weight of the KL divergence of the shadow (student) from the adapted base (teacher)."},
     )
-    distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions for that."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions."})
     distillation_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "First part of the training in which that weight rises from 0."}
+        default=0.0, metadata={"help": "Fraction of the training in which --distillation_weight rises from 0."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better loss, and keep the best."}
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better loss, and keep the best checkpoint."},
     )
-    early_stopping_threshold: float = field(default=0.0, metadata={"help": "A loss is better if it falls by more."})
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "A loss counts as better only if it is lower by more than this."}
+    )
 
     def __post_init__(self) -> None:
         require("shadow_learning_rate_scale", self.shadow_learning_rate_scale, 0)
@@ -96,9 +105,9 @@ class TemplateOptions:
     completion_if_missing: str | None = field(
         default=None, metadata={"help": "Completion where the template asks for a null cell or an entry of an empty list."}
     )
-    class_column: str | None = field(default=None, metadata={"help": "Column of class indices to show by name."})
+    class_column: str | None = field(default=None, metadata={"help": "Column of class indices to replace by --class_names."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Name of each class."})
-    chat: bool = field(default=False, metadata={"help": "Prompt and completion are turns, for the chat template."})
+    chat: bool = field(default=False, metadata={"help": "Make prompt and completion turns for the chat template."})
 
 
 @dataclass
@@ -109,10 +118,12 @@ class GenerateOptions:
         default=None, metadata={"help": "Folder or hub id of the model; by default the base that the adapter names."}
     )
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter."})
-    shadow_only: bool = field(default=False, metadata={"help": "The shadow answers; the base's layers do not run."})
-    draft: bool = field(default=False, metadata={"help": "The shadow drafts, the base verifies: the same answer."})
-    chat: bool = field(default=False, metadata={"help": "Wrap each text as a user's message in the chat template."})
-    dtype: Dtype = field(default="auto", metadata={"help": "Floating point numbers of the base; auto is its file's."})
+    shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
+    draft: bool = field(
+        default=False, metadata={"help": "The shadow drafts and the base verifies; the answer stays the same."}
+    )
+    chat: bool = field(default=False, metadata={"help": "Format each text as a user's message with the chat template."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
 
     def __post_init__(self) -> None:
@@ -126,16 +137,28 @@ class GenerateOptions:
 
 
 @dataclass
-class SamplingOptions:
-    """Fields of transformers' `GenerationConfig`; what is not given stays as the model's own file has it."""
+class QuantizationOptions:
+    """How `generate` and `eval` quantize a base; names and defaults as in TRL's `ModelConfig`, which `train` takes."""
 
-    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to add."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the likeliest."})
-    temperature: float | None = field(default=None, metadata={"help": "Divides the logits before drawing."})
-    top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
-    top_k: int | None = field(default=None, metadata={"help": "Draw from this many of the likeliest tokens."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of a beam search."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, discourages repetition."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base to 4 bits, by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base to 8 bits, by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "The 4 bit numbers: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of the 4 bit weights, too."})
+
+
+@dataclass
+class SamplingOptions:
+    """Fields of transformers' `GenerationConfig`; those not given keep the values of the model's own file."""
+
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens to add."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Sample tokens instead of taking the most likely one."})
+    temperature: float | None = field(default=None, metadata={"help": "Sampling temperature; divides the logits."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the most likely tokens of this total probability."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Sample from this many of the most likely tokens."})
+    num_beams: int | None = field(default=None, metadata={"help": "Number of beams of a beam search."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1 it discourages repetition."})
 
     def __post_init__(self) -> None:
         require("max_new_tokens", self.max_new_tokens, 1)
@@ -153,7 +176,7 @@ class SamplingOptions:
 
 @dataclass
 class EvalOptions:
-    """Options of `shadow-peft eval`; those of the harness have its names."""
+    """Options of `shadow-peft eval`; options of the harness keep their names."""
 
     tasks: list[str] = field(metadata={"help": "Names of tasks, groups or tags of the harness, or of --include_path."})
     model: str | None = field(
@@ -164,15 +187,19 @@ class EvalOptions:
         default="base_shadow", metadata={"help": "Which network answers; both scores one after the other."}
     )
     include_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task says by default."})
-    limit: float | None = field(default=None, metadata={"help": "Only so many examples of a task; below 1, that part."})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Number of examples in the prompt; by default the task decides."}
+    )
+    limit: float | None = field(
+        default=None, metadata={"help": "Use only this many examples of a task; below 1, this fraction."}
+    )
     batch_size: str = field(default="1", metadata={"help": "A number, or auto."})
-    apply_chat_template: bool = field(default=False, metadata={"help": "Prompts are turns of the chat template."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Format prompts with the chat template."})
     output: str | None = field(default=None, metadata={"help": "File for all results as JSON."})
-    log_samples: bool = field(default=False, metadata={"help": "Every example and answer in that file, too."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute; a GPU where there is one."})
-    dtype: Dtype = field(default="auto", metadata={"help": "Floating point numbers of the model; auto is its file's."})
-    seed: int = field(default=0, metadata={"help": "Seed of what the harness draws."})
+    log_samples: bool = field(default=False, metadata={"help": "Write every example and answer into that file too."})
+    device: str | None = field(default=None, metadata={"help": "Device to compute on; by default a GPU if there is one."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the model; auto is that of its file."})
+    seed: int = field(default=0, metadata={"help": "Seed of the harness."})
 
     def __post_init__(self) -> None:
         if self.model is None and self.adapter is None:
@@ -191,12 +218,14 @@ class EvalOptions:
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
-    "generate": [GenerateOptions, SamplingOptions],
-    "eval": [EvalOptions],
+    "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
+    "eval": [EvalOptions, QuantizationOptions],
 }
 
-#: Verb -> the dataclasses of TRL whose fields are its options, too.
+#: Verb -> the dataclasses of TRL whose fields are its options too.
 TRL_OPTIONS: dict[str, list[str]] = {"train": ["SFTConfig", "ModelConfig"]}
+
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 #: Verb -> title of a section of its help -> options in it. What stands in no section is shown by --help-all.
 SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -217,7 +246,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "learning_rate", "shadow_learning_rate_scale", "num_train_epochs", "max_steps", "per_device_train_batch_size",
             "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "logging_steps",
             "eval_strategy", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "save_strategy",
-            "save_steps", "save_total_limit", "dtype", "bf16", "activation_checkpointing", "load_in_4bit", "use_cpu",
+            "save_steps", "save_total_limit", "dtype", "bf16", "activation_checkpointing", *QUANTIZATION, "use_cpu",
             "report_to", "push_to_hub", "hub_model_id",
         ),
         "LoRA baselines": (
@@ -225,13 +254,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "generate": {
-        "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", "config"),
+        "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
         "how it answers (what is not given stays as the model's own file has it)": (
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
         ),
     },
     "eval": {
-        "what is scored": ("model", "adapter", "inference_mode", "dtype", "device", "config"),
+        "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
         "by what": (
             "tasks", "include_path", "num_fewshot", "limit", "batch_size", "apply_chat_template", "seed", "output",
             "log_samples",
@@ -266,6 +295,9 @@ TEXTS: dict[str, str] = {
     "bf16": "Compute in bfloat16 (mixed precision).",
     "activation_checkpointing": "Compute activations again instead of keeping them: less memory, about 20 percent slower.",
     "load_in_4bit": "Quantize the base to 4 bits, by bitsandbytes.",
+    "load_in_8bit": "Quantize the base to 8 bits, by bitsandbytes.",
+    "bnb_4bit_quant_type": "The 4 bit numbers: nf4 or fp4.",
+    "use_bnb_nested_quant": "Quantize the scales of the 4 bit weights, too.",
     "use_cpu": "Compute on the CPU where there is a GPU, too.",
     "report_to": "Trackers to log to, such as tensorboard or wandb.",
     "push_to_hub": "Push the output folder to the hub.",

@@ -1,4 +1,4 @@
-"""What `shadow-peft train` refuses before anything is loaded or overwritten: options that contradict each other."""
+"""Checks of `shadow-peft train` for options that contradict each other, before anything is loaded or overwritten."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from transformers.utils import strtobool
 from trl import ModelConfig, SFTConfig
 
 from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.loading import check_quantization
 from shadow_peft.cli.options import DEFAULT_SHADOW, LARGEST_SEED, TrainOptions, require
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 def check_options(options: TrainOptions, shadow: ShadowConfig, sft: SFTConfig, peft: ModelConfig) -> None:
-    """Refuses what contradicts itself.
+    """Refuse options that contradict each other.
 
     Raises:
-        UserError: saying what, and what to do.
+        UserError: says which, and what to do.
     """
     if sft.output_dir not in ("trainer_output", options.output):
         raise UserError("give the folder as --output, not as --output_dir")
     if peft.model_name_or_path is not None:
         raise UserError("give the base as --model, not as --model_name_or_path")
+    check_quantization(peft)
     _check_numbers(sft, peft)
     _check_method(options, shadow, peft)
     _check_shadow(options, shadow)
     _check_evaluation(options, sft)
-    _check_launch(options)
+    _check_launch(options, peft)
 
 
 #: Option of TRL's configurations -> the least and the most that make sense.
@@ -72,7 +74,7 @@ def _check_numbers(sft: SFTConfig, peft: ModelConfig) -> None:
 
 
 def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> None:
-    """Options of one method do nothing for the other."""
+    """Refuse options of the method that is not trained."""
     neutral = ("model_name_or_path", "use_peft", "dtype", "model_revision", "attn_implementation")
     lora = [f.name for f in fields(ModelConfig) if f.name.startswith(("lora_", "use_rslora", "use_dora"))]
     if not peft.use_peft:
@@ -88,15 +90,19 @@ def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig
 
 
 def _check_shadow(options: TrainOptions, shadow: ShadowConfig) -> None:
-    """What shapes a shadow made from the base does nothing for one that is brought along."""
+    """Refuse options for a shadow made from the base together with `--shadow_model`, and the other way round."""
     if options.shadow_model is None:
         if options.share_embeddings:
-            raise UserError("--share_embeddings belongs to --shadow_model; a shadow made from the base has none of its own")
+            raise UserError(
+                "--share_embeddings belongs to --shadow_model; a shadow made from the base has no embeddings of its own"
+            )
         return
     shape = [f.name for f in fields(shadow) if f.name.startswith(("num_shadow_", "shadow_"))]
     given = [name for name in shape if getattr(shadow, name) != getattr(DEFAULT_SHADOW, name)]
     if given:
-        raise UserError(f"--{given[0]} shapes a shadow made from the base, and --shadow_model brings one; drop one of them")
+        raise UserError(
+            f"--{given[0]} is for a shadow made from the base, and --shadow_model passes another one; drop one of them"
+        )
 
 
 def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:
@@ -118,8 +124,8 @@ def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:
         raise UserError(f"--save_steps {sft.save_steps} must be a multiple of --eval_steps, to keep the best checkpoint")
 
 
-def _check_launch(options: TrainOptions) -> None:
-    """What DeepSpeed and FSDP cannot do for an adapter."""
+def _check_launch(options: TrainOptions, peft: ModelConfig) -> None:
+    """Refuse what DeepSpeed and FSDP cannot do for an adapter."""
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise UserError(
             "ZeRO-3 does not gather the parameters of an adapter, which the model reads between layers; use FSDP2 for a "
@@ -129,17 +135,19 @@ def _check_launch(options: TrainOptions) -> None:
         return
     if strtobool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise UserError(
-            "FSDP's cpu_ram_efficient_loading rebuilds a model from its state dict, which holds the adapter alone here; set "
+            "FSDP's cpu_ram_efficient_loading rebuilds a model from its state dict, which is the adapter alone here; set "
             "fsdp_cpu_ram_efficient_loading: false, as recipes/accelerate/fsdp2.yaml does"
         )
+    if peft.load_in_8bit:
+        raise UserError("FSDP cannot shard 8 bit weights of bitsandbytes; take --load_in_4bit, or DDP")
     if options.export:
         raise UserError("--export needs the base in one process; train first, and export from the saved adapter")
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, examples: Dataset, path: str) -> None:
-    """Refuses messages for a tokenizer that cannot write them down."""
+    """Refuse messages if the tokenizer has no chat template."""
     if "prompt" in examples.column_names and isinstance(examples[0]["prompt"], list) and tokenizer.chat_template is None:
         raise UserError(
-            f"{path} holds messages, but the tokenizer has no chat template; "
+            f"{path} contains messages, but the tokenizer has no chat template; "
             "use a model with one, --chat_template_path, or prompt/completion lines"
         )

@@ -1,4 +1,4 @@
-"""Says at once that an option does not exist: before transformers, which parses the options in earnest, is imported."""
+"""Reports an unknown option at once, before transformers is imported, which does the real parsing."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ HELP_ALL = ("--help-all", "--help_all")
 
 
 class _RefusedError(Exception):
-    """What argparse refuses; the names alone make it refuse ambiguous prefixes only."""
+    """argparse refused the arguments; with names alone it refuses ambiguous prefixes only."""
 
 
 class _NamesParser(ArgumentParser):
-    """Knows which options there are, and neither their types nor how many values they take."""
+    """A parser that knows the names of options, but neither their types nor their numbers of values."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving the process."""
+        """Raise instead of exiting."""
         raise _RefusedError(message)
 
 
 def complaint(verb: str, arguments: list[str]) -> str | None:
-    """Three lines about options that a verb does not have; None where there is nothing to say, or nothing is known.
+    """Three lines about unknown options of a verb; None if there are none, or if TRL's options cannot be read.
 
     Args:
         verb: name of the verb.
-        arguments: what stands behind it on the command line.
+        arguments: the arguments after it on the command line.
     """
     try:
         fields = declared_fields(verb)
     except (LookupError, OSError, ValueError, SyntaxError):
-        return None  # TRL is missing, or its source cannot be read: its parser has the word
+        return None  # TRL is missing, or its source cannot be read: its own parser decides
     wrong = _unknown(names_parser(fields), arguments)
     if not wrong:
         return None
@@ -52,7 +52,7 @@ def complaint(verb: str, arguments: list[str]) -> str | None:
 
 
 def declared_fields(verb: str) -> list[DeclaredField]:
-    """The fields of all dataclasses that make the options of a verb.
+    """The fields of all dataclasses that define the options of a verb.
 
     Raises:
         LookupError, OSError, ValueError, SyntaxError: those of TRL cannot be read.
@@ -62,7 +62,7 @@ def declared_fields(verb: str) -> list[DeclaredField]:
 
 
 def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
-    """A parser of the options that a verb's parser makes of these fields, in each of their spellings."""
+    """A parser of the options that a verb's parser makes from these fields, in all their spellings."""
     parser = _NamesParser(add_help=False, conflict_handler="resolve")
     parser.add_argument("-h", "--help", *HELP_ALL, action="store_true", dest="help")
     parser.add_argument(CONFIG, nargs="*")
@@ -76,9 +76,9 @@ def names_parser(fields: list[DeclaredField]) -> ArgumentParser:
 
 
 def _unknown(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """The arguments that argparse takes for options and does not know, as far as it was written; none if help is asked for.
+    """The names of unknown options among the arguments; none if help is asked for.
 
-    argparse tells options from values by one argument at a time, so each is asked about alone.
+    argparse tells options from values by looking at one argument at a time, so each is checked alone.
     """
     if "--" in arguments:
         arguments = arguments[: arguments.index("--")]
@@ -104,7 +104,7 @@ def nearest(word: str, known: list[str]) -> list[str]:
 
 
 def _is_number(argument: str) -> bool:
-    """A number such as -1e-3, which argparse takes for an option: its own message is about the value."""
+    """Whether it is a number such as -1e-3, which argparse mistakes for an option and reports by itself."""
     try:
         float(argument)
     except ValueError:

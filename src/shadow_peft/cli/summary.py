@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from shadow_peft.checkpoint.store import FILES as ADAPTER_FILES
+from shadow_peft.checkpoint.folder import FILES as ADAPTER_FILES
 from shadow_peft.cli.folders import CARD, EXPORT, checkpoints
 from shadow_peft.cli.options import TrainOptions
 from shadow_peft.cli.progress import in_words, losses_in_words
@@ -84,10 +84,10 @@ def tail(trainer: Any, output: Path, seconds: float, evaluation: Mapping[str, An
     return rows
 
 
-def next_command(output: str, rows: Dataset, use_peft: bool) -> str:
+def next_command(output: str, rows: Dataset, use_peft: bool, quantization: str = "") -> str:
     """The command by which the trained model answers the prompt of an example."""
     prompt, chat = example_prompt(rows)
-    place = f"--{'model' if use_peft else 'adapter'} {shlex.quote(output)}"
+    place = f"--{'model' if use_peft else 'adapter'} {shlex.quote(output)} {quantization}".rstrip()
     dashes = "-- " if prompt.startswith("-") else ""
     return f"shadow-peft generate {place} {'--chat ' * chat}{dashes}{shlex.quote(prompt)}"
 

@@ -1,8 +1,7 @@
-"""`shadow-peft train`: fine-tunes a causal language model with a shadow, or with LoRA as a baseline, on any data."""
+"""`shadow-peft train`: fine-tunes a causal language model with a shadow, or with LoRA as a baseline."""
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -12,26 +11,32 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig, SFTConfig
 
 from shadow_peft.cli import summary
-from shadow_peft.cli.errors import InterruptedRunError, UserError, one_line
-from shadow_peft.cli.folders import check_output, checkpoint_to_resume, checkpoints, clear, what_is_missing
-from shadow_peft.cli.loading import check_place, load_model, load_shadow, load_tokenizer, use_chat_template
+from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.folders import check_output, checkpoint_to_resume, clear
+from shadow_peft.cli.loading import (
+    check_place,
+    load_base,
+    load_shadow,
+    load_tokenizer,
+    quantization_flags,
+    use_chat_template,
+)
 from shadow_peft.cli.options import DEFAULT_SHADOW, OPTIONS, TemplateOptions, TrainOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.progress import TrainingProgress
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.refusals import check_options, check_template
+from shadow_peft.cli.running import fit, make_trainer, save, show_progress
 from shadow_peft.cli.screen import Screen
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import get_shadow_model
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-from shadow_peft.training.card import RunFacts, portable, write_card
+from shadow_peft.training.card import RunFacts, portable
 from shadow_peft.training.examples import BadDataError
-from shadow_peft.training.sft import ShadowSFTTrainer
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 
@@ -51,11 +56,12 @@ EXAMPLES = """examples:
   shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
   shadow-peft train --config recipes/gsm8k.yaml --overwrite --early_stopping_patience 1
   shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
+  shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit --use_bnb_nested_quant --output out/gsm8k-4bit
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 
-#: Defaults of SFTConfig and ModelConfig that suit an adapter; everything else is TRL's. Every part of it gets a gradient in
-#: every step, so DDP need not look for parameters without one.
+#: Defaults of SFTConfig and ModelConfig that suit an adapter; all others are TRL's. Every part of an adapter gets a gradient
+#: in every step, so DDP need not look for unused parameters.
 DEFAULTS = {
     "learning_rate": 1e-3,
     "report_to": "none",
@@ -68,11 +74,11 @@ DEFAULTS = {
 
 
 def run(arguments: list[str]) -> None:
-    """Parses the options, checks all data, trains and saves."""
+    """Parse the options, check all data, train and save."""
     options, templates, shadow, sft, peft, _ = parse(make_train_parser(), arguments)
     sft.resume_from_checkpoint, skipped = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
-    _check_folder(options, sft)
+    _check_folder(options, sft, peft)
     for place in filter(None, (options.model, options.shadow_model)):
         check_place(place)
     screen = Screen(silent=sft.process_index != 0)
@@ -117,18 +123,18 @@ def _train(
     save(trainer, tokenizer, Path(options.output), options.export)
     seconds = time.perf_counter() - started
     screen.panel("done", summary.tail(trainer, Path(options.output), seconds, evaluation, options.export))
-    screen.command("try it", summary.next_command(options.output, train_set, peft.use_peft))
+    screen.command("try it", summary.next_command(options.output, train_set, peft.use_peft, quantization_flags(peft)))
 
 
 def make_train_parser() -> VerbParser:
-    """The parser: this verb's options, ShadowConfig's and TRL's with defaults that suit an adapter."""
+    """The parser of this verb's options, ShadowConfig's and TRL's, with defaults that suit an adapter."""
     parser = VerbParser("train", [*OPTIONS["train"], SFTConfig, ModelConfig], DESCRIPTION, EXAMPLES)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     return parser
 
 
 def method(shadow: ShadowConfig, peft: ModelConfig) -> str:
-    """What is trained, by which mathematics."""
+    """The method and its variant."""
     if peft.use_peft:
         return f"{'DoRA' if peft.use_dora else 'LoRA'} of rank {peft.lora_r}"
     return f"ShadowPEFT, variant {shadow.variant!r}"
@@ -143,17 +149,11 @@ def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
 
 
 def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
-    """The base with a fresh shadow; with `--use_peft` the base alone, to which TRL's trainer adds LoRA."""
+    """The base with a fresh shadow; with `--use_peft` the base alone, since TRL's trainer adds LoRA."""
     kwargs: dict[str, Any] = {"revision": peft.model_revision, "dtype": peft.dtype}
     if peft.attn_implementation is not None:
         kwargs["attn_implementation"] = peft.attn_implementation
-    try:
-        quantization = get_quantization_config(peft)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot quantize the base: {one_line(error)}") from error
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization
-    base: PreTrainedModel = load_model(options.model, **kwargs)
+    base = load_base(options.model, peft, **kwargs)
     if peft.use_peft:
         return base
     brought = None
@@ -163,125 +163,11 @@ def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens
         weights = {name: getattr(options, name) for name in ShadowForCausalLM.loss_settings}
         return ShadowForCausalLM(get_shadow_model(base, shadow, shadow_model=brought), **weights)
     except (ValueError, TypeError) as error:
-        raise UserError(f"cannot give {options.model!r} such a shadow: {one_line(error)}") from error
-
-
-class _WithCard:
-    """A trainer whose model card is ours, wherever TRL writes one."""
-
-    facts: RunFacts | None = None
-    args: Any
-    state: Any
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write the card with the figures so far; one process does."""
-        if self.facts is not None and self.state.is_world_process_zero:
-            write_card(Path(self.args.output_dir), self.facts, self.state.log_history)
-
-
-class _ShadowTrainer(_WithCard, ShadowSFTTrainer):
-    pass
-
-
-class _BaselineTrainer(_WithCard, SFTTrainer):
-    pass
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    sft: SFTConfig,
-    peft: ModelConfig,
-    train_set: Dataset,
-    eval_set: Dataset | None,
-) -> Any:
-    """TRL's supervised fine-tuning: of the shadow with the model's own loss, or of LoRA with TRL's.
-
-    Raises:
-        UserError: options that the trainer refuses, such as a tracker that is not installed; no row with anything to learn.
-    """
-    arguments: dict[str, Any] = {
-        "train_dataset": train_set,
-        "eval_dataset": eval_set,
-        "processing_class": tokenizer,
-        "callbacks": _callbacks(options, sft),
-    }
-    try:
-        if peft.use_peft:
-            trainer: Any = _BaselineTrainer(model, sft, peft_config=get_peft_config(peft), **arguments)
-        else:
-            scale = options.shadow_learning_rate_scale
-            trainer = _ShadowTrainer(model, sft, shadow_learning_rate_scale=scale, **arguments)
-    except (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, OSError) as error:
-        raise UserError(f"cannot train with these options: {one_line(error)}") from error
-    for purpose, rows in (("learn", trainer.train_dataset), ("evaluate on", trainer.eval_dataset)):
-        if rows is not None and len(rows) == 0:
-            raise UserError(
-                f"no row is left to {purpose}: all prompts alone fill --max_length {sft.max_length} tokens; raise it"
-            )
-    return trainer
-
-
-def show_progress(trainer: Any, screen: Screen, progress: TrainingProgress) -> TrainingProgress:
-    """Our bar or lines in the place of transformers'."""
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(progress)
-    return progress
-
-
-def fit(trainer: Any, checkpoint: str | None, progress: TrainingProgress, arguments: list[str]) -> dict[str, Any] | None:
-    """Trains, evaluates once more at the end, and writes the metrics; gives those of the evaluation.
-
-    Raises:
-        UserError: options that show only when the first step is made, such as the optimizer's.
-        InterruptedRunError: Ctrl-C.
-    """
-    evaluation = None
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_metrics("train", result.metrics)
-        if trainer.eval_dataset is not None:
-            evaluation = trainer.evaluate()
-            trainer.save_metrics("eval", evaluation)
-        trainer.save_state()
-    except KeyboardInterrupt:
-        raise InterruptedRunError(_how_to_go_on(trainer, progress, arguments)) from None
-    except (ValueError, TypeError, RuntimeError, ImportError, LookupError, ArithmeticError) as error:
-        if progress.moved:
-            raise  # no option is to blame for what the first step could do
-        raise UserError(f"the training does not start: {one_line(error)}") from error
-    finally:
-        progress.close()
-    return evaluation
-
-
-def _how_to_go_on(trainer: Any, progress: TrainingProgress, arguments: list[str]) -> str:
-    """One line: where the run stopped, and the command that resumes it."""
-    where = f"interrupted after step {progress.step} of {progress.steps}"
-    if any(what_is_missing(folder) is None for folder in checkpoints(Path(trainer.args.output_dir))):
-        resumed = shlex.join([*_without_resuming(arguments), "--resume_from_checkpoint", "last"])
-        launched = "the same launcher and: " if trainer.args.world_size > 1 else ""
-        return f"{where}; go on with: {launched}shadow-peft train {resumed}"
-    return f"{where}, before the first checkpoint, so there is nothing to resume; --save_steps N saves one every N steps"
-
-
-def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
-    """Adapter, tokenizer and card into `output`; with `export`, the shadow as a model of its own into `output/shadow`."""
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded, an adapter is one file
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output), _internal_call=True)
-    if export and trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).export_shadow().save_pretrained(output / "shadow")
-        tokenizer.save_pretrained(output / "shadow")
-    trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        raise UserError(f"cannot attach this shadow to {options.model!r}: {one_line(error)}") from error
 
 
 def _data(options: TrainOptions, template: PromptTemplate, sft: SFTConfig) -> tuple[Dataset, Dataset | None]:
-    """The checked examples to learn and to evaluate on; whatever column plain text stood in, it is in `text` then."""
+    """The checked examples for training and for evaluation; plain text of any column is in `text` then."""
     load = partial(load_examples, template=template, text_column=sft.dataset_text_field)
     sft.dataset_text_field = "text"
     try:
@@ -299,7 +185,7 @@ def _data(options: TrainOptions, template: PromptTemplate, sft: SFTConfig) -> tu
 
 
 def _template(templates: TemplateOptions) -> PromptTemplate:
-    """The templates; the two characters \\n stand for a line break, which a shell cannot give."""
+    """The templates; the two characters \\n mean a line break, which is hard to type in a shell."""
     given: dict[str, Any] = {n: v.replace("\\n", "\n") if isinstance(v, str) else v for n, v in asdict(templates).items()}
     try:
         return PromptTemplate(**given)
@@ -307,13 +193,14 @@ def _template(templates: TemplateOptions) -> PromptTemplate:
         raise UserError(str(error)) from error
 
 
-def _check_folder(options: TrainOptions, sft: SFTConfig) -> None:
+def _check_folder(options: TrainOptions, sft: SFTConfig, peft: ModelConfig) -> None:
     check_output(
         Path(options.output),
         {"--model": options.model, "--shadow_model": options.shadow_model, "--data": options.data},
         resumes=sft.resume_from_checkpoint,
         overwrite=options.overwrite,
         export=options.export,
+        shadow=not peft.use_peft,
     )
 
 
@@ -326,34 +213,8 @@ def _dropped(trainer: Any, train_set: Dataset, eval_set: Dataset | None) -> dict
     return {purpose: count for purpose, count in lost.items() if count}
 
 
-def _without_resuming(arguments: list[str]) -> list[str]:
-    """The arguments without those that say where a run begins."""
-    kept: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        name = argument.partition("=")[0].replace("-", "_")
-        if name == "__resume_from_checkpoint":
-            waiting = waiting if "=" in argument else waiting[1:]
-        elif name == "__overwrite":
-            waiting = waiting[1:] if waiting and waiting[0].lower() in ("true", "false") else waiting
-        else:
-            kept.append(argument)
-    return kept
-
-
-def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
-    """Early stopping, if asked for; it keeps the best checkpoint, so both strategies must agree."""
-    if options.early_stopping_patience is None:
-        return []
-    sft.load_best_model_at_end = True
-    sft.metric_for_best_model = sft.metric_for_best_model or "eval_loss"
-    sft.greater_is_better = bool(sft.greater_is_better)
-    return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold)]
-
-
 def _parts(options: TrainOptions) -> str:
-    """What was learned and evaluated on, in words."""
+    """The data for training and evaluation, in words."""
     learned = f"configuration {options.data_name}, " if options.data_name else ""
     if options.eval_fraction is not None:
         return f"{learned}split {options.data_split}, of which {options.eval_fraction:g} held out"
@@ -379,4 +240,5 @@ def _facts(
         arguments=tuple(arguments),
         processes=trainer.args.world_size,
         chat=chat,
+        quantization=quantization_flags(peft),
     )

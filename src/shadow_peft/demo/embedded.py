@@ -1,7 +1,7 @@
-"""What `shadow-peft demo` carries: a base of 3 million parameters, and a shadow of a third of a million beside its table.
+"""The embedded models of `shadow-peft demo`: a base of 3 million parameters, and a shadow of a third of a million.
 
-`scripts/pretrain_demo_base.py` made the first from text, `scripts/pretrain_demo_shadow.py` the second from the first and the
-same text. Both are stock Llamas.
+`scripts/pretrain_demo_base.py` trained the base on text. `scripts/pretrain_demo_shadow.py` initialised the shadow from the
+base and trained it on the same text. Both are stock Llamas; the shadow uses the base's embedding table.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ SHADOW_PATH = Path(__file__).parent / "shadow"
 
 
 def load_base(path: Path = BASE_PATH) -> PreTrainedModel:
-    """The base in float32 on the CPU, frozen by nobody yet."""
+    """The base in float32 on the CPU, not frozen yet."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return model
 
 
 def load_shadow(path: Path = SHADOW_PATH) -> PreTrainedModel:
-    """The pretrained shadow in float32, to be given to `get_shadow_model`; its embedding table is the base's."""
+    """The pretrained shadow in float32, to be passed to `get_shadow_model`; it is fed the base's embeddings."""
     return prepare_shadow_model(load_base(path), remove_embed_tokens=True)
 
 

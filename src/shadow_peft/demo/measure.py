@@ -1,4 +1,4 @@
-"""Time and memory of a piece of work in a process of its own."""
+"""Runs functions in processes of their own and measures peak memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ R = TypeVar("R")
 
 
 def in_own_process(work: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Runs a function in a fresh process, so that its peak memory is its own; what it raises is raised here."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _leave_interrupts_to_the_parent) as pool:
+    """Run a function in a fresh process, so that its peak memory is its own; its exceptions are raised here."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 
 def side_by_side(*works: Callable[[], R]) -> list[R]:
-    """The results of functions that run at the same time, each in a fresh process; if one fails, none goes on."""
+    """Run functions at the same time, each in a fresh process, and return their results; a failure ends all of them."""
     with ThreadPoolExecutor(max_workers=len(works)) as waiting:
         running = [waiting.submit(in_own_process, work) for work in works]
         try:
@@ -34,10 +34,10 @@ def side_by_side(*works: Callable[[], R]) -> list[R]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held so far, in MB (10^6 bytes)."""
+    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)

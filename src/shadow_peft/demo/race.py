@@ -1,7 +1,7 @@
-"""The race: base + shadow and PEFT LoRA, the same commands in the same order, the same steps, the same trainable size.
+"""The race: base + shadow and PEFT LoRA with the same commands, order, steps and number of trainable parameters.
 
-The contenders run at the same time, each in a process of its own on half of the cores, so that peak memory is their own
-and whatever else the machine does slows both.
+The contenders run at the same time, each in a process of its own on half of the cores. So each has its own peak memory, and
+other load on the machine slows both.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 #: A curve: steps and losses in nats per token.
 Curve = list[tuple[int, float]]
 
-#: What stands around the shadow that is raced, chosen on the dev split (LOG.md).
+#: The adapter around the pretrained shadow, chosen on the dev split (LOG.md).
 SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
 
 
 @dataclass(frozen=True)
 class RaceSettings:
-    """Everything that decides a race; learning rates, dropouts and sizes were chosen on the dev split (LOG.md).
+    """All settings of a race; learning rates, dropouts and sizes were chosen on the dev split (LOG.md).
 
     Args:
         base: folder of the base and its tokenizer.
         shadow_model: folder of the pretrained shadow, which shares the base's embeddings.
         steps: optimizer steps of each contender.
         batch: commands per step.
-        test_commands: commands of the test split that are scored.
-        shadow: the adapter around that shadow.
+        test_commands: number of scored commands of the test split.
+        shadow: config of the adapter around the shadow.
         shadow_loss_weight: weight of the shadow's own loss.
         shadow_learning_rate, lora_learning_rate: peak learning rates.
         shadow_learning_rate_scale: rate of the pretrained backbone, in units of the shadow's.
@@ -70,7 +70,7 @@ class RaceSettings:
 
 @dataclass(frozen=True)
 class Training:
-    """What training one contender took: parameters, seconds, MB (10^6 bytes), and its curves by name."""
+    """Cost of training one contender: parameters, seconds, MB (10^6 bytes), and its loss curves by name."""
 
     trainable: int
     seconds: float
@@ -80,7 +80,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Contender:
-    """One line of the table; `training` is None for a path that nobody trained here."""
+    """One row of the table; `training` is None for a model that was not trained here."""
 
     name: str
     scores: Scores
@@ -88,8 +88,8 @@ class Contender:
 
 
 def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
-    """Trains base + shadow, saves adapter and exported shadow below `output`, scores both."""
-    _correct_output()
+    """Train base + shadow, save adapter and exported shadow below `output`, and score both."""
+    _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     adapted = get_shadow_model(base, settings.shadow, shadow_model=load_shadow(settings.shadow_model))
@@ -109,8 +109,8 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
 
 
 def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
-    """Trains LoRA on every linear layer at about `budget` parameters and scores it."""
-    _correct_output()
+    """Train LoRA on every linear layer with about `budget` parameters and score it."""
+    _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     set_seed(settings.seed)
     rank = lora_rank(base, budget)
@@ -121,20 +121,20 @@ def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
 
 
 def race_base(settings: RaceSettings) -> list[Contender]:
-    """Scores the bare base."""
-    _correct_output()
+    """Score the bare base."""
+    _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
     return [Contender("bare base", score(base, tokenizer, _test(settings), "bare base"))]
 
 
 def shadow_size(settings: RaceSettings) -> int:
-    """Trainable parameters of the shadow, which are LoRA's budget."""
+    """Number of trainable parameters of base + shadow, which is LoRA's budget."""
     shadow = load_shadow(settings.shadow_model)
     return _trainable(get_shadow_model(load_base(settings.base), settings.shadow, shadow_model=shadow))
 
 
 def lora_rank(base: PreTrainedModel, budget: int) -> int:
-    """The rank at which LoRA on every linear layer but the head comes closest to `budget` parameters."""
+    """The rank at which LoRA on every linear layer except the head is closest to `budget` parameters."""
     head = base.get_output_embeddings()
     linears = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
     return max(1, round(budget / sum(m.in_features + m.out_features for m in linears)))
@@ -143,7 +143,7 @@ def lora_rank(base: PreTrainedModel, budget: int) -> int:
 def _train(
     trainer_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RaceSettings, rate: float
 ) -> Training:
-    """Trains a contender; nothing but learning rates and the class of the trainer differs between them."""
+    """Train a contender; only the learning rate and the class of the trainer differ between contenders."""
     data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
     trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
     started = time.perf_counter()
@@ -166,7 +166,7 @@ def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
 
 
 def _curves(history: list[dict[str, float]]) -> dict[str, Curve]:
-    """The training loss of the path that answers, and of the shadow alone where there is one."""
+    """The training loss of the adapted model, and of the shadow alone where there is one."""
     rows = [row for row in history if "loss" in row]
     curves = {"answer": [(int(row["step"]), float(row.get("base_loss", row["loss"]))) for row in rows]}
     if any("shadow_loss" in row for row in rows):
@@ -178,8 +178,8 @@ def _test(settings: RaceSettings) -> list[Command]:
     return commands("test", settings.test_commands, settings.seed)
 
 
-def _correct_output() -> None:
-    """Half of the cores, and no output but the bars; peft asks transformers by a name that transformers is about to drop."""
+def _limit_threads_and_output() -> None:
+    """Use half of the cores and print progress bars only; peft uses a deprecated name of transformers."""
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -1,4 +1,4 @@
-"""What a race leaves behind: a table, a picture of the curves, a JSON file, three commands with every answer."""
+"""The results of a race: a table, a plot of the curves, a JSON file, three commands with every answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
 def table(contenders: Sequence[Contender]) -> str:
-    """The race as lines of text; seconds and peak memory are those of training."""
+    """The table as text; seconds and peak memory are those of training."""
     rows = [HEADINGS, *(_row(contender) for contender in contenders)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = ["  ".join(_padded(cell, widths[i], left=i == 0) for i, cell in enumerate(row)) for row in rows]
@@ -26,7 +26,7 @@ def table(contenders: Sequence[Contender]) -> str:
 
 
 def examples(contenders: Sequence[Contender], commands: Sequence[Command], count: int = 3) -> str:
-    """The first `count` commands with the right line and each path's answer."""
+    """The first `count` commands with the right answer and that of each contender."""
     width = max(len(contender.name) for contender in contenders)
     blocks = []
     for index, command in enumerate(commands[:count]):
@@ -36,7 +36,7 @@ def examples(contenders: Sequence[Contender], commands: Sequence[Command], count
 
 
 def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Contender], seconds: float) -> None:
-    """Everything measured, with the settings and versions that made it, as JSON."""
+    """Save all measurements with settings and versions as JSON."""
     results = {
         "seconds_in_all": round(seconds, 1),
         "settings": {**asdict(settings), "base": settings.base.name, "shadow_model": settings.shadow_model.name},
@@ -48,7 +48,7 @@ def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Conten
 
 
 def draw_curves(path: Path, contenders: Sequence[Contender]) -> None:
-    """The training losses over the steps as PNG."""
+    """Plot the training losses over the steps as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -75,6 +75,6 @@ def _padded(cell: str, width: int, left: bool) -> str:
 
 
 def _short(line: str, limit: int = 110) -> str:
-    """A line without breaks, cut where it grows too long."""
+    """A text on one line, shortened to `limit` characters."""
     flat = line.replace("\n", " | ") or "(nothing)"
     return flat if len(flat) <= limit else flat[:limit] + " ..."

@@ -3,10 +3,10 @@
     text: hey robot, fetch the red cup from the kitchen, take your time keys: action, object, place, manner
     {"action": "bring", "object": "red cup", "place": "kitchen", "manner": "slowly"}
 
-``action`` and ``manner`` are labels behind many phrasings, ``object`` and ``place`` are copied from the sentence, and
-what is not said is ``null``. The three splits share no phrase, object, place, adjective or distractor, so dev and test
-measure what carries over to commands that training never saw. Slips of the keyboard fall on the words of the
-phrases, never on the words to be copied. Everything is decided by the seed.
+``action`` and ``manner`` are labels with many phrasings. ``object`` and ``place`` are copied from the sentence. Fields that
+the sentence does not mention are ``null``. The three splits share no phrase, object, place, adjective or distractor, so dev
+and test measure generalisation to commands that training never saw. Typing errors occur in the words of the phrases, never
+in the words to be copied. The seed determines everything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shadow_peft.demo.robot_phrases import (
     Table,
 )
 
-#: How often a sentence of a split carries a slip, a distractor, a manner, an opener, a closer.
+#: How often a sentence of a split has a typing error, and a distractor.
 SLIP_RATE: dict[Split, float] = {"train": 0.15, "dev": 0.25, "test": 0.25}
 DISTRACTOR_RATE: dict[Split, float] = {"train": 0.3, "dev": 0.4, "test": 0.4}
 KEYS = ("action", "object", "place", "manner")
@@ -38,7 +38,7 @@ ARTICLES = ("the", "my", "the", "our", "that", "the")
 
 @dataclass(frozen=True)
 class Command:
-    """One command and its meaning; ``None`` where the sentence does not say."""
+    """One command and its meaning; ``None`` where the sentence does not mention it."""
 
     sentence: str
     action: str
@@ -53,7 +53,7 @@ class Command:
 
     @property
     def completion(self) -> str:
-        """What the model shall write: one line of JSON."""
+        """What the model should write: one line of JSON."""
         return json.dumps({key: getattr(self, key) for key in KEYS})
 
     def row(self) -> dict[str, str]:
@@ -70,7 +70,7 @@ def commands(split: Split, count: int, seed: int = 0) -> list[Command]:
         seed: the same seed gives the same commands in the same order.
 
     Raises:
-        ValueError: if ``count`` is negative or beyond 200,000.
+        ValueError: ``count`` is negative or above 200,000.
     """
     if not 0 <= count <= 200_000:
         raise ValueError(f"count must lie between 0 and 200000, got {count}")
@@ -83,7 +83,7 @@ def commands(split: Split, count: int, seed: int = 0) -> list[Command]:
 
 
 def one_command(rng: Random, split: Split) -> Command:
-    """Draws one command: a phrase of an action, filled, dressed and, now and then, misspelled."""
+    """Draw one command: a phrase of an action with its slots filled, additions around it, and sometimes a typing error."""
     action = rng.choice(list(ACTIONS))
     phrase = slip(rng, rng.choice(ACTIONS[action][split]), SLIP_RATE[split])
     thing, place = noun(rng, ACTS_ON[action], split), rng.choice(PLACES[split])
@@ -93,7 +93,7 @@ def one_command(rng: Random, split: Split) -> Command:
 
 
 def noun(rng: Random, table: Table | None, split: Split) -> str | None:
-    """An object with, half of the time, an adjective."""
+    """An object, with an adjective half of the time."""
     if table is None:
         return None
     name = rng.choice(table[split])
@@ -101,12 +101,12 @@ def noun(rng: Random, table: Table | None, split: Split) -> str | None:
 
 
 def fill(rng: Random, phrase: str, thing: str | None, place: str) -> str:
-    """Puts object and place, each with an article, into a phrase."""
+    """Fill object and place, each with an article, into a phrase."""
     return phrase.replace("{o}", f"{rng.choice(ARTICLES)} {thing}").replace("{p}", f"the {place}")
 
 
 def dress(rng: Random, split: Split, core: str, manner: str | None) -> str:
-    """Adds opener, manner, closer and distractor around the core of a sentence."""
+    """Add opener, manner, closer and distractor around the core of a sentence."""
     parts = [core]
     if manner:
         parts.insert(rng.choice([0, 1, 1]), slip(rng, rng.choice(MANNERS[manner][split]), SLIP_RATE[split] / 2))
@@ -120,13 +120,13 @@ def dress(rng: Random, split: Split, core: str, manner: str | None) -> str:
 
 
 def distractor(rng: Random, split: Split) -> str:
-    """A remark about another thing or place."""
+    """A remark about another object or place."""
     thing = noun(rng, THINGS, split)
     return fill(rng, rng.choice(DISTRACTORS[split]), thing, rng.choice(PLACES[split]))
 
 
 def slip(rng: Random, phrase: str, rate: float) -> str:
-    """With probability ``rate``, drops, doubles or swaps a letter of one word that is no slot."""
+    """With probability ``rate``, drop, double or swap a letter of one word that is no slot."""
     words = phrase.split(" ")
     spots = [i for i, word in enumerate(words) if len(word) > 3 and "{" not in word]
     if not spots or rng.random() >= rate:
@@ -137,7 +137,7 @@ def slip(rng: Random, phrase: str, rate: float) -> str:
 
 
 def misspelled(rng: Random, word: str) -> str:
-    """The word with one slip behind its first letter; may by chance read the same."""
+    """The word with one typing error after its first letter; the result may equal the word."""
     i = rng.randrange(1, len(word) - 1)
     slips = (word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :])
     return rng.choice(slips)

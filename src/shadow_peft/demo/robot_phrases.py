@@ -1,4 +1,4 @@
-"""Words and phrases of the robot commands: one table per kind, its three columns never share an entry.
+"""Words and phrases of the robot commands: one table per kind, whose three columns share no entry.
 
 ``{o}`` stands for an object with its article, ``{p}`` for a place with its article. Phrases are given by split, so
 the dev and test columns hold templates that training never saw.
@@ -81,7 +81,7 @@ ADJECTIVES: Table = {
     "test": ("green", "yellow", "tiny", "metal", "broken", "empty"),
 }
 
-#: What each action sounds like. The key is the label. Dev and test arrange words anew that training knows from elsewhere.
+#: Phrases of each action. The key is the label. Dev and test phrases are new arrangements of words that training has.
 ACTIONS: dict[str, Table] = {
     "bring": {
         "train": (
@@ -174,7 +174,7 @@ ACTIONS: dict[str, Table] = {
     },
 }  # fmt: skip
 
-#: How it shall be done. The key is the label; no phrase means null.
+#: Phrases of each manner. The key is the label; without a phrase it is null.
 MANNERS: dict[str, Table] = {
     "slowly": {
         "train": (
@@ -216,7 +216,7 @@ CLOSERS: Table = {
     "test": ("thanks a lot", "my friend"),
 }
 
-#: Sentences that mention other things and places and ask for nothing.
+#: Sentences that mention other objects and places and ask for nothing.
 DISTRACTORS: Table = {
     "train": (
         "i already have {o}", "the weather is nice", "not {o}", "my sister likes {o}", "i was in {p} before",
@@ -226,7 +226,7 @@ DISTRACTORS: Table = {
     "test": ("forget about {o}", "{o} is not important", "i was reading in {p}", "my guests will be here soon"),
 }  # fmt: skip
 
-#: Which things an action is about; none for actions without an object.
+#: The objects of an action; None for actions without an object.
 ACTS_ON: dict[str, Table | None] = {
     "bring": THINGS, "put": THINGS, "clean": THINGS, "find": THINGS, "open": FIXTURES, "close": FIXTURES,
     "switch_on": DEVICES, "switch_off": DEVICES, "go": None, "wait": None,

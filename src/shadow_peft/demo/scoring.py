@@ -1,4 +1,4 @@
-"""What an answer is worth: the whole line right, fields right, and the loss of the right line."""
+"""Scores answers: exact match, share of right fields, and the loss of the right answer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LONGEST_ANSWER = 64
 
 @dataclass(frozen=True)
 class Scores:
-    """How one path did on a list of commands.
+    """The scores of one model on a list of commands.
 
     Attributes:
-        exact_match: share of commands whose whole line is right, in [0, 1].
-        fields: share of the four fields that are right, in [0, 1]; a line that is no JSON has none.
-        loss: cross entropy of the right line, nats per token.
-        answers: the lines that were written, in the order of the commands.
+        exact_match: share of commands whose whole answer is right, in [0, 1].
+        fields: share of the four fields that are right, in [0, 1]; an answer that is no JSON counts 0.
+        loss: cross entropy of the right answer, nats per token.
+        answers: the answers in the order of the commands.
     """
 
     exact_match: float
@@ -36,7 +36,7 @@ class Scores:
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, commands: Sequence[Command], name: str) -> Scores:
-    """Lets a model answer greedily and compares, with a progress bar called `name`."""
+    """Generate answers greedily and score them; the progress bar is called `name`."""
     model.eval()
     written: list[str] = []
     for batch in tqdm(list(_batches(commands)), desc=f"{name}: answering"):
@@ -49,7 +49,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, commands: 
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """The greedy continuations of prompts, without surrounding blanks."""
+    """The greedy continuations of prompts, without surrounding whitespace."""
     inputs = _encode(tokenizer, prompts)
     tokens = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -57,7 +57,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
 
 
 def fields_right(command: Command, line: str) -> float:
-    """Share of the command's four fields that a line gets right; 0 if it is no JSON object."""
+    """Share of the command's four fields that are right in an answer; 0 if it is no JSON object."""
     expected = json.loads(command.completion)
     try:
         given = json.loads(line)
@@ -70,7 +70,7 @@ def fields_right(command: Command, line: str) -> float:
 
 @torch.no_grad()
 def completion_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, commands: Sequence[Command]) -> float:
-    """Mean cross entropy of the right lines and their end token, nats per token."""
+    """Mean cross entropy of the right answers and their end token, nats per token."""
     total, count = 0.0, 0
     for batch in _batches(commands):
         inputs = _encode(tokenizer, [c.prompt + c.completion + str(tokenizer.eos_token) for c in batch])
@@ -82,7 +82,7 @@ def completion_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _labels(tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding, batch: Sequence[Command]) -> torch.Tensor:
-    """Input ids `[B, T]`, left-padded, with all but the completions ignored."""
+    """Labels `[B, T]`, left-padded: the input ids of the completions, all else ignored."""
     ends = [c.completion + str(tokenizer.eos_token) for c in batch]
     lengths = torch.tensor([len(ids) for ids in tokenizer(ends)["input_ids"]])
     ids: torch.Tensor = inputs["input_ids"]

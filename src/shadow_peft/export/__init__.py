@@ -1,1 +1,1 @@
-"""The shadow on its own: models that no longer need their base."""
+"""Exports the shadow as a model that no longer needs its base."""

@@ -1,7 +1,8 @@
-"""The detached shadow: the backbone with its own copies of embeddings and head, in a stock architecture where there is one.
+"""The detached shadow: the backbone with copies of embeddings and head, in a stock architecture where one fits.
 
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
+    classifier with any other shadow                    the classifier of the shadow's architecture
     shadow of another width or another vocabulary       AutoModelForCausalLMWithHiddenProjection
 
 The exported model computes exactly the attached model's `shadow_logits` and shares no tensor with it.
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.dequantize import dequantized_view, float_copy
 from shadow_peft.backbone.implicit import materialized, own_tensors
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
@@ -38,8 +40,7 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
     Raises:
-        ValueError: parameters are sharded over processes, or the shadow has no form of its own that would compute what it
-            computes when attached.
+        ValueError: parameters are sharded over processes, or no exported form computes what the attached shadow computes.
     """
     if is_sharded(model):
         raise ValueError("The model is sharded over processes; save the adapter and export it from one process.")
@@ -47,6 +48,8 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     same_width = isinstance(model.shadow_hidden_projection, nn.Identity)
     if model.has_implicit_shadow and same_width and _is_text_model(model.base_model):
         exported = _stock(model, _task_class(model))
+    elif "shadow_classifier_head" in model.task_heads:
+        exported = _explicit_classifier(model)
     else:
         exported = _explicit_causal_lm(model, same_width)
     for module in (exported.get_input_embeddings(), exported.get_output_embeddings()):
@@ -86,23 +89,26 @@ def _stock(model: ShadowAdapter, task_class: type[PreTrainedModel]) -> PreTraine
         config.tie_word_embeddings = False
     exported = task_class(config)
     heads = _trained_heads(model, exported)
+    same_class = type(exported) is type(model.base_model)
+    backbone_path = model.decoder.path if same_class else exported.base_model_prefix
     for path, module in exported.named_modules():
         if path in heads:
             source = heads[path]
         elif module is exported.get_input_embeddings():
             source = model.base_model.get_input_embeddings()
         else:
-            source = _source(model, path)
+            source = _source(model, path, backbone_path)
         _copy_tensors(module, source)
     return exported
 
 
-def _source(model: ShadowAdapter, path: str) -> nn.Module:
-    """The module of the backbone, or of the base where the backbone has none there, that an exported one is copied from."""
-    outside = "" if model.decoder.path == "" else f"{model.decoder.path}."
+def _source(model: ShadowAdapter, path: str, backbone_path: str) -> nn.Module:
+    """The module to copy an exported module from: the backbone's, or the base's where the backbone has none."""
     known = dict(model.shadow_model.named_modules())
-    if path.startswith(outside) and path[len(outside) :] in known:
-        return known[path[len(outside) :]]
+    if backbone_path == "" or path == backbone_path or path.startswith(f"{backbone_path}."):
+        inside = path[len(backbone_path) :].removeprefix(".")
+        if inside in known:
+            return known[inside]
     return model.base_model.get_submodule(path)
 
 
@@ -120,28 +126,63 @@ def _trained_heads(model: ShadowAdapter, exported: PreTrainedModel) -> dict[str,
 def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
     source = source.materialize() if isinstance(source, SharedEmbedding) else source
     with materialized(source):
-        values = own_tensors(source)
+        values = own_tensors(dequantized_view(source))
         for name, target in own_tensors(module).items():
             target.copy_(values[name])
 
 
-def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
-    """A causal LM around an explicit backbone, or one of another width than the base.
-
-    Raises:
-        ValueError: the base is no causal LM, or its head does more than the exported form can hold.
-    """
-    base, backbone = model.base_model, copy.deepcopy(model.shadow_model)
-    if base.get_output_embeddings() is None:
-        raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
+def _complete_backbone(model: ShadowAdapter) -> PreTrainedModel:
+    """A copy of the backbone with embeddings of its own."""
+    backbone = copy.deepcopy(model.shadow_model)
     for path, module in list(backbone.named_modules()):
         if isinstance(module, SharedEmbedding):
             backbone.set_submodule(path, module.materialize())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
+    return backbone
+
+
+def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:
+    """A classifier of the backbone's own architecture; the projection is multiplied into its head, `[C, d] @ [d, S]`.
+
+    Raises:
+        ValueError: transformers has no classifier of that architecture, or one whose head has no place for a bias.
+    """
+    backbone, head = _complete_backbone(model), model.task_heads["shadow_classifier_head"]
+    stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(backbone.config), None)
+    if stock is None:
+        raise ValueError(f"transformers has no classifier of the architecture {backbone.config.model_type!r} to export to.")
+    config, base_config = copy.deepcopy(backbone.config), model.base_model.config
+    for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        setattr(config, name, copy.deepcopy(getattr(base_config, name)))
+    exported = stock(config)
+    exported.base_model.load_state_dict(backbone.state_dict())
+    head_name = classifier_name(exported)
+    weight, bias = head.get_parameter("weight").detach(), getattr(head, "bias", None)
+    if not isinstance(model.shadow_hidden_projection, nn.Identity):
+        weight = weight @ model.shadow_hidden_projection.get_parameter("weight").to(weight.dtype)
+    own = None if head_name is None else exported.get_submodule(head_name)
+    if not isinstance(own, nn.Linear) or own.weight.shape != weight.shape or (bias is not None and own.bias is None):
+        raise ValueError(f"{stock.__name__} has no linear head that the shadow's classification head fits into.")
+    own.weight.copy_(weight)
+    if own.bias is not None:
+        own.bias.copy_(torch.zeros_like(own.bias) if bias is None else bias)
+    return exported
+
+
+def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
+    """A causal LM around an explicit backbone, or around one of another width than the base.
+
+    Raises:
+        ValueError: the base is no causal LM, or the exported form cannot represent its head.
+    """
+    base = model.base_model
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
+    backbone = _complete_backbone(model)
     head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
     with materialized(head):
-        weight, scale = head.weight.detach().clone(), _head_scale(model)
+        weight, scale = float_copy(head).get_parameter("weight").detach(), _head_scale(model)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
     if same_width and stock is not None and vocab_size == weight.shape[0] and softcap_of(base) is None:
@@ -181,13 +222,15 @@ def softcap_of(base: PreTrainedModel) -> float | None:
 
 
 def _head_scale(model: ShadowAdapter) -> float:
-    """The constant by which the base's class multiplies what its output embedding returns.
+    """The constant by which the base's class multiplies the result of its output embedding.
 
     Raises:
-        ValueError: its head is no scaled, possibly capped, linear map.
+        ValueError: its logits are not a scaled, possibly capped, linear function.
     """
     head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
-    x = torch.randn(1, 8, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
+    kind, width = head.weight.dtype, model.decoder.hidden_size
+    dtype = kind if kind.is_floating_point else model.base_model.dtype  # integers: a quantized head
+    x = torch.randn(1, 8, width, dtype=dtype, device=head.weight.device)
     task_head = TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)
     plain, full = head(x).double(), task_head(x).double()
     if cap is not None:
@@ -195,7 +238,7 @@ def _head_scale(model: ShadowAdapter) -> float:
     scale = float((plain * full).sum() / plain.square().sum())
     if not torch.allclose(plain * scale, full, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
         raise ValueError(
-            f"{type(model.base_model).__name__} computes its logits by more than one linear map, which the exported form of "
-            "this shadow cannot hold."
+            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the "
+            "exported form of this shadow cannot represent."
         )
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale

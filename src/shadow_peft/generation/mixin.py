@@ -13,7 +13,8 @@ from shadow_peft.generation import draft_length
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
-from shadow_peft.model import InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import InferenceMode
 
 
 class ShadowGenerationMixin(GenerationMixin):
@@ -30,6 +31,28 @@ class ShadowGenerationMixin(GenerationMixin):
     def can_generate(self) -> bool:
         """Always: a causal LM generates."""
         return True
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, use_shadow_draft: bool | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with the shadow as draft model on request.
+
+        Args:
+            inputs: token ids `[B, T]`, or None where `input_ids` or `inputs_embeds` are among the keyword arguments.
+            *args: further arguments of transformers' `generate`.
+            use_shadow_draft: let the shadow draft tokens that the adapted base then verifies: the same text, or the same
+                distribution when sampling, in fewer base passes. None follows the generation config.
+            **kwargs: further arguments of transformers' `generate`. `num_assistant_tokens`,
+                `num_assistant_tokens_schedule` ("heuristic" adapts to acceptance, "constant" does not) and
+                `assistant_confidence_threshold` control the drafts.
+
+        Returns:
+            What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
+
+        Raises:
+            ValueError: drafting with beams, guidance, or a cache that cannot be cropped.
+        """
+        if use_shadow_draft is not None:
+            kwargs["use_shadow_draft"] = use_shadow_draft
+        return super().generate(inputs, *args, **kwargs)
 
     # ---------------------------------------------------------------- both caches
 

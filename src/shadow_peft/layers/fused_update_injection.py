@@ -60,7 +60,7 @@ def fused_update_injection(
     flat_h, flat_s = h.flatten(0, -2), s.flatten(0, -2)
     tokens = flat_h.shape[0]
     transform_mask = None
-    if weights is not None:
+    if weights is not None and norm is not None:  # the variant "peft" has no dropout in its transform
         transform_mask = sample_mask((tokens, weights.gate_up.shape[1]), h.device, dropout)
     mask = sample_mask((tokens, mask_width(down, dropout_before_down)), h.device, dropout)
     update_tensors = () if weights is None else _UpdateTensors.of(weights, norm)

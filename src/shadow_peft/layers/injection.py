@@ -74,6 +74,11 @@ class ShadowInjectionModel(nn.Module):
             else:
                 self.injection_downs.normal_(std=scale if variant == "readout" else 0.02)
 
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        layers, width, rank = self.injection_downs.shape
+        return f"layers={layers}, d={width}, r={rank}"
+
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""
         downs = self.injection_downs.to(dtype).unbind(0)

@@ -93,6 +93,11 @@ class ShadowOutputModel(nn.Module):
         self.output_downs = nn.Parameter(torch.empty(num_layers, hidden_size, rank).normal_(std=hidden_size**-0.5))
         self.output_ups = nn.Parameter(torch.zeros(num_layers, rank, hidden_size))
 
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        layers, width, rank = self.output_downs.shape
+        return f"layers={layers}, d={width}, q={rank}"
+
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(E, V) of every injected layer in the dtype of the computation."""
         return list(zip(self.output_downs.to(dtype).unbind(0), self.output_ups.to(dtype).unbind(0), strict=True))

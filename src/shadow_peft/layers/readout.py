@@ -95,6 +95,11 @@ class ShadowReadoutModel(nn.Module):
         self.down = nn.Parameter(torch.empty(hidden_size, map_hidden_size).normal_(std=hidden_size**-0.5))
         self.up = nn.Parameter(torch.zeros(map_hidden_size, hidden_size))
 
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        (width, gate_width), map_width = self.gate_down.shape, self.down.shape[1]
+        return f"d={width}, k={gate_width}, m={map_width}"
+
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h' `[B, T, d]`, in dtype and on the device of `h`."""
         weights = (getattr(self, name).to(h.device, h.dtype) for name in ReadoutWeights._fields)

@@ -59,7 +59,7 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
         s: shadow state, `[B, T, d]`.
         weights: the layer's weights.
         norm: the shared LayerNorm ("published", SiLU) or None ("peft", GELU).
-        dropout: probability of dropping entries of the transform; 0 outside training.
+        dropout: probability of dropping entries of the transform ("published"); 0 outside training.
 
     Returns:
         The next shadow state, `[B, T, d]`.
@@ -67,7 +67,8 @@ def update(h: Tensor, s: Tensor, weights: UpdateWeights, norm: Norm | None, drop
     z = thin_input(h, weights, norm)
     z = F.gelu(z) if norm is None else F.silu(z)
     z_gate, z_transform = z.chunk(2, dim=-1)
-    z_transform = apply_mask(z_transform, sample_mask(tuple(z_transform.shape), h.device, dropout), dropout)
+    if norm is not None:
+        z_transform = apply_mask(z_transform, sample_mask(tuple(z_transform.shape), h.device, dropout), dropout)
     return torch.lerp(s, *transform_and_gate(z_gate, z_transform, weights))
 
 
@@ -95,6 +96,11 @@ class StackedUpdateWeights(nn.Module):
             self.down_bias = _uniform((num_layers, 2 * gate_hidden_size), fan_in=hidden_size)
             self.gate_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
             self.transform_up_bias = _uniform((num_layers, hidden_size), fan_in=gate_hidden_size)
+
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        layers, width, gate_width = self.gate_up.shape
+        return f"layers={layers}, d={width}, k={gate_width}, trained={self.down.requires_grad}"
 
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The weights of every layer in the dtype of the computation, with one cast and one split for all layers."""

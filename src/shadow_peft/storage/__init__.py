@@ -1,1 +1,1 @@
-"""Files written all or none, and the hub; knows nothing of adapters."""
+"""Atomic writing of files, tensors and the hub; independent of adapters."""

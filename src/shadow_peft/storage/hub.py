@@ -1,12 +1,13 @@
-"""Hugging Face Hub: where checkpoints are fetched from and pushed to; its client is imported when it is called."""
+"""Download from and upload to the Hugging Face Hub; its client is imported when it is used."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-_PATTERNS = ["shadow_*", "adapter_*"]
+_PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", ".saved/*"]
+"""Files of an adapter; the last ones are there if a folder was uploaded in which a save was interrupted."""
 
 
 def local_directory(path_or_repo: str | Path) -> Path:
@@ -57,8 +58,12 @@ def push(
     token: str | None,
     revision: str | None,
     create_pr: bool,
+    replaces: Collection[str] = (),
 ) -> str:
     """Upload what `save` writes into a directory, to a repository that is created if needed.
+
+    Args:
+        replaces: names of files that go from the repository with the same commit, unless they are uploaded anew.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -67,11 +72,16 @@ def push(
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        save(directory)  # first of all: what cannot be saved leaves nothing on the hub
+        save(directory)  # first, so that nothing is created on the hub if saving fails
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
         info = api.upload_folder(
-            repo_id=repo, folder_path=directory, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id=repo,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=sorted(replaces),
         )
     return info.pr_url or info.commit_url

@@ -1,1 +1,1 @@
-"""Task models: an adapted base and its shadow with heads and a loss."""
+"""Task models: an adapted base and its shadow with task heads and a loss."""

@@ -1,13 +1,13 @@
-"""What the task models share: one adapted model, two ways to answer, heads that may be trained.
+"""What the task models share: one adapted model, two inference modes, heads that may be trained.
 
-A task model is a `PreTrainedModel`, so trainers, pipelines and accelerate treat it as one; its state dict and its files hold
-the adapter and the trained heads alone.
+A task model is a `PreTrainedModel`, so trainers, pipelines and accelerate treat it as one. Its state dict and its files
+contain the adapter and the trained heads only.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadow_peft.backbone.implicit import materialized
+from shadow_peft.backbone.dequantize import float_copy
+from shadow_peft.backbone.implicit import master_dtype, materialized
 from shadow_peft.checkpoint import store
-from shadow_peft.model import InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import InferenceMode
 from shadow_peft.storage.sharded import is_sharded
 
 TRAINER_TAG = "shadow-peft"
-"""With this among its tags, a trainer of TRL says that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
+"""A trainer of TRL with this tag declares that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
 
 
 class ShadowTaskModel(PreTrainedModel):
@@ -31,8 +33,8 @@ class ShadowTaskModel(PreTrainedModel):
     Args:
         peft_model: the adapted base.
         shadow_loss_weight: factor of the shadow's own loss.
-        inference_mode: "base_shadow" answers with the adapted base, "shadow_only" with the shadow alone, without running
-            any layer of the base.
+        inference_mode: "base_shadow" computes the logits with the adapted base, "shadow_only" with the shadow alone; then no
+            layer of the base runs.
 
     Raises:
         TypeError: `peft_model` is no `ShadowPeftModel`.
@@ -51,7 +53,7 @@ class ShadowTaskModel(PreTrainedModel):
     """Names of the base's and the shadow's head."""
 
     loss_settings: ClassVar[tuple[str, ...]] = ("shadow_loss_weight",)
-    """Arguments and attributes that shape the loss; they are stored with the adapter."""
+    """Arguments and attributes that define the loss; they are stored with the adapter."""
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class ShadowTaskModel(PreTrainedModel):
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
         self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
+        self._hf_peft_config_loaded = peft_model._hf_peft_config_loaded
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
@@ -80,10 +83,14 @@ class ShadowTaskModel(PreTrainedModel):
             if name not in peft_model.task_heads:
                 peft_model.task_heads[name] = self._fresh_head(peft_model, name)
         self.train(peft_model.training)
+        self._own_dtypes = self._trained_dtypes()
+
+    def _trained_dtypes(self) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
 
     @classmethod
     def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
-        """The heads that this task keeps as copies of its own."""
+        """The heads of which this task has copies of its own."""
         raise NotImplementedError
 
     @classmethod
@@ -92,7 +99,7 @@ class ShadowTaskModel(PreTrainedModel):
         raise NotImplementedError
 
     def set_inference_mode(self, mode: InferenceMode) -> None:
-        """Choose who answers: "base_shadow" or "shadow_only".
+        """Choose which network computes the logits: "base_shadow" or "shadow_only".
 
         Raises:
             ValueError: an unknown mode.
@@ -102,16 +109,16 @@ class ShadowTaskModel(PreTrainedModel):
         self.inference_mode = mode
 
     def wants_shadow_logits(self, asked: bool | None) -> bool:
-        """Nobody reads them in training without a shadow loss, unless they are asked for."""
+        """Whether to compute the shadow's logits: as asked, else always but in training without a shadow loss."""
         return asked if asked is not None else not (self.training and self.shadow_loss_weight == 0)
 
-    # ---------------------------------------------------------------- what transformers asks of a model
+    # ---------------------------------------------------------------- what transformers expects of a model
 
     @property
     def config(self) -> Any:
-        """The base's config, of which `transformers.Trainer` learns that `shadow_logits` are no predictions to evaluate.
+        """A view of the base's config that tells `transformers.Trainer` to leave `shadow_logits` out of its predictions.
 
-        It is a view: whatever is set on it is set on the base's config, and the other way round.
+        It shares its values with the base's config: setting one sets the other.
         """
         if "peft_model" not in self._modules:
             return self.__dict__["_early_config"]
@@ -126,11 +133,11 @@ class ShadowTaskModel(PreTrainedModel):
         if "peft_model" in self._modules:
             self.peft_model.base_model.config = config
         else:
-            self.__dict__["_early_config"] = config  # transformers' constructor runs before the base is in its place
+            self.__dict__["_early_config"] = config  # transformers' constructor runs before `peft_model` is set
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: the device of the base."""
+        """The device of the base, where inputs belong."""
         device: torch.device = self.peft_model.base_model.device
         return device
 
@@ -145,50 +152,74 @@ class ShadowTaskModel(PreTrainedModel):
         return self.peft_model.base_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head that the adapted base answers with, if it is an output embedding."""
+        """The output embedding that computes the adapted base's logits, if there is one."""
         heads = self.peft_model.task_heads
         return heads["lm_head"] if "lm_head" in heads else self.peft_model.base_model.get_output_embeddings()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Tag the model for the hub; refuse a trainer of TRL that would leave the shadow untrained.
+        """Tag the model for the hub; refuse a trainer of TRL that would not train the shadow.
 
-        TRL's trainers compute losses from the base's logits, or with a head of their own that passes the adapter by. None
-        of that reaches the shadow's loss, and by the calls alone they cannot be told from a training loop that knows what
-        it does. What they do in their constructors, and nobody else does, is to sign the model with their tags,
-        `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental asynchronous ones, which ask the base for
-        what it does not return). The trainers of `shadow_peft.training` sign with `TRAINER_TAG` too. A loop that passes
-        here and still drops the shadow's loss is what `GradientMonitor` reports.
+        TRL's trainers compute losses from the base's logits, or call the base's head without the adapter. Neither trains
+        the shadow, and their calls look like those of a training loop that does it right. But their constructors, and
+        nothing else, add their tags to the model, `["trl", "sft"]` for example (in TRL 1.16 all but the two experimental
+        asynchronous ones, which need outputs that the model does not return). The trainers of `shadow_peft.training` add
+        `TRAINER_TAG` too. `GradientMonitor` reports a loop that passes this check and still drops the shadow's loss.
 
         Args:
             tags: one or more tags.
 
         Raises:
-            TypeError: tags of TRL without ours, and a shadow loss that would be dropped.
+            TypeError: tags of TRL without ours, and a shadow loss that would be dropped, or an adapter that TRL has rounded.
         """
         names = [tags] if isinstance(tags, str) else tags
-        if "trl" in names and TRAINER_TAG not in names and self.shadow_loss_weight > 0:
+        of_trl = "trl" in names and TRAINER_TAG not in names
+        if of_trl and self._hf_peft_config_loaded and self._trained_dtypes() != self._own_dtypes:
             raise TypeError(
-                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped without a "
-                "word. Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
-                "shadow_peft.training; a trainer of your own that adds the shadow's loss says so by "
+                f"This trainer of TRL ({', '.join(names)}) has rounded the adapter to bfloat16, as it does beside any base "
+                "of bitsandbytes. Use the trainers of shadow_peft.training, which keep its dtype; a trainer of your own "
+                f"does so with ShadowTrainerMixin before TRL's class, and {TRAINER_TAG!r} in its _tag_names."
+            )
+        if of_trl and self.shadow_loss_weight > 0:
+            raise TypeError(
+                f"This trainer of TRL ({', '.join(names)}) does not train the shadow: its loss would be dropped silently. "
+                "Use ShadowSFTTrainer, ShadowDPOTrainer, ShadowGRPOTrainer or ShadowRewardTrainer of "
+                "shadow_peft.training; a trainer of your own that adds the shadow's loss declares it with "
                 f"{TRAINER_TAG!r} in its _tag_names."
             )
         super().add_model_tags(tags)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """The base chose its experts' implementation already; transformers would look for experts in this file."""
+        """True: the base has chosen its experts' implementation; transformers would look for experts in this file."""
         return True
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Recompute layers in the backward pass; transformers' `activation_checkpointing_enable` leads here too."""
+        """Recompute layers in the backward pass; transformers' `activation_checkpointing_enable` calls this too."""
         self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again; transformers' `activation_checkpointing_disable` leads here too."""
+        """Keep all activations again; transformers' `activation_checkpointing_disable` calls this too."""
         self.peft_model.gradient_checkpointing_disable()
+
+    # ---------------------------------------------------------------- the verbs of PEFT
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside the context, in this thread, the model is its bare base."""
+        return self.peft_model.disable_adapter()
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, still attached; calling it is calling the bare base."""
+        return self.peft_model.get_base_model()
+
+    def unload(self) -> PreTrainedModel:
+        """Remove the adapter and give back what was wrapped, see `ShadowPeftModel.unload`."""
+        return self.peft_model.unload()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """A shadow adapter cannot be merged, see `ShadowPeftModel.merge_and_unload`."""
+        return self.peft_model.merge_and_unload(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -201,24 +232,34 @@ class ShadowTaskModel(PreTrainedModel):
     # ---------------------------------------------------------------- files
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapter's tensors and the trained heads under their names in the files; where sharded, see `sharded`."""
+        """The adapter's tensors and the trained heads, see `ShadowPeftModel.state_dict`."""
         prefix += _INNER if is_sharded(self) else ""
         return self.peft_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy what `state_dict` returned into this model, see `ShadowPeftModel.load_state_dict`."""
-        return self.peft_model.load_state_dict(_inner(state_dict), strict, assign)
+        return self.peft_model.load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load from the state dict of a parent module: the adapted model inside finds its part where torch looks for it."""
+        inside = prefix + _INNER
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inside)]:
+            state_dict[inside + name[len(prefix) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained."""
         self.peft_model.print_trainable_parameters()
 
     def export_shadow(self) -> PreTrainedModel:
-        """The shadow alone as a self-contained model, see `export.standalone`."""
+        """The shadow alone as a self-contained model, see `ShadowPeftModel.export_shadow`."""
         return self.peft_model.export_shadow()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; the arguments are those of `checkpoint.store.save`."""
+        """Save the adapter, the trained heads and the factors of the loss.
+
+        The arguments are those of `ShadowPeftModel.save_pretrained`.
+        """
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = _inner(kwargs["state_dict"])
         training = {name: getattr(self, name) for name in self.loss_settings}
@@ -240,34 +281,44 @@ class ShadowTaskModel(PreTrainedModel):
         inference_mode: InferenceMode = "base_shadow",
         autocast_adapter_dtype: bool = True,
     ) -> Any:
-        """Attach a stored adapter with its heads to a base; see `ShadowPeftModel.from_pretrained` for the arguments.
+        """Attach a stored adapter with its heads to a base.
 
         Args:
-            shadow_loss_weight: None takes what the checkpoint says, else 0.05; whatever else shapes the loss is taken from
-                the checkpoint too.
+            model: the base.
+            pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            is_trainable: False freezes the adapter and the heads and sets eval mode.
+            shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
+            shadow_loss_weight: None uses the stored one, or 0.05 if none is stored; other factors of the loss are the stored
+                ones.
+            inference_mode: "base_shadow" or "shadow_only".
+            autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
+
+        Raises:
+            ValueError: there is no adapter, a file is damaged, the adapter does not fit the base, or it has heads of another
+                task.
         """
         stored = store.read(pretrained_shadow_path)
         foreign = set(stored.head_names) - set(cls.head_names)
         if foreign:
             raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
-        peft_model = ShadowPeftModel.from_checkpoint(
+        stored.require_heads(cls.head_names)
+        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
+        if shadow_loss_weight is not None:
+            settings["shadow_loss_weight"] = shadow_loss_weight
+        return ShadowPeftModel.from_checkpoint(
             model,
             stored,
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
             make_head=cls._fresh_head,
+            make_task=lambda peft_model: cls(peft_model, inference_mode=inference_mode, **settings),
         )
-        settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
-        if shadow_loss_weight is not None:
-            settings["shadow_loss_weight"] = shadow_loss_weight
-        task = cls(peft_model, inference_mode=inference_mode, **settings)
-        return task if is_trainable else task.requires_grad_(False).eval()
 
 
 @cache
 def _without_shadow_logits(kind: Any) -> Any:
-    """A config class under the same name, whose models' `shadow_logits` a Trainer leaves out of its predictions."""
+    """A config class of the same name whose `shadow_logits` a Trainer leaves out of its predictions."""
     ignored = [*getattr(kind, "keys_to_ignore_at_inference", ["past_key_values"]), "shadow_logits"]
     return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": ignored, "__module__": kind.__module__})
 
@@ -276,11 +327,12 @@ _INNER = "peft_model."
 
 
 def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task model's state dict under the names that the adapted model inside has for it."""
+    """A task model's state dict under the names of the adapted model inside."""
     return {name.removeprefix(_INNER): tensor for name, tensor in state.items()}
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy of a head in float32, to be trained."""
+    """A trainable copy of a head: in float32, or float64 where it computes in that."""
     with materialized(module):
-        return copy.deepcopy(module).to(torch.float32).requires_grad_(True)
+        copied = float_copy(module)
+        return copied.to(master_dtype(copied.get_parameter("weight").dtype)).requires_grad_(True)

@@ -1,8 +1,9 @@
-"""ShadowForCausalLM: a language model of an adapted base and its shadow.
+"""ShadowForCausalLM: a causal language model of an adapted base and its shadow.
 
     loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels) + distillation_weight * KL      see `losses`
 
-In training neither network's logits are computed unless they are asked for: the loss reads the states before the heads.
+In training with labels, neither network's logits are computed unless they are asked for: the loss reads the hidden states
+before the heads.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.generation.mixin import ShadowGenerationMixin
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.language_modeling import Logits, LogitSource, LossWeights, shifted, token_losses
 from shadow_peft.losses.reduction import token_count
-from shadow_peft.model import AdaptedOutput, InferenceMode, ShadowPeftModel
+from shadow_peft.model import ShadowPeftModel
+from shadow_peft.outputs import AdaptedOutput, InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
 
 
@@ -28,9 +32,10 @@ class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with the shadow's own logits.
 
     Attributes:
-        shadow_logits: `[B, T, V]`, what the detached shadow computes alone; None where they were not asked for.
-        base_loss, shadow_loss, distillation_loss: in training, the terms of `loss` before their weights, in nats per target
-            of this batch, without gradient; None where a term is not computed.
+        shadow_logits: `[B, T, V]`, the logits that the detached shadow computes; None if they were not computed.
+        base_loss: in training, the first term of `loss`, in nats per target of this batch, without gradient; else None.
+        shadow_loss: likewise the shadow's term before its weight.
+        distillation_loss: likewise the distillation term before its weight.
     """
 
     shadow_logits: Tensor | None = None
@@ -40,23 +45,25 @@ class ShadowCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
-    """A causal language model that answers with the adapted base or with the shadow alone.
+    """A causal language model whose logits are those of the adapted base or of the shadow alone.
 
-    The heads `lm_head` and `shadow_lm_head` are the base's own, without a copy, unless `modules_to_save` names them: then
-    each named one is a trained copy in float32.
+    The heads `lm_head` and `shadow_lm_head` are the base's own head, without a copy. A head that `modules_to_save` names is
+    a trained copy in float32, or float64 on a float64 base.
 
     Args:
         peft_model: an adapted causal LM.
         shadow_loss_weight: factor of the shadow's own loss.
         inference_mode: "base_shadow" or "shadow_only".
-        distillation_weight: factor of the shadow's divergence from the adapted base, see `losses.distillation`.
-        distillation_temperature: softens both distributions of that divergence.
-        distillation_warmup_ratio: first part of a training in which `distillation_weight` rises linearly from 0, since an
-            adapted base that has learned nothing yet is no teacher; the trainers of `shadow_peft.training` say how far a
-            training is (`training_progress`).
+        distillation_weight: factor of the KL divergence of the shadow (student) from the adapted base (teacher).
+        distillation_temperature: temperature of both distributions of that divergence.
+        distillation_warmup_ratio: fraction of the training in which `distillation_weight` rises linearly from 0, since an
+            adapted base that has learned nothing yet is no teacher. The trainers of `shadow_peft.training` report the
+            progress of the training (`training_progress`).
 
     Raises:
-        ValueError: the base is no causal LM, or a weight or temperature out of range; see also `ShadowTaskModel`.
+        TypeError: `peft_model` is no `ShadowPeftModel`.
+        ValueError: the base is no causal LM, a weight or temperature is out of range, the mode is unknown, or
+            `modules_to_save` names a head that a causal LM does not have.
     """
 
     head_names = ("lm_head", "shadow_lm_head")
@@ -68,7 +75,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
     )
 
     training_progress: float = 1.0
-    """Done part of the training that runs, in [0, 1]; a trainer's `ProgressCallback` sets it."""
+    """Fraction of the running training that is done, in [0, 1]; a trainer's `ProgressCallback` sets it."""
 
     def __init__(
         self,
@@ -101,12 +108,12 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
     @property
     def lm_head(self) -> nn.Module:
-        """The output embedding that the adapted base answers with, `[V, d]`: the base's own, or its trained copy."""
+        """The output embedding `[V, d]` of the adapted base's logits; the base's own, or its trained copy."""
         return self._output_embedding("lm_head")
 
     @property
     def shadow_lm_head(self) -> nn.Module:
-        """The output embedding that the shadow answers with, `[V, d]`: the base's own, or its trained copy."""
+        """The output embedding `[V, d]` of the shadow's logits; the base's own, or its trained copy."""
         return self._output_embedding("shadow_lm_head")
 
     def _output_embedding(self, name: str) -> nn.Module:
@@ -115,11 +122,11 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return trained[name] if name in trained else own
 
     def _rebuild_heads(self) -> None:
-        """Compose the ways from states to logits, see `base.task_head`."""
+        """Build the functions from hidden states to logits, see `base.task_head`."""
         peft, trained = self.peft_model, self.peft_model.task_heads
         base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
         path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
-        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # beside the modules, since it is the base's
+        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # no submodule: it belongs to the base
         self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
         self._shadow_head = self._base_head
         if base_head is not shadow_head:
@@ -129,7 +136,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """The factors of the loss: in training as far as it is, in evaluation always the final ones."""
+        """The factors of the loss: in training at its present progress, in evaluation the final ones."""
         ratio, progress = self.distillation_warmup_ratio, self.training_progress
         risen = progress / ratio if self.training and progress < ratio else 1.0
         return LossWeights(self.shadow_loss_weight, risen * self.distillation_weight, self.distillation_temperature)
@@ -156,26 +163,30 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
             input_ids: `[B, T]`.
             attention_mask: `[B, P + T]`, 1 for tokens and 0 for padding on either side.
             position_ids: `[B, T]`; None counts them from the mask.
-            past_key_values: what an earlier call returned, with P tokens, or an empty transformers cache.
+            past_key_values: the cache that an earlier call returned, with P tokens, or an empty transformers cache.
             inputs_embeds: `[B, T, d]` instead of `input_ids`.
             labels: `[B, T]`, `-100` where there is none; adds `loss`.
-            use_cache: return the states of both networks in `past_key_values`.
-            logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 keeps all.
-            num_items_in_batch: divisor of both losses, see `losses.language_modeling`.
-            output_shadow_logits: whether `shadow_logits` are computed; None leaves them out where training has labels, or no
-                use for them.
+            use_cache: return the cache of both networks in `past_key_values`; None follows the base's config in inference
+                and is False in training.
+            logits_to_keep: compute the logits of this many last tokens only, or of these positions; 0 is all of them.
+            num_items_in_batch: divisor of both losses: the number of targets of the whole optimizer step.
+            output_shadow_logits: whether to compute `shadow_logits`; None is False in training with labels or without a
+                shadow loss, else True.
             return_dict: False returns a tuple.
-            output_logits: whether `logits` are computed; None leaves them out where training has labels.
-            **kwargs: whatever else the base's forward takes; and `shift_labels` `[B, T]`, labels that are shifted already,
+            output_logits: whether to compute `logits`; None is False in training with labels, else True.
+            **kwargs: further arguments of the base's forward; and `shift_labels` `[B, T]`, labels that are shifted already,
                 which sequence parallelism passes instead of `labels`.
 
         Returns:
-            `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()` of the base, `logits` are those
-            of the one network that runs.
+            `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()`, `logits` are those of the one
+            network that runs.
+
+        Raises:
+            ValueError: no tokens, labels together with `logits_to_keep`, or a cache that does not fit.
         """
         if self.peft_model.base_model.get_output_embeddings() is not self._base_output:
-            self._rebuild_heads()  # somebody has replaced it, for example by resizing the vocabulary
-        targets = kwargs.pop("shift_labels", None)  # declared, a trainer would take it for a column of the data
+            self._rebuild_heads()  # it was replaced, for example by resizing the vocabulary
+        targets = kwargs.pop("shift_labels", None)  # undeclared, or a trainer would look for a column of this name
         if targets is None and labels is not None:
             targets = shifted(labels)
         kept = _kept(logits_to_keep)
@@ -204,7 +215,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
     def _with_logits(
         self, adapted: AdaptedOutput, kept: Any, wanted: bool, shadow_wanted: bool
     ) -> ShadowCausalLMOutputWithPast:
-        """The outputs with the logits that are wanted, of the tokens that are kept."""
+        """The outputs with the wanted logits of the kept tokens."""
         result = ShadowCausalLMOutputWithPast(past_key_values=adapted.cache)
         state = adapted.shadow_state
         if adapted.base is None:
@@ -224,7 +235,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
     def _add_loss(
         self, result: ShadowCausalLMOutputWithPast, adapted: AdaptedOutput, targets: Tensor, count: Tensor | int | None
     ) -> None:
-        """The loss from logits that were computed, else from states; in training with its terms."""
+        """Add the loss, from logits where they were computed and else from states; in training also its terms."""
         base = self._source(result.logits, adapted.head_input, self._base_head)
         shadow = self._source(result.shadow_logits, adapted.shadow_state, self._shadow_head)
         if adapted.base is None:
@@ -241,7 +252,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
     @staticmethod
     def _source(logits: Tensor | None, states: Tensor | None, head: TaskHead) -> LogitSource | None:
-        """Where the loss takes logits from: those that were computed, else the states and their head."""
+        """The source of logits for the loss: computed logits, else the states with their head."""
         if logits is not None:
             return LogitSource(logits, Logits())
         return None if states is None else LogitSource(states, head)
@@ -251,7 +262,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return self._shadow_head(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the embeddings of base and shadow; heads that are trained copies cannot follow.
+        """Resize the embeddings of base and shadow; not possible with heads that are trained copies.
 
         Raises:
             ValueError: a head is a trained copy.
@@ -265,7 +276,16 @@ _ALL = slice(None)
 
 
 def _kept(logits_to_keep: int | Tensor) -> Any:
-    """Which tokens of a sequence `logits_to_keep` means."""
+    """The index of the tokens that `logits_to_keep` selects."""
     if isinstance(logits_to_keep, int):
         return slice(-logits_to_keep, None) if logits_to_keep else _ALL
     return logits_to_keep
+
+
+class _KnownToPipelines(PreTrainedConfig):
+    """Key under which transformers' registry lists the class above, so that pipelines take it for what it is."""
+
+    model_type = "shadow_for_causal_lm"
+
+
+MODEL_FOR_CAUSAL_LM_MAPPING.register(_KnownToPipelines, ShadowForCausalLM, exist_ok=True)

@@ -3,7 +3,7 @@
     logits = classifier_head(h_last)     shadow_logits = shadow_classifier_head(s_last)
     loss   = L(logits, labels) + shadow_loss_weight * L(shadow_logits, labels)
 
-A sequence is pooled at its last token that is no padding, whichever side the padding is on.
+A sequence is pooled at its last non-padding token, whichever side the padding is on.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from shadow_peft.backbone.implicit import master_dtype
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.classification import classification_loss, problem_type_of
@@ -27,20 +30,21 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """`SequenceClassifierOutputWithPast` with the shadow's own logits.
 
     Attributes:
-        shadow_logits: `[B, C]`; None where they were not asked for.
+        shadow_logits: `[B, C]`; None if they were not computed.
     """
 
     shadow_logits: Tensor | None = None
 
 
 class ShadowForSequenceClassification(ShadowTaskModel):
-    """A classifier that answers with the adapted base or with the shadow alone.
+    """A classifier whose logits are those of the adapted base or of the shadow alone.
 
     The heads `classifier_head` and `shadow_classifier_head` start as copies of the base's classification head, or random on
-    a base without one, and are trained, unless `modules_to_save` names a subset: then only that is. Both are saved.
+    a base without one. Both are trained, unless `modules_to_save` names a subset: then only that subset is. Both are saved.
 
     Args:
-        peft_model: an adapted sequence classification model, causal LM or bare decoder; its config says `num_labels`.
+        peft_model: an adapted sequence classification model, causal LM or bare decoder; `num_labels` is read from its
+            config.
         shadow_loss_weight: factor of the shadow's own loss.
         inference_mode: "base_shadow" or "shadow_only".
     """
@@ -58,19 +62,20 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
-            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False)
+            dtype = master_dtype(base.dtype)
+            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
             nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
         chosen = peft_model.shadow_config.modules_to_save
         return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
 
     @property
     def classifier_head(self) -> nn.Module:
-        """The adapted base's head, `[d] -> [C]`."""
+        """The adapted base's head, from `[d]` to `[C]`."""
         return self.peft_model.task_heads["classifier_head"]
 
     @property
     def shadow_classifier_head(self) -> nn.Module:
-        """The shadow's head, `[d] -> [C]`."""
+        """The shadow's head, from `[d]` to `[C]`."""
         return self.peft_model.task_heads["shadow_classifier_head"]
 
     def forward(
@@ -94,16 +99,15 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             attention_mask: `[B, T]`, 1 for tokens and 0 for padding on either side. Without it, tokens equal to the config's
                 `pad_token_id` are padding when a sequence is pooled.
             position_ids: `[B, T]`; None counts them from the mask.
-            past_key_values: what an earlier call returned.
+            past_key_values: the cache that an earlier call returned.
             inputs_embeds: `[B, T, d]` instead of `input_ids`.
             labels: `[B]` classes (`-100` for none), `[B]` or `[B, C]` floats for regression, `[B, C]` floats for multi
-                label; adds `loss` of the kind that `config.problem_type` or else the labels decide.
-            use_cache: return the states of both networks.
-            num_items_in_batch: divisor of both losses, see `losses.classification`.
-            output_shadow_logits: False leaves `shadow_logits` out; None leaves them out only where training does not use
-                them.
+                label; adds `loss`. `config.problem_type`, or else the labels, decide its kind.
+            use_cache: return the cache of both networks.
+            num_items_in_batch: divisor of both losses: the number of labels of the whole optimizer step.
+            output_shadow_logits: whether to compute `shadow_logits`; None is False only in training without a shadow loss.
             return_dict: False returns a tuple.
-            **kwargs: whatever else the base's backbone takes.
+            **kwargs: further arguments of the base's backbone.
 
         Returns:
             `ShadowSequenceClassifierOutput` with logits `[B, C]`.
@@ -116,16 +120,18 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         )
         assert tokens is not None
         last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
-        result = ShadowSequenceClassifierOutput(past_key_values=adapted.cache)
+        shadow_logits = loss = None
         wants_shadow = adapted.base is None or self.wants_shadow_logits(output_shadow_logits)
         if adapted.shadow_state is not None and wants_shadow:
-            result.shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
-        if adapted.base is None:
-            result.logits = result.shadow_logits
+            shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
+        if adapted.base is not None:
+            logits = self._classify(self.classifier_head, adapted.base[0], last)
         else:
-            result.logits = self._classify(self.classifier_head, adapted.base[0], last)
+            assert shadow_logits is not None
+            logits = shadow_logits
         if labels is not None:
-            result.loss = self._loss(result, labels, num_items_in_batch)
+            loss = self._loss(logits, shadow_logits, labels, num_items_in_batch)
+        result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
         return result.to_tuple() if return_dict is False else result
 
     def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
@@ -135,21 +141,21 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         logits: Tensor = head(pooled.to(weight.device, weight.dtype))
         return logits
 
-    def _loss(self, result: ShadowSequenceClassifierOutput, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, shadow_logits: Tensor | None, labels: Tensor, count: Tensor | int | None) -> Tensor:
         kind = problem_type_of(labels, self.config.num_labels, self.config.problem_type)
-        loss = classification_loss(result.logits, labels, kind, count)
-        if result.shadow_logits is not None and result.shadow_logits is not result.logits:
-            shadow_loss = classification_loss(result.shadow_logits, labels, kind, count)
+        loss = classification_loss(logits, labels, kind, count)
+        if shadow_logits is not None and shadow_logits is not logits:
+            shadow_loss = classification_loss(shadow_logits, labels, kind, count)
             loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
         return loss
 
 
 def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """Index `[B]` of each sequence's last token that is no padding; 0 for a sequence of padding alone.
+    """Index `[B]` of each sequence's last non-padding token; 0 for a sequence of padding alone.
 
     Args:
         tokens: ids `[B, T]` or embeddings `[B, T, d]`.
-        attention_mask: `[B, P + T]`, or None: then ids equal to `pad_token_id` are padding, and embeddings have none.
+        attention_mask: `[B, P + T]`; with None, ids equal to `pad_token_id` are padding, and embeddings have no padding.
         pad_token_id: the padding token, or None.
     """
     length = tokens.shape[1]
@@ -161,3 +167,12 @@ def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int
         return torch.full((tokens.shape[0],), length - 1, device=tokens.device)
     order = torch.arange(length, device=tokens.device)
     return torch.where(real, order, 0).amax(dim=-1)
+
+
+class _KnownToPipelines(PreTrainedConfig):
+    """Key under which transformers' registry lists the class above, so that pipelines take it for what it is."""
+
+    model_type = "shadow_for_sequence_classification"
+
+
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.register(_KnownToPipelines, ShadowForSequenceClassification, exist_ok=True)

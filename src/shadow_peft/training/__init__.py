@@ -1,6 +1,6 @@
-"""Trainers, optimizer groups and the gradient monitor; and the data that people bring.
+"""Trainers, optimizer groups and the gradient monitor, and reading training data.
 
-A name is imported when it is asked for, so that this package needs TRL only where one of TRL's trainers is used.
+A name is imported when it is first used, so this package needs TRL only where one of TRL's trainers is used.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ __all__ = [
     "parameter_groups",
 ]
 
-_ROOMS = {
+_MODULES = {
     "GradientMonitor": "monitor",
     "GradientWatch": "monitor",
     "ProgressCallback": "progress",
@@ -45,6 +45,6 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

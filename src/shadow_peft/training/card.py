@@ -1,4 +1,4 @@
-"""What a run leaves behind for its readers: a model card with data, figures and provenance, and a picture of the losses."""
+"""The model card of a run, with data, figures and provenance, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ LogRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before it starts.
+    """The facts about a run that are known before it starts.
 
     Attributes:
-        name: of the adapter, a folder beside which the commands run, or a hub id.
+        name: name of the adapter: a folder, beside which the commands run, or a hub id.
         method: "ShadowPEFT", "LoRA", "DoRA".
         variant: of a shadow adapter, None for another.
         base: folder or hub id of the base.
         data: folder, file or hub id of the data.
-        parts: what was learned of it and evaluated on, such as "split train".
-        examples: number of examples, by what they are for.
+        parts: which parts of it were used for training and evaluation, such as "split train".
+        examples: purpose ("training", "evaluation") -> number of examples.
         trainable: number of trainable parameters.
-        seed: of weights and order.
-        arguments: of `shadow-peft train`, which made the run.
-        processes: that shared the work.
-        chat: prompts are a user's turns.
+        seed: seed of weights and order.
+        arguments: the arguments of `shadow-peft train`, which made the run.
+        processes: number of processes.
+        chat: whether prompts are a user's turns.
+        quantization: options of the command line that quantized the base; empty if none did.
     """
 
     name: str
@@ -49,14 +50,15 @@ class RunFacts:
     arguments: tuple[str, ...]
     processes: int = 1
     chat: bool = False
+    quantization: str = ""
 
 
 def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
-    """Write `README.md` and, once something was logged, `losses.png` into a directory.
+    """Write `README.md` into a directory and, if something was logged, `losses.png`.
 
     Args:
         directory: created when it is missing.
-        facts: what is known of the run.
+        facts: the facts about the run.
         log: rows of a trainer's `state.log_history`.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,9 +69,9 @@ def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
 
 
 def loss_curves(log: Sequence[LogRow]) -> dict[str, list[tuple[int, float]]]:
-    """Name of a loss -> its (step, nats per token); a sum is left out where its parts are known.
+    """Name of a loss -> its points (step, nats per token).
 
-    The losses of evaluations begin with `eval_`.
+    A sum of losses is left out where its terms were logged. Names of evaluation losses begin with `eval_`.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in log:
@@ -81,7 +83,7 @@ def loss_curves(log: Sequence[LogRow]) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """The losses over the steps as PNG, evaluations dashed."""
+    """Plot the losses over the steps as PNG, evaluations dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -95,7 +97,7 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
 
 
 def _card_data(facts: RunFacts) -> ModelCardData:
-    """The card's header; the hub takes ids there, no folders of one machine."""
+    """The card's header; the hub accepts ids there, and no local folders."""
     base = None if Path(facts.base).exists() else facts.base
     data = ModelCardData(
         base_model=base,
@@ -114,7 +116,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
     figures = {"trainable parameters": f"{facts.trainable:,}", **_figures(log)}
     base, method = portable(facts.base), facts.method + (f", variant `{facts.variant}`" if facts.variant else "")
     provenance = {
-        "base": f"`{base}`",
+        "base": f"`{base}`" + (f", `{facts.quantization}`" if facts.quantization else ""),
         "method": method,
         "seed": str(facts.seed),
         "processes": str(facts.processes),
@@ -144,7 +146,7 @@ def portable(word: str) -> str:
 
 
 def _figures(log: Sequence[LogRow]) -> dict[str, str]:
-    """The last value of everything that training and evaluation measured."""
+    """The last value of every metric of training and evaluation."""
     last: dict[str, Any] = {}
     for row in log:
         last.update(row)
@@ -168,13 +170,27 @@ def _usage(facts: RunFacts, base: str) -> str:
     else:
         imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
         attach, place = f'PeftModel.from_pretrained(base, "{facts.name}")', f"--model {facts.name}"
+    if facts.quantization:
+        imports = imports.replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig")
     python = f"""{imports}
 
 tokenizer = AutoTokenizer.from_pretrained("{facts.name}")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{_quantized(facts.quantization)})
 model = {attach}
 inputs = {inputs}
 output = model.generate(**inputs, max_new_tokens=50)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-    command = f'shadow-peft generate {place} {"--chat " * facts.chat}"Hello"'
+    options = " ".join(filter(None, (place, facts.quantization, "--chat" * facts.chat)))
+    command = f'shadow-peft generate {options} "Hello"'
     return f"```python\n{python}\n```\n\n```bash\n{command}\n```"
+
+
+def _quantized(options: str) -> str:
+    """The argument of `from_pretrained` that quantizes a base as these options of the command line do."""
+    if not options:
+        return ""
+    given = ["load_in_8bit=True" if "--load_in_8bit" in options else "load_in_4bit=True"]
+    if "--load_in_4bit" in options:
+        given.append(f'bnb_4bit_quant_type="{"fp4" if "fp4" in options else "nf4"}"')
+        given += ["bnb_4bit_use_double_quant=True"] * ("--use_bnb_nested_quant" in options)
+    return f", quantization_config=BitsAndBytesConfig({', '.join(given)})"

@@ -2,12 +2,13 @@
 
     loss = DPO(policy = adapted base, reference = bare base) + shadow_loss_weight * CE(shadow_logits, chosen completions)
 
-Why cross entropy for the shadow and not a DPO loss of its own: DPO moves a policy away from a reference that can already
-write such answers, and its gradient vanishes once a pair is ranked. A shadow is no such policy; it can rank a pair while
-giving both answers next to no probability. What it has to learn, to answer alone and to draft for the base, is to write the
-chosen answers. Nor is there a bare shadow that could be its reference.
+Why the shadow has a cross entropy and not a DPO loss: DPO assumes a reference that can already write such answers, and its
+gradient vanishes once a pair is ranked. A shadow can rank a pair correctly and still give both answers almost no
+probability. To answer alone, and to draft for the base, it has to learn to write the chosen answers. Also, there is no bare
+shadow that could be its reference.
 
-The cross entropy is a mean over the chosen completions' tokens of the whole optimiser step, however it is accumulated.
+The cross entropy is a mean over the chosen completions' tokens of the whole optimizer step, with or without gradient
+accumulation.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
 
     Args:
         model: the policy.
-        ref_model: None takes the bare base, by switching the adapter off; else a causal LM of transformers.
+        ref_model: a causal LM of transformers; None uses the bare base, with the adapter disabled.
         args: `trl.DPOConfig`. Its `disable_dropout`, on by default, sets the adapter's dropout to 0.
         **kwargs: further arguments of `trl.DPOTrainer`, and `shadow_learning_rate_scale`.
 
     Raises:
-        TypeError: the model, or the reference, is not of such a class.
-        ValueError: a policy that answers with the shadow alone, or an option that cannot be honoured.
+        TypeError: the model is no `ShadowForCausalLM`, or the reference is one.
+        ValueError: a policy in the mode "shadow_only", or an option that is not supported.
     """
 
     trains = ShadowForCausalLM
@@ -45,7 +46,7 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
         reject_options(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
         reject_options(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
         if isinstance(ref_model, ShadowForCausalLM):
-            raise TypeError("A ShadowForCausalLM cannot be ref_model; leave it out to take the bare base.")
+            raise TypeError("A ShadowForCausalLM cannot be ref_model; leave it out to use the bare base.")
         if ref_model is None and isinstance(model, ShadowForCausalLM):
             ref_model = Reference(model)
         super().__init__(model, ref_model, args, **kwargs)
@@ -56,7 +57,7 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """DPO's loss of the adapted base and the weighted cross entropy of the shadow."""
+        """DPO loss of the adapted base plus the weighted cross entropy of the shadow."""
         weight = self.model.shadow_loss_weight
         scored = Scored(model, shadow=weight > 0)
         result = super().compute_loss(scored, inputs, return_outputs)
@@ -77,7 +78,7 @@ class ShadowDPOTrainer(ShadowTrainerMixin, DPOTrainer):
         return mean_over_step(nats.sum(), count, self.current_gradient_accumulation_steps, processes)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Tokens of the chosen completions in all micro-batches of a step, counted by `Trainer` as it counts labels."""
+        """Number of tokens of the chosen completions in all micro-batches of a step; `Trainer` counts them as labels."""
         masks = [_chosen(batch["completion_mask"][:, 1:].bool()) for batch in batch_samples]
         labels = [torch.where(mask, 0, IGNORE_INDEX) for mask in masks]
         return super()._get_num_items_in_batch([{"labels": x, "shift_labels": x} for x in labels], device)

@@ -1,12 +1,12 @@
-"""Reads the JSON lines that people bring: every bad line is named with its number.
+"""Reads JSON lines of prompts and completions, conversations or texts; every bad line is reported with its number.
 
     {"prompt": "Translate to German: good morning\\n", "completion": "Guten Morgen"}
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello to you"}]}
     {"text": "Once upon a time there was a robot."}
 
-The third are conversations in the words of ShareGPT. A conversation ends with a turn of the assistant; a file holds lines of
-one kind.
+The third are conversations in the words of ShareGPT. A conversation ends with a turn of the assistant. All lines of a file
+are of one kind.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = 20
 
 
 class BadDataError(ValueError):
-    """A data file that cannot be trained on; the message names every bad line as ``file:number: what is wrong``."""
+    """A data file that cannot be used for training; the message lists every bad line as ``file:number: what is wrong``."""
 
     def __init__(self, problems: list[str]) -> None:
         shown = problems[:SHOWN]
@@ -46,8 +46,8 @@ def read_examples(path: str | Path) -> list[Example]:
         The objects with their keys `prompt` and `completion`, `messages`, or `text`; other keys are dropped.
 
     Raises:
-        BadDataError: naming every bad line, or a file without examples.
-        OSError: if the file cannot be read.
+        BadDataError: lists every bad line, or says that the file has no examples.
+        OSError: the file cannot be read.
     """
     lines = Path(path).read_bytes().splitlines()
     examples: list[Example] = []
@@ -63,18 +63,18 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def last_turn_as_completion(example: Example) -> Example:
-    """A messages example as conversational prompt and completion: the last assistant turn is what is learned."""
+    """A messages example as conversational prompt and completion; the last assistant turn is the completion."""
     messages = example["messages"]
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def kind_of(example: Example) -> Kind:
-    """Which of the three kinds an example is."""
+    """The kind of an example."""
     return "messages" if "messages" in example else "text" if "text" in example else "prompt/completion"
 
 
 def _take(line: bytes, examples: list[Example], problems: list[str], where: str) -> None:
-    """Appends the example of a line, or its problem."""
+    """Append the example of a line to `examples`, or its problem to `problems`."""
     try:
         example = checked(_parsed(line))
         if examples and kind_of(example) != kind_of(examples[0]):
@@ -100,7 +100,7 @@ def checked(value: Example) -> Example:
     """The keys of a well-formed example, `prompt` and `completion`, `messages`, or `text`; other keys are dropped.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: says what is wrong with it.
     """
     if "messages" in value:
         return {"messages": _checked_messages(value["messages"], "messages")}

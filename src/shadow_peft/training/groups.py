@@ -1,12 +1,12 @@
-"""Optimizer groups: the backbone at a rate of its own, and no weight decay where it does not belong.
+"""Optimizer groups: a learning rate of its own for the backbone, and no weight decay for norms, biases and vectors.
 
     backbone, projection      shadow_learning_rate_scale * learning_rate
     everything else           learning_rate
     norms, biases, vectors    no weight decay
 
-A backbone that was pretrained wants a smaller rate than maps that start at zero (0.05 to 0.06 of theirs; a very small one
-0.3), a random one the same rate. Schedulers of torch and transformers multiply the rate of each group, so the ratio lasts
-for the whole run.
+A pretrained backbone needs a smaller rate than weights that start at zero: 0.05 to 0.06 of it, or 0.3 for a very small
+backbone. A random one needs the same rate. Schedulers of torch and transformers multiply the rate of each group, so the
+ratio stays the same during the run.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from shadow_peft.model import ShadowPeftModel
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float = 0.0, shadow_learning_rate_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups of all trainable parameters, each parameter in one of them, for any `torch.optim` optimizer.
+    """Groups of all trainable parameters, each parameter in exactly one, for any `torch.optim` optimizer.
 
     Args:
         model: a task model or a `ShadowPeftModel`, also inside a wrapper such as `DistributedDataParallel`.
-        learning_rate: rate of everything but the backbone and its projection.
+        learning_rate: rate of everything except the backbone and its projection.
         weight_decay: decay of matrices; norms, biases and 1-d parameters have none.
         shadow_learning_rate_scale: rate of the backbone and its projection, in units of `learning_rate`.
 
     Returns:
-        At most four groups with `params`, `lr` and `weight_decay`, those at `learning_rate` first, as a log reads the first.
+        At most four groups with `params`, `lr` and `weight_decay`; those at `learning_rate` come first, since trainers log
+        the rate of the first group.
 
     Raises:
-        TypeError: the model holds no shadow adapter.
-        ValueError: a scale that is not finite or negative, or no trainable parameter.
+        TypeError: the model has no shadow adapter.
+        ValueError: the scale is negative or not finite, or no parameter is trainable.
     """
     if not (math.isfinite(shadow_learning_rate_scale) and shadow_learning_rate_scale >= 0):
         raise ValueError(f"shadow_learning_rate_scale must be a number of at least 0, got {shadow_learning_rate_scale}.")
@@ -65,7 +66,7 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 
 
 def _undecayed(model: nn.Module) -> set[int]:
-    """Parameters of norms, biases (the stacked ones too, which are matrices) and vectors."""
+    """Ids of the parameters of norms, of biases (stacked biases included, which are matrices) and of vectors."""
     return {
         id(parameter)
         for module in model.modules()

@@ -1,12 +1,12 @@
-"""ShadowGRPOTrainer: TRL's group relative policy optimization of the adapted base, which its shadow imitates.
+"""ShadowGRPOTrainer: TRL's group relative policy optimization of the adapted base; the shadow is distilled from it.
 
     loss = GRPO(policy = adapted base, reference = bare base) + shadow_loss_weight * KL(stop-gradient(policy) || shadow)
 
-The adapted base generates. There is no target that both paths could be trained on, and rewards of completions that the base
-wrote say little about the shadow; so the shadow is distilled on policy: at every token that the policy wrote, its
-distribution moves towards the policy's, both at the sampling temperature.
+The adapted base generates. There is no target for both paths, and rewards of completions that the base wrote say little
+about the shadow. So the shadow is distilled on policy: at every token that the policy wrote, the shadow's distribution moves
+towards the policy's, both at the sampling temperature.
 
-The divergence is a mean over the completions' tokens of the whole optimiser step, however it is accumulated.
+The divergence is a mean over the completions' tokens of the whole optimizer step, with or without gradient accumulation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, mean_over_step, reject_options, without_dropout
 from shadow_peft.training.scoring import Reference, Scored
 
-#: Other ways to generate or to compute logits, which would not know of the adapter.
+#: Other ways to generate or to compute logits, which would run the base without the adapter.
 _WITHOUT_ADAPTER = ("use_vllm", "use_transformers_continuous_batching", "cast_lm_head_to_fp32")
 
 
@@ -31,19 +31,19 @@ class ShadowGRPOTrainer(ShadowTrainerMixin, GRPOTrainer):
     Args:
         model: the policy.
         reward_funcs: see `trl.GRPOTrainer`.
-        args: `trl.GRPOConfig`. With `beta` above 0 the reference is the bare base, by switching the adapter off.
+        args: `trl.GRPOConfig`. With `beta` above 0 the reference is the bare base, with the adapter disabled.
         **kwargs: further arguments of `trl.GRPOTrainer`, and `shadow_learning_rate_scale`.
 
     Raises:
         TypeError: the model is no `ShadowForCausalLM`.
-        ValueError: a policy that answers with the shadow alone, or an option that cannot be honoured.
+        ValueError: a policy in the mode "shadow_only", or an option that is not supported.
     """
 
     trains = ShadowForCausalLM
     _tag_names = [*GRPOTrainer._tag_names, TRAINER_TAG]  # noqa: RUF012
 
     def __init__(self, model: ShadowForCausalLM, reward_funcs: Any = None, args: Any = None, **kwargs: Any) -> None:
-        reject_options(args, _WITHOUT_ADAPTER, "not supported, this path does not know the adapter.")
+        reject_options(args, _WITHOUT_ADAPTER, "not supported, it would run the base without the adapter.")
         reject_options(args, ("sync_ref_model",), "not supported, the reference is the bare base.")
         reject_options(args, ("router_aux_loss_coef",), "not supported, the routers of a frozen base are not trained.")
         beta = 0.0 if args is None else args.beta
@@ -61,13 +61,13 @@ class ShadowGRPOTrainer(ShadowTrainerMixin, GRPOTrainer):
             without_dropout(model)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, with log-probabilities that know the adapter."""
+        """TRL's method with the log-probabilities of the adapted model."""
         if not isinstance(model, Scored | Reference):
             model = Scored(model, self.temperature)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """GRPO's loss of the adapted base and the weighted divergence of the shadow from it."""
+        """GRPO loss of the adapted base plus the weighted divergence of the shadow from it."""
         weight = self.model.shadow_loss_weight
         scored = Scored(model, self.temperature, shadow=weight > 0)
         loss: Tensor = super()._compute_loss(scored, inputs)

@@ -1,13 +1,13 @@
-"""Says, once, which parts of an adapter a training loop leaves without a gradient.
+"""Reports once which parts of an adapter receive no gradient in a training loop.
 
-Two things are watched for the first optimizer steps:
+Two things are watched during the first optimizer steps:
 
-- **Parts.** Each of backbone, projection, injection, update and task heads that has trainable parameters must have
-  received a gradient that is not zero. One step is no evidence: the up maps of a fresh adapter are zero, so the base path
-  sends nothing to the other parts before the second step.
-- **The shadow's own loss.** The base path reaches the backbone too, so gradients of parameters cannot tell a loop that drops
-  the shadow's loss from one that keeps it. What can: during a backward pass a gradient arrives at the model's `loss` or at
-  its `shadow_logits`, or it does not.
+- **Parts.** Each part of the adapter and each task head with trainable parameters must receive a gradient that is not zero.
+  One step is not enough: the up projections of a fresh adapter are zero, so the base path sends no gradient to the other
+  parts before the second step.
+- **The shadow's own loss.** The base path reaches the backbone too, so gradients of parameters do not show whether a loop
+  drops the shadow's loss. Instead, the monitor checks whether a gradient arrives at the model's `loss` or at its
+  `shadow_logits` during a backward pass.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ OWN_LOSS = "the shadow's own loss"
 
 
 class GradientWatch:
-    """What reached an adapter so far, for a training loop of one's own.
+    """Records which parts of an adapter received a gradient, for a training loop of your own.
 
     Create it before the first forward pass and call `step()` before each `optimizer.step()`.
 
     Args:
         model: a task model or a `ShadowPeftModel`, also inside a wrapper.
-        steps: number of optimizer steps after which `missing()` is a verdict.
+        steps: number of optimizer steps after which `missing()` is conclusive.
 
     Raises:
-        TypeError: the model holds no shadow adapter.
+        TypeError: the model has no shadow adapter.
     """
 
     def __init__(self, model: nn.Module, steps: int = 3) -> None:
@@ -54,7 +54,7 @@ class GradientWatch:
                 self._handles.append(module.register_forward_hook(self._listen))
 
     def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, ModelOutput):  # a tuple does not say which of its tensors is which
+        if not isinstance(output, ModelOutput):  # a tuple has no names for its tensors
             self._wanted.discard(OWN_LOSS)
             return
         for tensor in (output.get("loss"), output.get("shadow_logits")):
@@ -65,7 +65,7 @@ class GradientWatch:
         self._reached.add(OWN_LOSS)
 
     def step(self) -> bool:
-        """Look at the gradients of an optimizer step that is due; True when enough steps were seen."""
+        """Check the gradients before an optimizer step; returns True when enough steps were seen."""
         for name in self._wanted.intersection(self._parts) - self._reached:
             if any(p.grad is not None and bool(p.grad.any()) for p in self._parts[name]):
                 self._reached.add(name)
@@ -73,7 +73,7 @@ class GradientWatch:
         return self.seen >= self.steps
 
     def missing(self) -> list[str]:
-        """Parts that nothing has reached."""
+        """Names of the parts that received no gradient."""
         return sorted(self._wanted - self._reached)
 
     def close(self) -> None:
@@ -85,32 +85,32 @@ class GradientWatch:
 class GradientMonitor(TrainerCallback):
     """Warns once, through logging, about adapter parts that received no gradient in the first optimizer steps.
 
-    The trainers of this package add it by themselves; a stock `transformers.Trainer` takes it in `callbacks=[...]`. A run
-    shorter than `steps` ends without a verdict, and so does one under DeepSpeed, which keeps gradients to itself.
+    The trainers of this package add it themselves; a stock `transformers.Trainer` takes it in `callbacks=[...]`. A run
+    shorter than `steps` ends without a report, and so does a run with DeepSpeed, which does not expose gradients.
 
     Args:
-        steps: optimizer steps before the verdict, counted from the start of a run, also of a resumed one.
+        steps: optimizer steps before the report, counted from the start of a run, also of a resumed one.
 
     Raises:
-        ValueError: `steps` is smaller than 2: the first step of a fresh adapter proves nothing.
+        ValueError: `steps` is smaller than 2; the first step of a fresh adapter shows nothing.
     """
 
     def __init__(self, steps: int = 3) -> None:
         if steps < 2:
-            raise ValueError(f"steps must be at least 2, got {steps}: a fresh adapter's first step proves nothing.")
+            raise ValueError(f"steps must be at least 2, got {steps}: a fresh adapter's first step shows nothing.")
         self.steps = steps
         self._watch: GradientWatch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start to watch."""
+        """Start watching."""
         self._end()
         if args.deepspeed_plugin is not None:
-            logger.info("Gradients are not monitored under DeepSpeed, which keeps them to itself.")
+            logger.info("Gradients are not monitored with DeepSpeed, which does not expose them.")
             return
         self._watch = GradientWatch(model, self.steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the gradients of the whole step, accumulated and clipped; report after the last watched one."""
+        """Check the gradients of the whole step, accumulated and clipped; report after the last watched step."""
         if self._watch is not None and self._watch.step():
             missing = self._watch.missing()
             self._end()
@@ -118,7 +118,7 @@ class GradientMonitor(TrainerCallback):
                 logger.warning(
                     "No gradient reached %s of the shadow adapter in the first %d optimizer steps: it is not trained. "
                     "Train with the trainers of shadow_peft.training, or use the `loss` that the model returns; "
-                    "freeze what shall not be trained.",
+                    "freeze what should not be trained.",
                     " and ".join(missing),
                     self.steps,
                 )

@@ -1,4 +1,4 @@
-"""How far a training is: the loss of a causal LM may change with it (`distillation_warmup_ratio`)."""
+"""The progress of a training, on which the loss of a causal LM may depend (`distillation_warmup_ratio`)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells the model, before every optimizer step, which part of the training will be done after it.
+    """Sets, before every optimizer step, the fraction of the training that is done after it.
 
-    The trainers of this package add it by themselves; a stock `transformers.Trainer` takes it in `callbacks=[...]`. The
-    part follows the trainer's own count of steps, so a resumed run goes on where it was.
+    The trainers of this package add it themselves; a stock `transformers.Trainer` takes it in `callbacks=[...]`. The
+    fraction follows the trainer's own count of steps, so a resumed run continues where it was.
     """
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Set `training_progress` to a part in (0, 1]."""
-        _set_progress(model, min(1.0, (state.global_step + 1) / state.max_steps))
+        """Set `training_progress` to a fraction in (0, 1]."""
+        _set_progress(model, min(1.0, (state.global_step + 1) / max(state.max_steps, 1)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """A loss asked for after the training has its full weights."""
+        """Set `training_progress` to 1, so that a later loss has its full weights."""
         _set_progress(model, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""ShadowRewardTrainer: TRL's reward modelling, by the adapted base and by its shadow.
+"""ShadowRewardTrainer: TRL's reward modelling with the adapted base and with its shadow.
 
     loss = BT(r) + shadow_loss_weight * BT(r_shadow)
     BT(r) = mean over pairs of -log sigmoid(r_chosen - r_rejected - margin) + c * (r_chosen + r_rejected)^2
@@ -28,7 +28,7 @@ class ShadowRewardTrainer(ShadowTrainerMixin, RewardTrainer):
 
     Raises:
         TypeError: the model is no `ShadowForSequenceClassification`.
-        ValueError: a model of several labels, or one that answers with the shadow alone.
+        ValueError: a model with several labels, or in the mode "shadow_only".
     """
 
     trains = ShadowForSequenceClassification
@@ -42,7 +42,7 @@ class ShadowRewardTrainer(ShadowTrainerMixin, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The pairwise loss of the adapted base and the weighted one of the shadow."""
+        """Pairwise loss of the adapted base plus the weighted pairwise loss of the shadow."""
         weight = self.model.shadow_loss_weight
         margin = inputs.get("margin")
 
@@ -62,8 +62,8 @@ def pairwise_loss(rewards: Tensor, margin: Tensor | None, centering: float | Non
     """The Bradley-Terry loss of rewards `[2 * B, 1]`, those of chosen texts first.
 
     Args:
-        rewards: see above.
-        margin: `[B]`, by how much each chosen text shall lead; None for 0.
+        rewards: `[2 * B, 1]`.
+        margin: `[B]`, how much larger the reward of each chosen text should be; None for 0.
         centering: weight of the squared sum of a pair's rewards, or None.
 
     Returns:

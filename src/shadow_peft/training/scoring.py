@@ -1,11 +1,11 @@
-"""Log-probabilities of an adapted model, in the form in which TRL's trainers ask for them.
+"""Log-probabilities of an adapted model, in the form that TRL's trainers ask for.
 
-TRL calls `model(..., labels=labels, fused_lm_head=True)`, for which it binds a `forward` of its own to a model. That one
-runs the base's decoder and multiplies by its head: it knows no adapter that rides the layers and no shadow. `Scored` stands
-in for the model during one call of a trainer's loss, answers such calls with the same fields from the model's own logits,
-and keeps what the shadow said, for its own loss.
+TRL calls `model(..., labels=labels, fused_lm_head=True)`, for which it binds a `forward` of its own to a model. That
+`forward` runs the base's decoder and head directly: it applies no adapter and knows no shadow. `Scored` replaces the model
+during one call of a trainer's loss. It answers such calls with the same fields, computed from the model's own logits, and
+keeps the shadow's log-probabilities for the shadow's loss.
 
-Only positions that predict a target of some row get logits, and only those of targets a softmax.
+Logits are computed only at positions that predict a target in some row, and the softmax only at the targets.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
 class Scored:
-    """A causal LM for the duration of one loss.
+    """Replaces a causal LM while one loss is computed.
 
     Args:
         model: a `ShadowForCausalLM`, possibly wrapped.
-        temperature: what logits of both paths are divided by.
-        shadow: ask for the shadow's logits too.
+        temperature: divides the logits of both paths.
+        shadow: compute the shadow's logits too.
 
     Attributes:
         mask: `[B, T - 1]`, positions whose next token is a target, N in all.
         targets: `[N]`.
         log_probs: `[N, V]` of the adapted base.
-        shadow_log_probs: `[N, V]` of the shadow; None unless asked for.
+        shadow_log_probs: `[N, V]` of the shadow; None unless `shadow` is set.
     """
 
     mask: Tensor
@@ -45,7 +45,7 @@ class Scored:
         self._shadow = shadow
 
     def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        """Per-token scores of `labels` `[B, T]`; without `fused_lm_head`, what the model itself returns."""
+        """Per-token scores of `labels` `[B, T]`; without `fused_lm_head`, the output of the model itself."""
         if not fused_lm_head:
             return self._model(labels=labels, **inputs)
         assert labels is not None
@@ -81,10 +81,10 @@ class Scored:
 
 
 class Reference(nn.Module):
-    """The frozen reference of a policy: its own bare base, adapter switched off, instead of a second copy of the base.
+    """The frozen reference of a policy: its own base with the adapter disabled, instead of a second copy of the base.
 
-    It is a module because TRL prepares it as one, but has no parameters of its own. TRL and accelerate bind a `forward` to
-    it that is never reached: `__call__` asks the policy.
+    It is a module because TRL prepares it as one, but it has no parameters of its own. TRL and accelerate bind a `forward`
+    to it that is never called: `__call__` calls the policy.
 
     Args:
         policy: the model that is trained.
@@ -93,7 +93,7 @@ class Reference(nn.Module):
 
     def __init__(self, policy: ShadowForCausalLM, temperature: float = 1.0) -> None:
         super().__init__()
-        self.__dict__["_policy"] = policy  # beside the modules: it shall not be prepared, moved or saved twice
+        self.__dict__["_policy"] = policy  # no submodule: it must not be prepared, moved or saved twice
         self.config = policy.config
         self._temperature = temperature
 
@@ -104,5 +104,5 @@ class Reference(nn.Module):
             return Scored(policy, self._temperature)(**inputs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, since TRL keys a cache of reference log-probabilities by it."""
+        """The base's state dict; TRL uses it as the key of a cache of reference log-probabilities."""
         return self.__dict__["_policy"].peft_model.base_model.state_dict(*args, **kwargs)

@@ -1,11 +1,11 @@
 """ShadowSFTTrainer: TRL's supervised fine-tuning with the loss that the shadow model itself computes.
 
-TRL's `SFTTrainer` rebuilds its loss from log-probabilities of the base's head and never reads `output.loss`, so the
-shadow's own term would be lost. This subclass hands the batch to the model instead, so that
+TRL's `SFTTrainer` computes its loss from log-probabilities of the base's head and never reads `output.loss`, so the
+shadow's own term would be lost. This subclass passes the batch to the model instead and trains
 
     loss = CE(logits, labels) + shadow_loss_weight * CE(shadow_logits, labels)
 
-is what is trained, counted over the targets of the whole optimiser step. The `loss` and `eval_loss` of the log are that sum.
+averaged over the targets of the whole optimizer step. `loss` and `eval_loss` in the log are this sum.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from shadow_peft.training.mixin import TRAINER_TAG, ShadowTrainerMixin, reject_o
 class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` for a `ShadowForCausalLM`.
 
-    Besides the loss, the log carries `base_loss`, `shadow_loss` and, where it is trained, `distillation_loss` (nats per
-    target of a batch); in evaluation also `mean_token_accuracy` of the base path.
+    Besides the loss, it logs `base_loss`, `shadow_loss` and, where it is trained, `distillation_loss` (nats per target of a
+    batch); in evaluation also `mean_token_accuracy` of the base path.
 
     Args:
         model: the model to train.
@@ -36,7 +36,7 @@ class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
 
     Raises:
         TypeError: the model is no `ShadowForCausalLM`.
-        ValueError: `args` ask for a loss that this trainer would not compute.
+        ValueError: `args` ask for a loss that this trainer does not compute.
     """
 
     trains = ShadowForCausalLM
@@ -54,7 +54,7 @@ class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss of a batch; with `return_outputs`, the model's output beside it."""
+        """The model's own loss of a batch; with `return_outputs`, a pair of loss and output."""
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
         self._log_losses(outputs, shifted(inputs["labels"]))
         self._log_tokens(inputs)
@@ -68,7 +68,7 @@ class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
                 self.note(name, value)
 
     def _log_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count tokens; a padding-free batch has no mask, all of it is tokens."""
+        """Count tokens; a padding-free batch has no mask, since all of it is tokens."""
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             mask = inputs.get("attention_mask")
@@ -77,7 +77,7 @@ class ShadowSFTTrainer(ShadowTrainerMixin, SFTTrainer):
 
 
 def _terms(outputs: Any, here: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What is logged of a batch: the terms that training gives, else what the logits of the evaluation say."""
+    """The values to log of a batch: in training the terms of the loss, in evaluation losses and accuracy from the logits."""
     if outputs.logits is None:
         names = ("base_loss", "shadow_loss", "distillation_loss")
         return {name: outputs[name] for name in names if outputs.get(name) is not None}
@@ -92,7 +92,7 @@ def _terms(outputs: Any, here: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _check_loss(args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses options that TRL would honour in its own loss and that the model's loss does not know."""
+    """Raise for options of TRL's own loss that the model's loss does not support."""
     if args is not None and args.loss_type != "nll":
         raise ValueError(f"loss_type must be 'nll', got {args.loss_type!r}: the shadow model computes its own loss.")
     reject_options(args, ("label_smoothing_factor",), "not supported, the shadow model computes its own loss.")

@@ -1,4 +1,4 @@
-"""Where examples come from: a local file, a local folder, or a dataset of the hub; all become one `datasets.Dataset`."""
+"""Loads examples from a local file, a local folder or a dataset of the hub, as one `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ON_DISK = ("dataset_dict.json", "state.json")
 def load_examples(
     data: str, template: PromptTemplate, *, name: str | None = None, split: str = "train", text_column: str = "text"
 ) -> Dataset:
-    """The examples of a place, checked, with the columns that a trainer reads.
+    """The checked examples of a file, folder or dataset, with the columns that a trainer reads.
 
     Args:
         data: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a folder of data files or one that `save_to_disk` made, or the
             id of a dataset on the hub.
-        template: what becomes prompt and completion, see `templates`.
+        template: how rows become prompts and completions, see `templates`.
         name: configuration of the dataset, such as `main`.
         split: its split, slices such as `train[:90%]` included; a file is one split, `train`.
         text_column: column of plain text.
@@ -34,8 +34,8 @@ def load_examples(
         A dataset with `prompt` and `completion`, or with `text`.
 
     Raises:
-        BadDataError: naming every bad line or row, or what cannot be loaded.
-        OSError: a file that is not there.
+        BadDataError: lists every bad line or row, or says what cannot be loaded.
+        OSError: the file does not exist.
     """
     if Path(data).suffix == ".jsonl" and not template.has_templates and split == "train" and text_column == "text":
         examples = read_examples(data)
@@ -44,7 +44,7 @@ def load_examples(
 
 
 def load_rows(data: str, *, name: str | None = None, split: str = "train") -> Dataset:
-    """The rows of a place with all their columns; the arguments are those of `load_examples`."""
+    """The rows of a file, folder or dataset with all columns; the arguments are those of `load_examples`."""
     path = Path(data)
     if path.suffix in READERS and not path.is_dir():
         if not path.is_file():
@@ -80,5 +80,5 @@ def _from_disk(data: str, split: str) -> Dataset:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What went wrong first; `datasets` wraps the reader's own message."""
+    """The first exception of a chain; `datasets` wraps the reader's own message."""
     return _innermost(error.__cause__) if error.__cause__ is not None else error

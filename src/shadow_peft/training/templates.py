@@ -1,10 +1,10 @@
-"""Rows of any columns as prompts and completions, declared by template strings over the columns.
+"""Turns rows with any columns into prompts and completions, by template strings over the columns.
 
     prompt:      "Question: {question}\\nAnswer:"
     completion:  " {answer}"                            {choices[0]} of a list, {answers[text][0]} inside a struct
 
-Class labels of a dataset stand for their names; a null cell is an error. Without templates, rows must have columns that are
-read as they are: `prompt` and `completion`, `messages`, `conversations`, or `text`.
+Class labels of a dataset are replaced by their names; a null cell is an error. Without templates, rows must have columns
+that are used as they are: `prompt` and `completion`, `messages`, `conversations`, or `text`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _FORMATTER = _RowFormatter()
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What becomes prompt and completion.
+    """How a row becomes a prompt and a completion.
 
     Args:
-        prompt: template of the prompt; None reads the columns as they are.
+        prompt: template of the prompt; None uses the columns as they are.
         completion: template of the completion.
-        completion_if_missing: the completion where the template asks for a null cell or an entry of an empty list.
-        class_column: a column of class indices to show as `class_names`.
+        completion_if_missing: the completion where the template reads a null cell or an entry of an empty list.
+        class_column: a column of class indices to be replaced by `class_names`.
         class_names: name of each class.
-        chat: prompt and completion are a user's and an assistant's turn, for the chat template.
+        chat: make prompt and completion a user's and an assistant's turn, for the chat template.
 
     Raises:
         ValueError: one template without the other, or names without a column.
@@ -85,7 +85,7 @@ def formatted(rows: Dataset, template: PromptTemplate, where: str, text_column: 
 
     Args:
         rows: any columns.
-        template: templates of prompt and completion, if any.
+        template: how a row becomes a prompt and a completion.
         where: name of the data for errors.
         text_column: column of plain text, where rows are neither prompts and completions nor conversations.
 
@@ -93,7 +93,7 @@ def formatted(rows: Dataset, template: PromptTemplate, where: str, text_column: 
         A dataset with `prompt` and `completion`, or with `text`.
 
     Raises:
-        BadDataError: naming a missing column, or every bad row with its number, counted from 1.
+        BadDataError: names a missing column, or lists every bad row with its number, counted from 1.
     """
     if template.has_templates:
         _require_columns(rows, template, where)
@@ -135,7 +135,7 @@ def _as_it_is(row: Row) -> Example:
 
 
 def _filled(row: Row, template: PromptTemplate) -> Example:
-    """Both templates over one row."""
+    """Fill both templates with one row."""
     assert template.prompt is not None
     assert template.completion is not None
     prompt = _FORMATTER.vformat(template.prompt, (), row)
@@ -172,7 +172,7 @@ def _columns_of(template: str) -> set[str]:
 
 
 def _named_classes(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
-    """The rows with names where they had indices of classes."""
+    """The rows with class names instead of class indices."""
     names = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)}
     if template.class_column is not None and template.class_names is not None:
         names[template.class_column] = template.class_names

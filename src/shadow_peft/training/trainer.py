@@ -1,7 +1,7 @@
-"""ShadowTrainer: `transformers.Trainer` with the groups and the monitor of this package.
+"""ShadowTrainer: `transformers.Trainer` with the optimizer groups and the monitor of this package.
 
-A stock `Trainer` trains a task model rightly, since it reads `output.loss`. This one adds `shadow_learning_rate_scale` and
-the monitor, and refuses the two options by which `Trainer` would compute a loss of its own from the base's logits.
+A stock `Trainer` trains a task model correctly, since it reads `output.loss`. This one adds `shadow_learning_rate_scale` and
+the monitor, and refuses the two options with which `Trainer` would compute a loss of its own from the base's logits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ShadowTrainer(ShadowTrainerMixin, Trainer):
 
     Raises:
         TypeError: the model is no task model.
-        ValueError: `label_smoothing_factor` or `compute_loss_func`, which would leave the shadow's loss out.
+        ValueError: `label_smoothing_factor` or `compute_loss_func`, which would drop the shadow's loss.
     """
 
     needs_base_path = False
