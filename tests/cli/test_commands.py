@@ -27,10 +27,12 @@ from tests.cli.stand_ins import STAND_INS, stand_in
 from tests.tiny_models import llama
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/cli.md", "docs/quickstart.md", "docs/training.md", "recipes/README.md")
-RECIPES = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in path.parts
+PAGES = tuple(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md")
+    if "```bash" in path.read_text(encoding="utf-8")
 )
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
 HELPS = tuple(f"{verb} --help" for verb in VERBS)
 
 SMALL = {
@@ -42,8 +44,12 @@ SMALL = {
 }  # fmt: skip
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}
 
-#: What stands in bash blocks beside our commands -> why it is not run here.
-OTHERS = {"make": "looked up in the Makefile", "pip": "the environment of the tests is what it makes"}
+#: What stands beside our commands -> why it is not run here as it is written.
+OTHERS = {
+    "make": "its targets are looked up in the Makefile; CI runs `make test`, of which this test is a part",
+    "pip": "the environment of the tests is what it makes",
+    "accelerate": "what it launches runs here in one process, and once by accelerate; tests/distributed launches two",
+}
 
 
 # ---------------------------------------------------------------- what the documents say
@@ -53,10 +59,12 @@ def written_in(document: str) -> list[list[str]]:
     """The commands of a document, as words, in their order."""
     if document.endswith("--help"):
         module = __import__(f"shadow_peft.cli.{document.split()[0]}", fromlist=["EXAMPLES"])
-        lines = [line.split("   ")[0] for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]]
+        lines = [line.split("   ")[0] for line in re.sub(r"\\\n *", "", module.EXAMPLES).splitlines()[1:]]
     elif document.endswith(".yaml"):
-        head = (ROOT / document).read_text(encoding="utf-8").split("#\n")[0]
-        lines = [line.removeprefix("# ") for line in head.splitlines() if line.startswith("# shadow-peft")]
+        head = re.match(r"(?:# .*\n)*", (ROOT / document).read_text(encoding="utf-8"))
+        assert head is not None
+        lines = re.sub(r"\\\n *", "", re.sub(r"^# ", "", head[0], flags=re.MULTILINE)).splitlines()
+        lines = [line for line in lines if line.startswith(("shadow-peft ", "accelerate "))]
     else:
         blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         lines = "".join(blocks).replace("\\\n", "").splitlines()
@@ -64,17 +72,35 @@ def written_in(document: str) -> list[list[str]]:
 
 
 def ours(document: str) -> list[list[str]]:
-    """Arguments of the `shadow-peft` commands of a document."""
-    return [words[1:] for words in written_in(document) if words[0] == "shadow-peft"]
+    """Arguments of the `shadow-peft` commands of a document, launched ones included."""
+    found = []
+    for words in written_in(document):
+        if words[0] == "shadow-peft":
+            found.append(words[1:])
+        elif words[0] == "accelerate":
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+            found.append(words[words.index("shadow_peft.cli") + 1 :])
+    return found
 
 
 def test_nothing_else_is_written_in_bash_blocks() -> None:
     programs = {words[0] for document in (*PAGES, *RECIPES, *HELPS) for words in written_in(document)}
-    assert programs == {"shadow-peft", "accelerate", *OTHERS}
+    assert programs == {"shadow-peft", *OTHERS}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     made = {words[-1] for document in PAGES for words in written_in(document) if words[0] == "make"}
     assert made <= targets
     assert {"demo", "test"} <= made
+
+
+def test_modules_and_targets_named_in_sentences_are_there() -> None:
+    """They measure for minutes or hours; each has tests of its own."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    modules = set(re.findall(r"`python -m ([\w.]+)", text))
+    assert {"benchmarks.quality.sweep", "tests.conformance.sweep"} <= modules
+    assert all((ROOT / f"{name.replace('.', '/')}.py").is_file() for name in modules), modules
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"`make (?:\S+=\S+ )?([a-z]+)`", text)) <= set(targets)
 
 
 def test_every_verb_and_every_recipe_is_among_them() -> None:
@@ -91,8 +117,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = tmp_path_factory.mktemp("world")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    for name, width in (("Qwen/Qwen3-0.6B", 32), ("Qwen/Qwen3-4B", 32), ("Qwen/Qwen3-8B", 64), ("base", 32)):
-        llama(vocab_size=300, hidden_size=width, eos_token_id=1, bos_token_id=None).save_pretrained(world / name)
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 4}  # as many as the recipes prune
+    for name, sizes in (
+        ("Qwen/Qwen3-0.6B", {}),
+        ("Qwen/Qwen3-4B", heads),
+        ("Qwen/Qwen3-8B", {"hidden_size": 64, "intermediate_size": 128, **heads}),
+        ("base", {}),
+    ):
+        llama(vocab_size=300, eos_token_id=1, bos_token_id=None, **sizes).save_pretrained(world / name)
         tokenizer.save_pretrained(world / name)
     for repository in STAND_INS:
         made = stand_in(repository, world / "datasets", rows=100 if "no_robots" in repository else 12)
@@ -143,7 +175,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         status = server.stdout.readline().strip()
         said = log.read_text(errors="replace")
         assert status == "0", f"{shlex.join(arguments)}\n{said[-3000:]}"
-        assert "Traceback" not in said
+        assert not re.search(r"Traceback|fatal:|Failed to load", said), said
 
     yield run
     assert server.stdin is not None

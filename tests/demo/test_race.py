@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import time
 from dataclasses import replace
@@ -132,12 +134,21 @@ def test_demo_runs_from_end_to_end(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["demo", "--smoke", "--output", str(tmp_path / "race")]) == 0
-    shown = capfd.readouterr().out
+    shown, errors = capfd.readouterr()
+    assert errors == ""
     results = json.loads((tmp_path / "race" / "results.json").read_text())
     names = [contender["name"] for contender in results["contenders"]]
     assert names[:3] == ["bare base", "base + shadow", "detached shadow"]
     assert names[3].startswith("LoRA")
     assert all(name in shown for name in names)
+    lines = shown.splitlines()
+    for step in (1, 2, 3):
+        assert any(re.fullmatch(rf"base \+ shadow    step {step}/3  loss [\d.]+  detached [\d.]+", line) for line in lines)
+        assert any(re.fullmatch(rf"LoRA             step {step}/3  loss [\d.]+", line) for line in lines)
+    assert "detached shadow  answered 4/4 test commands" in lines
+    assert not any("it/s" in line or "{'" in line for line in lines)
+    assert lines[-2:-1] == ["try it:"]
+    assert main([*shlex.split(lines[-1])[1:], "--max_new_tokens", "2"]) == 0
     check_files(tmp_path / "race", results)
 
 

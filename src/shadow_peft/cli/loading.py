@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
@@ -188,11 +189,14 @@ def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
 
 
 def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:
-    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint."""
+    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint; of a LoRA adapter, to its base's."""
     if dtype not in (None, "auto"):
         named: torch.dtype = getattr(torch, dtype)
         return named
     try:
+        lora = find_adapter_config_file(name, revision=revision)
+        if lora is not None:
+            name, revision = read_json(Path(lora))["base_model_name_or_path"], None
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error

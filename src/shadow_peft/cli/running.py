@@ -69,10 +69,10 @@ def make_trainer(
             trainer = _ShadowTrainer(model, sft, shadow_learning_rate_scale=scale, **arguments)
     except (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, OSError) as error:
         raise UserError(f"cannot train with these options: {one_line(error)}") from error
-    for purpose, rows in (("learn", trainer.train_dataset), ("evaluate on", trainer.eval_dataset)):
+    for purpose, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if rows is not None and len(rows) == 0:
             raise UserError(
-                f"no row is left to {purpose}: all prompts alone fill --max_length {sft.max_length} tokens; raise it"
+                f"no row is left for {purpose}: all prompts alone fill --max_length {sft.max_length} tokens; raise it"
             )
     return trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import signal
 import sys
@@ -16,7 +17,7 @@ R = TypeVar("R")
 
 def in_own_process(work: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Run a function in a fresh process, so that its peak memory is its own; its exceptions are raised here."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _start_worker) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 
@@ -39,5 +40,7 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def _ignore_interrupts() -> None:
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and hide what libraries log."""
+    logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
