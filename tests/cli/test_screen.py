@@ -137,8 +137,10 @@ def test_a_terminal_gets_panels_and_a_bar(model_folder: Path, data_file: Path, t
     assert "\x1b[" in text
     plain = ANSI.sub("", text)
     assert plain.startswith("training ShadowPEFT, variant 'readout'")
-    assert plain.index("╭─ train ") < plain.index("training ━") < plain.index("evaluation ") < plain.index("╭─ done ")
+    assert plain.index("╭─ train ") < plain.index("training ━") < plain.index("evaluation ━") < plain.index("╭─ done ")
     assert "4/4" in plain
+    bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("training ━")]
+    assert max(map(len, bars)) == 118  # the ^C that a terminal echoes has room
     for noise in ("Tokenizing", "Loading weights", "examples/s", "Warning", "it/s"):
         assert noise not in plain
 

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -129,13 +131,12 @@ def test_nothing_goes_on_where_one_fails(ended_by: str, capfd: pytest.CaptureFix
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_demo_runs_from_end_to_end(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["demo", "--smoke", "--output", str(tmp_path / "race")]) == 0
-    shown, errors = capfd.readouterr()
-    assert errors == ""
+    command = [sys.executable, "-m", "shadow_peft.cli", "demo", "--smoke", "--output", str(tmp_path / "race")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = done.stdout
     results = json.loads((tmp_path / "race" / "results.json").read_text())
     names = [contender["name"] for contender in results["contenders"]]
     assert names[:3] == ["bare base", "base + shadow", "detached shadow"]
