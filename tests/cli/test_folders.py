@@ -118,7 +118,7 @@ def test_a_file_of_others_that_would_be_replaced_is_refused(
         mine.write_text("mine")
     for more in (["--export"], ["--overwrite", "--export"]):
         said = refused(capsys, *places(model_folder, data_folder, tmp_path / "out"), *more)
-        assert f"holds {name}, which is of no run and would be replaced; give another folder" in said
+        assert f"holds {name}, which is of no run and might be replaced; give another folder" in said
 
 
 def test_a_folder_with_a_log_may_be_written_into(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
