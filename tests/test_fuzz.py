@@ -230,6 +230,7 @@ REQUIRED = {
     "train": ["--model", "/nowhere", "--data", "/nowhere.jsonl", "--output", "/nowhere/out"],
     "generate": ["--model", "/nowhere", "a text"],
     "eval": ["--model", "/nowhere", "--tasks", "none", "--include_path", "/nowhere"],
+    "export": ["/nowhere"],
 }
 LEFT_ALONE = {"env", "push_to_hub", "deepspeed", "fsdp", "parallelism_config", "debug", "local_rank"}
 """Options that set up the process, or more than one."""

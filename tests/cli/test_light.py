@@ -26,6 +26,7 @@ MISTYPED = {
     "train": (["--modle", "x"], "--model"),
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
+    "export": (["out", "--ouptut", "x"], "--output"),
 }
 
 
@@ -96,6 +97,8 @@ def real_parser(verb: str) -> VerbParser:
     parser = VerbParser(verb, OPTIONS[verb], "", "")
     if verb == "generate":
         parser.add_argument("text", nargs="+")
+    if verb == "export":
+        parser.add_argument("shadow")
     return parser
 
 

@@ -46,6 +46,7 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         base_hidden_size: d, the width of the head.
         vocab_size: V.
         final_logit_softcapping: c in logits = c * tanh(logits / c), for heads of models that cap their logits.
+        lm_head_bias: whether the head has a bias.
     """
 
     model_type = MODEL_TYPE
@@ -59,9 +60,11 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         base_hidden_size: int = 0,
         vocab_size: int = 0,
         final_logit_softcapping: float | None = None,
+        lm_head_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         self.final_logit_softcapping = final_logit_softcapping
+        self.lm_head_bias = lm_head_bias
         self.shadow_model_class = shadow_model_class
         self.shadow_model_config_class = shadow_model_config_class
         self.shadow_model_config = shadow_model_config or {}
@@ -77,7 +80,7 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
     def around(cls, backbone: PreTrainedModel, base_hidden_size: int, vocab_size: int) -> Any:
         """The config of a projected model around a backbone, its generation-related ids included."""
         inner = backbone.config
-        ids = {name: getattr(inner, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids: dict[str, Any] = {name: getattr(inner, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(
             shadow_model_class=_qualified(type(backbone)),
             shadow_model_config_class=_qualified(type(inner)),
@@ -113,7 +116,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
     Attributes:
         shadow_model: the backbone.
         shadow_hidden_projection: P, `nn.Linear(S, d, bias=False)`.
-        lm_head: `nn.Linear(d, V, bias=False)`.
+        lm_head: `nn.Linear(d, V)`, without a bias unless the large model's head has one.
     """
 
     config_class = AutoModelForCausalLMWithHiddenProjectionConfig
@@ -132,7 +135,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         self.shadow_model = _random_backbone(inner) if backbone is None else backbone
         width = inner.get_text_config(decoder=True).hidden_size
         self.shadow_hidden_projection = nn.Linear(width, config.base_hidden_size, bias=False)
-        self.lm_head = nn.Linear(config.base_hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.base_hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.train_embed_tokens = False
         if backbone is None:
             self.post_init()

@@ -214,12 +214,43 @@ class EvalOptions:
         require("seed", self.seed, 0, LARGEST_SEED)
 
 
+@dataclass
+class ExportOptions:
+    """Options of `shadow-peft export`."""
+
+    to: Literal["hf"] = field(default="hf", metadata={"help": "Format: hf is a folder of transformers."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
+    )
+    fold: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
+        },
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
+    check: str | None = field(
+        default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
+    )
+    check_prompts: int = field(default=20, metadata={"help": "Number of prompts to take from --check."})
+    check_tokens: int = field(default=40, metadata={"help": "Maximum number of tokens of an answer that is compared."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
+
+    def __post_init__(self) -> None:
+        require("check_prompts", self.check_prompts, 1)
+        require("check_tokens", self.check_tokens, 1)
+
+
 #: Verb -> the dataclasses of this package whose fields are its options.
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
     "eval": [EvalOptions, QuantizationOptions],
+    "export": [ExportOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.
@@ -265,6 +296,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "tasks", "include_path", "num_fewshot", "limit", "batch_size", "apply_chat_template", "seed", "output",
             "log_samples",
         ),
+    },
+    "export": {
+        "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
+        "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
 }  # fmt: skip
 
