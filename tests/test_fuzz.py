@@ -229,6 +229,7 @@ REQUIRED = {
     "demo": [],
     "train": ["--model", "/nowhere", "--data", "/nowhere.jsonl", "--output", "/nowhere/out"],
     "generate": ["--model", "/nowhere", "a text"],
+    "classify": ["--model", "/nowhere", "a text"],
     "eval": ["--model", "/nowhere", "--tasks", "none", "--include_path", "/nowhere"],
     "export": ["/nowhere"],
 }

@@ -99,7 +99,8 @@ def test_dtype_and_projection(adapter: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
-    llama_classifier(vocab_size=300, num_labels=5).save_pretrained(base)
+    names = dict(enumerate("abcde"))
+    llama_classifier(vocab_size=300, num_labels=5, id2label=names).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     model = ShadowForSequenceClassification(
         adapted(AutoModelForSequenceClassification.from_pretrained(base, num_labels=5), shadow_hidden_size=16)
@@ -109,6 +110,7 @@ def test_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "4 of 4 answers" in capsys.readouterr().out
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter" / "hf")
     ids = torch.tensor([[5, 6, 7]])
+    assert loaded.config.id2label == names
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).shadow_logits)
 
 

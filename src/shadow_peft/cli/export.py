@@ -23,6 +23,7 @@ from shadow_peft.config import CONFIG_FILE
 from shadow_peft.export import hf
 from shadow_peft.export.check import agreement, classifies, ends_of, generates
 from shadow_peft.export.folded import fold
+from shadow_peft.tasks.auto import AutoShadowModelForSequenceClassification
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
 
 DESCRIPTION = (
@@ -144,10 +145,9 @@ def _is_classifier(adapter: str) -> bool:
 
 def _load_classifier(adapter: str, name: str) -> PreTrainedModel:
     check_place(name)
-    labels = next(weight.shape[0] for key, weight in store.read(adapter).heads.items() if key.endswith("weight"))
     try:
-        base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels, dtype="auto")
-        model: PreTrainedModel = ShadowForSequenceClassification.from_pretrained(base, adapter)
+        loader = AutoShadowModelForSequenceClassification
+        model: PreTrainedModel = loader.from_pretrained(adapter, base_model=name, dtype="auto")
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot attach the adapter {adapter!r} to {name!r}: {one_line(error)}") from error
     return model
