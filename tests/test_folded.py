@@ -148,6 +148,19 @@ def test_a_pretrained_shadow_under_its_projection(tmp_path: Path) -> None:
     assert type(check(around(lambda: large, wrapped), tmp_path)).__name__ == "Qwen3ForCausalLM"
 
 
+def test_the_bias_of_a_wrapped_head_is_kept(tmp_path: Path) -> None:
+    wrapped = AutoModelForCausalLMWithHiddenProjection.wrap(
+        shadow_model=(small := qwen3(1, hidden_size=16)),
+        shadow_hidden_projection=nn.Linear(16, 32, bias=False),
+        lm_head=(head := head_with_bias().lm_head),
+        init_optimal_projection=False,
+    )
+    states = small.model(tokens())[0]
+    expected = head(wrapped.shadow_hidden_projection(states))
+    wrapped.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, expected)
+
+
 def test_what_is_stock_already_stays_as_it_is(tmp_path: Path) -> None:
     assert type(check(causal_lm(gpt2()), tmp_path)).__name__ == "GPT2LMHeadModel"
 

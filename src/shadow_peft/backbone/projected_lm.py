@@ -183,7 +183,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         Args:
             shadow_model: the small model; it is copied, and its task head is stripped.
             shadow_hidden_projection: a map from the small width S to the large width d.
-            lm_head: the large model's output embedding `[V, d]`; it is copied.
+            lm_head: the large model's output embedding `[V, d]`; it is copied, with its bias if it has one.
             init_optimal_projection: set the projection to the least-squares solution of
                 min `|lm_head @ P - reference_lm_head|`, so that the projected model starts as the small model itself.
             reference_lm_head: the small model's output embedding `[V, S]`; None takes it from `shadow_model`.
@@ -196,10 +196,13 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         vocab_size, hidden_size = lm_head.weight.shape
         _check_projection(shadow_hidden_projection, backbone, hidden_size)
         config = AutoModelForCausalLMWithHiddenProjectionConfig.around(backbone, hidden_size, vocab_size)
+        config.lm_head_bias = lm_head.bias is not None
         model = cls(config, backbone)
         model.shadow_hidden_projection = copy.deepcopy(shadow_hidden_projection).to(backbone.dtype)
         head = lm_head.weight
         model.lm_head.weight = nn.Parameter(head.detach().to(backbone.dtype, copy=True), requires_grad=head.requires_grad)
+        if lm_head.bias is not None:
+            model.lm_head.bias = nn.Parameter(lm_head.bias.detach().to(backbone.dtype, copy=True), requires_grad=False)
         if init_optimal_projection:
             if reference is None:
                 raise ValueError("init_optimal_projection needs reference_lm_head: shadow_model has no output embedding.")
