@@ -26,6 +26,7 @@ MISTYPED = {
     "train": (["--modle", "x"], "--model"),
     "pretrain": (["--max_stps", "3"], "--max_steps"),
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
+    "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
 }
 
