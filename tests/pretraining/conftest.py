@@ -12,13 +12,13 @@ from tests.cli.conftest import model_folder, seeded, tiny_tokenizer
 
 __all__ = ["model_folder", "seeded", "tiny_tokenizer"]
 
-WORDS = "the red blue robot takes a small box from table to shelf and then puts it back on warm ground near door".split()
+WORDS = "the red robot takes a small box from table to shelf and then puts it back on warm ground near door"
 
 
 def documents(count: int, seed: int) -> list[str]:
     """Sentences of random words, 5 to 40 each."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(count)]
+    return [" ".join(rng.choices(WORDS.split(), k=rng.randint(5, 40))) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,9 @@ def arguments(model: Path, corpus: Path, output: Path) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_is_uninterrupted(stage: str, model_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
-    whole, parts = ([*arguments(model_folder, corpus_folder, tmp_path / name), *STAGES[stage]] for name in ("whole", "parts"))
+    whole, parts = (
+        [*arguments(model_folder, corpus_folder, tmp_path / name), *STAGES[stage]] for name in ("whole", "parts")
+    )
     assert main(whole) == 0
     killed = subprocess.run([sys.executable, "-c", KILLED, *parts], cwd=ROOT, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
