@@ -25,6 +25,7 @@ MISTYPED = {
     "demo": (["--smoek"], "--smoke"),
     "train": (["--modle", "x"], "--model"),
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
+    "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
 }
 

@@ -18,8 +18,9 @@ from shadow_peft.cli.spelling import complaint
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
     "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
-    "train": "fine-tune a causal language model on your own data or a dataset of the hub, with a shadow or LoRA",
+    "train": "fine-tune a language model or classifier on your data or a dataset of the hub, with a shadow or LoRA",
     "generate": "continue a text with a model, with or without its shadow adapter",
+    "classify": "tell the class of a text with a classifier, with or without its shadow adapter",
     "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 

@@ -48,6 +48,9 @@ class TrainOptions:
     model: str = field(metadata={"help": "Folder or hub id of the base."})
     data: str = field(metadata={"help": "File, folder or hub id of the training data."})
     output: str = field(metadata={"help": "Folder for the adapter, the tokenizer, the model card and the checkpoints."})
+    task: Literal["causal_lm", "classification"] = field(
+        default="causal_lm", metadata={"help": "What is learned: to write texts, or to tell the class of a text."}
+    )
     overwrite: bool = field(
         default=False,
         metadata={
@@ -137,6 +140,24 @@ class GenerateOptions:
 
 
 @dataclass
+class ClassifyOptions:
+    """Options of `shadow-peft classify`."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a classifier, such as an exported one."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a shadow adapter, which names its base."}
+    )
+    shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.adapter is None):
+            raise ValueError("give --model or --adapter, one of them")
+        if self.shadow_only and self.adapter is None:
+            raise ValueError("--shadow_only needs --adapter: a bare model has no shadow")
+
+
+@dataclass
 class QuantizationOptions:
     """How `generate` and `eval` quantize a base; names and defaults as in TRL's `ModelConfig`, which `train` takes."""
 
@@ -219,6 +240,7 @@ OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
+    "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
 }
 
@@ -231,7 +253,7 @@ QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_
 SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "demo": {"options": ("output", "smoke", "seed", "config")},
     "train": {
-        "what to train": ("model", "data", "output", "config", "overwrite", "resume_from_checkpoint", "export"),
+        "what to train": ("model", "data", "output", "task", "config", "overwrite", "resume_from_checkpoint", "export"),
         "data": (
             "data_name", "data_split", "eval_data", "eval_split", "eval_fraction", "prompt", "completion",
             "completion_if_missing", "class_column", "class_names", "chat", "chat_template_path", "dataset_text_field",
@@ -259,6 +281,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
         ),
     },
+    "classify": {"what answers": ("model", "adapter", "shadow_only", "dtype", "config")},
     "eval": {
         "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
         "by what": (

@@ -17,6 +17,8 @@ SHOWN: dict[str, tuple[str, str]] = {
     "shadow_loss": ("shadow", "{:.4g}"),
     "distillation_loss": ("distillation", "{:.4g}"),
     "mean_token_accuracy": ("tokens right", "{:.1%}"),
+    "accuracy": ("right", "{:.1%}"),
+    "shadow_accuracy": ("shadow right", "{:.1%}"),
     "learning_rate": ("rate", "{:.2g}"),
 }
 
