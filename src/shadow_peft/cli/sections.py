@@ -30,6 +30,19 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
         ),
     },
+    "pretrain": {
+        "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
+        "the cut": (
+            "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_intermediate_size",
+            "shadow_num_attention_heads", "shadow_num_key_value_heads",
+        ),
+        "what it learns": ("next_token_weight", "distillation_weight", "top_k"),
+        "text": ("text_column", "data_name", "data_split", "context", "held_out", "shuffle_buffer"),
+        "training": (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "decay_fraction",
+            "weight_decay", "eval_steps", "save_steps", "logging_steps", "seed", "dtype", "use_cpu", "compile",
+        ),
+    },
     "generate": {
         "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
         "how it answers (what is not given stays as the model's own file has it)": (
