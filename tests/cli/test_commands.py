@@ -43,6 +43,10 @@ SMALL = {
               "--dtype", "float32"],
     "generate": ["--max_new_tokens", "2"],
     "eval": ["--limit", "1", "--device", "cpu"],
+    "pretrain": ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "1", "--context", "16", "--held_out", "2",
+                 "--per_device_train_batch_size", "2", "--warmup_steps", "1", "--use_cpu"],
+    "classify": [],
+    "export": [],
 }  # fmt: skip
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}
 
@@ -134,10 +138,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (world / repository).symlink_to(made)
     rows: list[object] = [c.row() for c in commands("train", 12)]
     files = {"commands": rows, "data": rows, "texts": [{"text": "once upon a time"}] * 8}
+    files |= {
+        "a": [{"text": "once upon a time " * 20}] * 8,
+        "mails": [{"text": f"mail {i}", "label": i % 2} for i in range(20)],
+    }
     files |= dict.fromkeys(("chat", "held-out"), [TALK] * 8) | {"my_conversations": [TALK] * 100}
     for name, lines in files.items():
         write_lines(world / f"{name}.jsonl", lines)
     (world / "recipes").symlink_to(ROOT / "recipes")
+    (world / "corpus").mkdir()
+    for place in ("corpus/c.txt", "b.txt"):
+        (world / place).write_text("there was a robot that kept the house\n\n" * 60, encoding="utf-8")
     (world / "tasks").mkdir()
     for task in ("gsm8k", "mmlu", "squadv2"):
         (world / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(tiny_task(task, world / "commands.jsonl")))
@@ -229,7 +240,10 @@ def test_commands_run_as_they_are_written(document: str, session: Path, trained:
         pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     if any("--load_in_4bit" in arguments for arguments in ours(document)) or "4bit" in document:
         need("bitsandbytes 4")
-    if not any(arguments[0] == "train" for arguments in ours(document)):
+    if document == "classify --help":
+        labels = ["--task", "classification", "--model", "Qwen/Qwen3-0.6B", "--data", "mails.jsonl", "--output", "out"]
+        run(session, ["train", *labels, "--export", *SMALL["train"]])
+    elif not any(arguments[0] == "train" for arguments in ours(document)):
         shutil.copytree(trained, session / "out")
     for arguments in ours(document):
         if arguments[0] != "demo":

@@ -15,9 +15,12 @@ from shadow_peft.cli.screen import Row, Screen
 SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", "{:.4g}"),
     "base_loss": ("base+shadow", "{:.4g}"),
+    "next_token_loss": ("next token", "{:.4g}"),
     "shadow_loss": ("shadow", "{:.4g}"),
     "distillation_loss": ("distillation", "{:.4g}"),
     "mean_token_accuracy": ("accuracy", "{:.1%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "shadow_accuracy": ("of the shadow", "{:.1%}"),
     "learning_rate": ("lr", "{:.2g}"),
 }
 
