@@ -48,7 +48,14 @@ SMALL = {
     "classify": [],
     "export": [],
 }  # fmt: skip
+MAILS = [{"text": f"mail {i}", "label": i % 2} for i in range(20)]
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}
+
+#: Help -> options of the training whose output it takes for granted: a classifier, a shadow that is narrower than its base.
+BEFORE = {
+    "classify --help": "--task classification --model Qwen/Qwen3-0.6B --data mails.jsonl",
+    "export --help": "--model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data commands.jsonl",
+}
 
 #: What stands beside our commands -> why it is not run here as it is written.
 OTHERS = {
@@ -240,9 +247,8 @@ def test_commands_run_as_they_are_written(document: str, session: Path, trained:
         pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     if any("--load_in_4bit" in arguments for arguments in ours(document)) or "4bit" in document:
         need("bitsandbytes 4")
-    if document == "classify --help":
-        labels = ["--task", "classification", "--model", "Qwen/Qwen3-0.6B", "--data", "mails.jsonl", "--output", "out"]
-        run(session, ["train", *labels, "--export", *SMALL["train"]])
+    if document in BEFORE:
+        run(session, ["train", *shlex.split(BEFORE[document]), "--output", "out", "--export", *SMALL["train"]])
     elif not any(arguments[0] == "train" for arguments in ours(document)):
         shutil.copytree(trained, session / "out")
     for arguments in ours(document):
