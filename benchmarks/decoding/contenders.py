@@ -40,7 +40,7 @@ SOURCE = Source()
 
 
 def make_base() -> PreTrainedModel:
-    """The base, which never ends a text: the one of `SOURCE` in bfloat16, or a random Llama of 46 M parameters in float32."""
+    """A base that never ends a text: the one of `SOURCE` in bfloat16, or a random Llama of 46 M parameters in float32."""
     torch.manual_seed(0)
     if SOURCE.base is not None:
         base = AutoModelForCausalLM.from_pretrained(SOURCE.base, dtype=torch.bfloat16).eval()

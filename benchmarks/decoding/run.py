@@ -7,8 +7,9 @@
 
 On a random base of 46 M parameters (12 layers of width 512) all contenders train about 1.17 M parameters. Drafting
 there is an oracle's, right with a given probability: the ceiling. How well a trained shadow drafts is measured by
-`benchmarks.decoding.demo`, and with a real base by prompts from a text. Every contender has a process and one thread; each measurement stands between two of the bare
-base, its ratio is that to their mean, and the median of the rounds counts. Machines are noisy: compare ratios, not seconds.
+`benchmarks.decoding.demo`, and with a real base by prompts from a text. Every contender has a process and one thread;
+each measurement stands between two of the bare base, its ratio is that to their mean, and the median of the rounds
+counts. Machines are noisy: compare ratios, not seconds.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     {"do": "operations", "batch": 1}                            -> {"operations": of one decoding step, views apart}
     {"do": "statistics"}                                        -> what became of the drafts so far
 
-Prefill is `generate` of one token; a decoding step is what every further token adds to that. Seconds are the process's own on
-its processor, not those that it waits for others. Prompts are random tokens, or successive pieces of a text.
+Prefill is `generate` of one token; a decoding step is what every further token adds to that. Seconds are those of the
+processor, without what is spent waiting for other programs. Prompts are random tokens, or successive pieces of a text.
 """
 
 from __future__ import annotations

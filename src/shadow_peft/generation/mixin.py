@@ -42,8 +42,9 @@ class ShadowGenerationMixin(GenerationMixin):
             use_shadow_draft: let the shadow draft tokens that the adapted base then verifies: the same text, or the same
                 distribution when sampling, in fewer base passes. None follows the generation config.
             **kwargs: further arguments of transformers' `generate`. `num_assistant_tokens`,
-                `num_assistant_tokens_schedule` ("heuristic" adapts to acceptance, "constant" does not) and
-                `assistant_confidence_threshold` control the drafts.
+                `num_assistant_tokens_schedule` and `assistant_confidence_threshold` control the drafts. The schedule
+                "heuristic" adapts their length to what is accepted and to the time that passes take, so what is sampled with
+                the same seed may differ from run to run; with "constant" it does not.
 
         Returns:
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
