@@ -1,0 +1,136 @@
+"""Every snippet and every command of README and docs runs as it stands; see `tests/pages.py`.
+
+Snippets of docs/quantized.md: `tests/test_quantized_page.py`. Recipes: `tests/cli/test_recipes.py`. Scripts: `tests/test_examples.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shadow_peft.cli import main
+from shadow_peft.cli.options import OPTIONS
+from shadow_peft.cli.parsing import VerbParser, parse
+from tests.cli.test_recipes import parsed
+from tests.pages import PAGES, ROOT, Section, make_place, sections, shell_commands
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # asked by peft and TRL
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # a Trainer's default, off without a GPU
+]
+
+QUANTIZED = "docs/quantized.md"
+SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(QUANTIZED)]
+LANGUAGES = {"python", "bash", "bibtex"}
+
+
+def name_of(section: Section) -> str:
+    return section.name
+
+
+def with_block(language: str) -> list[Section]:
+    return [section for section in SECTIONS if section.texts(language)]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    make_place(folder)
+    return folder
+
+
+@pytest.fixture
+def place(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a reader works; it has nothing of this repository but the recipes."""
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_code_is_in_a_language_that_is_run_here() -> None:
+    directives = {name for section in SECTIONS for name, _ in section.blocks if name.startswith("{")}
+    found = {name for section in SECTIONS for name, _ in section.blocks} - directives
+    assert found <= LANGUAGES
+
+
+@pytest.mark.parametrize("section", with_block("python"), ids=name_of)
+def test_the_snippets_of_a_section_run(section: Section, place: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for text in section.texts("python"):
+        exec(compile(text, section.name, "exec"), names)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every command of a page, in its order."""
+    texts = [text for section in sections(page) for text in section.texts("bash")]
+    return [shlex.split(command) for text in texts for command in shell_commands(text)]
+
+
+COMMANDS = {str(page.relative_to(ROOT)): commands_of(page) for page in PAGES if commands_of(page)}
+OURS = {
+    name: [words for words in found if words[:2] in (["shadow-peft", "train"], ["shadow-peft", "generate"])]
+    for name, found in COMMANDS.items()
+    if name != QUANTIZED
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.mark.parametrize("page", [page for page, found in OURS.items() if found and page != "README.md"])
+def test_the_commands_of_a_page_run_one_after_another(page: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _, *words in OURS[page]:
+        assert main(words) == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
+
+
+def test_the_commands_of_the_readme_run_as_processes(place: Path) -> None:
+    assert [words[1] for words in OURS["README.md"]] == ["train", "generate", "generate"]
+    for words in OURS["README.md"]:
+        run = subprocess.run([sys.executable, "-m", "shadow_peft.cli", *words[1:]], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("words", [w for found in COMMANDS.values() for w in found if w[0] == "accelerate"], ids=shlex.join)
+def test_what_accelerate_launches_is_known(words: list[str]) -> None:
+    module = words.index("-m")
+    before, (module_name, verb, *arguments) = words[:module], words[module + 1 :]
+    assert (before[1], module_name, verb) == ("launch", "shadow_peft.cli", "train")
+    assert (ROOT / before[before.index("--config_file") + 1]).is_file()
+    parsed(arguments)
+
+
+@pytest.mark.parametrize("words", [w for found in COMMANDS.values() for w in found if w[1] == "eval"], ids=shlex.join)
+def test_the_options_of_eval_are_known(words: list[str]) -> None:
+    parse(VerbParser("eval", OPTIONS["eval"], "", ""), words[2:])
+
+
+def test_every_other_command_is_one_that_there_is() -> None:
+    """They need an index, an empty environment or minutes: their words are checked, and the rest is done by hand."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page, found in COMMANDS.items():
+        for words in found:
+            if words[0] == "make":
+                assert words[-1] in targets, page
+            elif words[:2] == ["pip", "install"]:
+                extras = re.findall(r"\[(.*)\]", words[-1])
+                assert set(",".join(extras).split(",")) - {""} <= set(PROJECT["optional-dependencies"]), page
+                assert words[-1].startswith((".", "torch", "dist/shadow_peft")), f"{page}: the index has another shadow-peft"
+            else:
+                assert words[0] in ("shadow-peft", "accelerate", "git") or words[:2] == ["pip", "wheel"], (page, words)
+
+
+def test_the_wheel_has_the_name_that_the_pages_say() -> None:
+    for page in PAGES:
+        for version in re.findall(r"shadow_peft-(\S+?)-py3-none-any\.whl", page.read_text(encoding="utf-8")):
+            assert version == PROJECT["version"], page
