@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from shadow_peft.demo.robot_commands import commands
@@ -69,14 +68,12 @@ def make_place(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
     for name in ("commands.jsonl", "data.jsonl"):
         write_lines(folder / name, [c.row() for c in commands("train", 16)])
-    model = causal_lm(qwen3(vocab_size=300), injection_hidden_size=16, gate_hidden_size=10)
-    model.save_pretrained(folder / "adapter")
-    of_peft = causal_lm(qwen3(vocab_size=300), variant="peft")
-    of_peft.save_pretrained(folder / "peft-adapter")
+    base = qwen3(vocab_size=300)
+    base.name_or_path = "Qwen/Qwen3-0.6B"  # as if it had been loaded under that name
+    causal_lm(base, injection_hidden_size=16, gate_hidden_size=10).save_pretrained(folder / "adapter")
+    causal_lm(base, variant="peft").save_pretrained(folder / "peft-adapter")
     checkpoint = folder / "run" / "checkpoint-500"  # of a Trainer of 0.1.x: one file without a config
     checkpoint.mkdir(parents=True)
     save_file(load_file(folder / "adapter" / "shadow_adapter.safetensors"), checkpoint / "model.safetensors")
     (folder / "openai").mkdir()
     stand_in("openai/gsm8k", folder).rename(folder / "openai" / "gsm8k")
-    lora = get_peft_model(qwen3(vocab_size=300), LoraConfig(r=2, target_modules=["q_proj"]))
-    lora.save_pretrained(folder / "lora")

@@ -1,6 +1,7 @@
 """Every snippet and every command of README and docs runs as it stands; see `tests/pages.py`.
 
-Snippets of docs/quantized.md: `tests/test_quantized_page.py`. Recipes: `tests/cli/test_recipes.py`. Scripts: `tests/test_examples.py`.
+Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), recipes (`tests/cli/test_recipes.py`), scripts of `examples`
+(`tests/test_examples.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
+from benchmarks import plots
 from shadow_peft.cli import main
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
@@ -95,8 +99,9 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, place: Path, ca
 
 def test_the_commands_of_the_readme_run_as_processes(place: Path) -> None:
     assert [words[1] for words in OURS["README.md"]] == ["train", "generate", "generate"]
-    for words in OURS["README.md"]:
-        run = subprocess.run([sys.executable, "-m", "shadow_peft.cli", *words[1:]], capture_output=True, text=True, check=False)
+    for _, *words in OURS["README.md"]:
+        command = [sys.executable, "-m", "shadow_peft.cli", *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip()
 
@@ -125,7 +130,9 @@ def test_every_other_command_is_one_that_there_is() -> None:
             elif words[:2] == ["pip", "install"]:
                 extras = re.findall(r"\[(.*)\]", words[-1])
                 assert set(",".join(extras).split(",")) - {""} <= set(PROJECT["optional-dependencies"]), page
-                assert words[-1].startswith((".", "torch", "dist/shadow_peft")), f"{page}: the index has another shadow-peft"
+                assert words[-1].startswith((".", "torch", "dist/shadow_peft-")), (
+                    f"{page}: not from the index"
+                )
             else:
                 assert words[0] in ("shadow-peft", "accelerate", "git") or words[:2] == ["pip", "wheel"], (page, words)
 
@@ -134,3 +141,49 @@ def test_the_wheel_has_the_name_that_the_pages_say() -> None:
     for page in PAGES:
         for version in re.findall(r"shadow_peft-(\S+?)-py3-none-any\.whl", page.read_text(encoding="utf-8")):
             assert version == PROJECT["version"], page
+
+
+# ---------------------------------------------------------------- what else is said
+
+
+def svg_text(path: Path) -> list[str]:
+    return [text.strip() for text in ElementTree.parse(path).getroot().itertext() if text.strip()]
+
+
+def test_badges_and_citation_say_what_the_project_says() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"!\[([^]]*)\]\((docs/badges/\w+\.svg)\)", readme)
+    said = dict(name.split(": ") for name, _ in found)
+    requirement = next(line for line in PROJECT["dependencies"] if line.startswith("transformers"))
+    assert said == {
+        "license": PROJECT["license"],
+        "python": f"{PROJECT['requires-python'].removeprefix('>=')} or later",
+        "transformers": f"{re.findall('>=([0-9.]+)', requirement)[0]} or later",
+        "arXiv": "2604.19254",
+    }
+    for name, path in found:
+        title, *both = svg_text(ROOT / path)
+        assert title == name == ": ".join(both)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = citation["preferred-citation"]
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for cited in (names, paper["url"], paper["journal"], paper["title"].removeprefix("ShadowPEFT")):
+        assert cited in readme
+
+
+def test_the_pictures_show_the_committed_results(tmp_path: Path) -> None:
+    for draw, name in ((plots.draw_quality, "quality.svg"), (plots.draw_speed, "speed.svg")):
+        draw(tmp_path / name)
+        assert svg_text(tmp_path / name) == svg_text(ROOT / "docs" / name), "run: python -m benchmarks.plots"
+
+
+def test_the_pictures_have_the_figures_of_the_pages() -> None:
+    quality = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    means = quality.partition("### Mean over")[2].partition("###")[0]
+    for method, bar, exact in zip(plots.METHODS, plots.quality_bars("loss"), plots.quality_bars("exact"), strict=True):
+        second = "-" if bar.second is None else f"{bar.second:.3f}"
+        assert f"| {method} | {bar.value:.3f} | {exact.value:.3f} | {second} |" in means
+    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for name, bar in zip(plots.TRAINING, plots.training_bars("peak"), strict=True):
+        assert re.search(rf"^\| {re.escape(name)} \|.*\({bar.value:.2f}\)", speed, re.MULTILINE)
