@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 from benchmarks.quality.table import results
 from benchmarks.quality.tasks import TASKS
@@ -110,21 +111,28 @@ def draw_bars(axes: Any, bars: Sequence[Bar], title: str, form: str, end: float,
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.tick_params(length=0, labelcolor=INK, labelsize=9)
     axes.set_xticks([])
+    axes.set_facecolor("none")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color("#7b8494")
 
 
 def save(figure: Figure, path: Path, note: str) -> None:
     """Save as SVG with its text as text, the same bytes from the same results."""
-    figure.text(0.012, 0.015, note, fontsize=8.5, color="#3d4450", va="bottom")
-    figure.get_layout_engine().set(rect=(0.008, 0.075, 0.984, 0.91))
+    figure.text(0.016, 0.022, note, fontsize=8.5, color="#3d4450", va="bottom")
+    (width, height), edge = figure.get_size_inches(), 0.02
+    card = FancyBboxPatch(
+        (edge, edge), width - 2 * edge, height - 2 * edge, boxstyle="round,pad=0,rounding_size=0.11",
+        facecolor="white", edgecolor="#d5d9e0", transform=figure.dpi_scale_trans, zorder=-1,
+    )  # fmt: skip
+    figure.add_artist(card)
+    figure.get_layout_engine().set(rect=(0.012, 0.075, 0.976, 0.905))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shadow-peft"}):
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def draw_quality(path: Path) -> None:
     """Loss and exact match of docs/quality.md, attached and detached."""
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained", facecolor="none")
     left, right = figure.subplots(1, 2, sharey=True)
     draw_bars(left, quality_bars("loss"), "test loss, nats per token (lower is better)", ".3f", 3.5)
     draw_bars(right, quality_bars("exact"), "exact match (higher is better)", ".1%", 0.16)
@@ -134,7 +142,7 @@ def draw_quality(path: Path) -> None:
 
 def draw_speed(path: Path) -> None:
     """Decoding, a training step and its memory, of docs/speed.md."""
-    figure = Figure(figsize=(9.6, 3.1), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9.6, 3.1), layout="constrained", facecolor="none")
     panels = figure.subplots(1, 3)
     bars = cost_bars("decoding.json", DECODING, lambda row: row["decode b1"])
     draw_bars(panels[0], bars, "a decoded token,\ntimes the bare base", ".2f", 1.6, 1.0)

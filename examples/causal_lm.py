@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH  # a small base that the package has in it; yours may be a name on the hub
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 
 base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH  # a small base, and a shadow that was pretrained for it
+from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH  # a base, a pretrained shadow
 
 base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
 small = AutoModelForCausalLM.from_pretrained(SHADOW_PATH, dtype="float32")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH  # a small base that the package has in it; yours may be a name on the hub
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 from shadow_peft.training import ShadowGRPOTrainer
 
 

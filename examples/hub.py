@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH  # a small base that the package has in it; yours may be a name on the hub
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("repo_id")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from shadow_peft import ShadowConfig, ShadowForSequenceClassification, get_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH  # a small base that the package has in it; yours may be a name on the hub
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 
 base = AutoModelForSequenceClassification.from_pretrained(BASE_PATH, num_labels=3, dtype="float32")  # the head is new
 tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.demo.embedded import BASE_PATH  # a small base that the package has in it; yours may be a name on the hub
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 from shadow_peft.training import GradientMonitor
 
 rows = AutoTokenizer.from_pretrained(BASE_PATH)(["open the door = {action: open}"] * 16)["input_ids"]

@@ -130,9 +130,7 @@ def test_every_other_command_is_one_that_there_is() -> None:
             elif words[:2] == ["pip", "install"]:
                 extras = re.findall(r"\[(.*)\]", words[-1])
                 assert set(",".join(extras).split(",")) - {""} <= set(PROJECT["optional-dependencies"]), page
-                assert words[-1].startswith((".", "torch", "dist/shadow_peft-")), (
-                    f"{page}: not from the index"
-                )
+                assert words[-1].startswith((".", "torch", "dist/shadow_peft-")), f"{page}: not from the index"
             else:
                 assert words[0] in ("shadow-peft", "accelerate", "git") or words[:2] == ["pip", "wheel"], (page, words)
 
