@@ -7,10 +7,12 @@ Names of the hub (`Qwen/Qwen3-0.6B`) are folders with tiny models there, which `
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from shadow_peft.demo.robot_commands import commands
 from tests.cli.conftest import TEMPLATE, tiny_tokenizer, write_lines
@@ -19,8 +21,8 @@ from tests.tiny_models import causal_lm, qwen3
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODELS = {"Qwen/Qwen3-0.6B": 32, "Qwen/Qwen3-4B": 40, "Qwen/Qwen3-8B": 48}
-"""Name -> width of the tiny model of that name."""
+MODELS = {"Qwen/Qwen3-0.6B": 64, "Qwen/Qwen3-4B": 128, "Qwen/Qwen3-8B": 128}
+"""Name -> width of the tiny model of that name, in blocks of 64, which 4 bits need."""
 
 
 class Section(NamedTuple):
@@ -59,16 +61,25 @@ def shell_commands(text: str) -> list[str]:
     return [command for line in lines if (command := re.sub(r"(^|\s)#.*$", "", line).strip())]
 
 
+def tiny_base(width: int) -> PreTrainedModel:
+    """A random Qwen3 for the tiny tokenizer."""
+    return qwen3(vocab_size=300, hidden_size=width, intermediate_size=128, head_dim=16, eos_token_id=1, bos_token_id=None)
+
+
 def make_place(folder: Path) -> None:
     """Fill a folder with the models, data and adapters that the pages name."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     for name, width in MODELS.items():
-        qwen3(vocab_size=300, hidden_size=width, eos_token_id=1, bos_token_id=None).save_pretrained(folder / name)
+        tiny_base(width).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    for name in ("commands.jsonl", "data.jsonl"):
+    shutil.copytree(folder / "Qwen" / "Qwen3-0.6B", folder / "base")
+    for name in ("commands.jsonl", "data.jsonl", "d.jsonl"):
         write_lines(folder / name, [c.row() for c in commands("train", 16)])
-    base = qwen3(vocab_size=300)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]
+    for name in ("chat.jsonl", "held-out.jsonl"):
+        write_lines(folder / name, [{"messages": talk}] * 8)
+    base = tiny_base(MODELS["Qwen/Qwen3-0.6B"])
     base.name_or_path = "Qwen/Qwen3-0.6B"  # as if it had been loaded under that name
     causal_lm(base, injection_hidden_size=16, gate_hidden_size=10).save_pretrained(folder / "adapter")
     causal_lm(base, variant="peft").save_pretrained(folder / "peft-adapter")

@@ -20,11 +20,13 @@ import pytest
 import yaml
 
 from benchmarks import plots
-from shadow_peft.cli import main
+from shadow_peft.cli import eval as eval_verb
+from shadow_peft.cli import generate, main, train
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from tests.cli.test_recipes import parsed
 from tests.pages import PAGES, ROOT, Section, make_place, sections, shell_commands
+from tests.quantized_bases import need
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # asked by peft and TRL
@@ -106,7 +108,38 @@ def test_the_commands_of_the_readme_run_as_processes(place: Path) -> None:
         assert run.stdout.strip()
 
 
-@pytest.mark.parametrize("words", [w for found in COMMANDS.values() for w in found if w[0] == "accelerate"], ids=shlex.join)
+def examples_of(text: str) -> list[list[str]]:
+    """The commands that a help text ends with."""
+    return [shlex.split(command) for command in shell_commands(text.partition(":\n")[2])]
+
+
+LAUNCHED = [w for found in [*COMMANDS.values(), examples_of(train.EXAMPLES)] for w in found if w[0] == "accelerate"]
+SMALL = ["--max_steps", "2", "--logging_steps", "1"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
+@pytest.mark.parametrize("words", [w for w in examples_of(train.EXAMPLES) if w not in LAUNCHED], ids=shlex.join)
+def test_the_examples_of_the_help_of_train_run(words: list[str], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if "--load_in_4bit" in words:
+        need("bitsandbytes 4")
+    if "--resume_from_checkpoint" in words:
+        assert main([*words[1 : words.index("--resume_from_checkpoint")], *SMALL, "--max_steps", "1"]) == 0
+    assert main([*words[1:], *SMALL]) == 0, capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
+def test_the_examples_of_the_help_of_generate_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = examples_of(train.EXAMPLES)[0]
+    assert main([*first[1:], *SMALL, "--export"]) == 0
+    shutil.copytree("out", "copy")
+    shutil.move("copy", "out/gsm8k-4bit")
+    for words in sorted(examples_of(generate.EXAMPLES), key=lambda words: "--load_in_4bit" in words):
+        if "--load_in_4bit" in words:
+            need("bitsandbytes 4")
+        assert main([*words[1:], "--max_new_tokens", "4"]) == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
+
+
+@pytest.mark.parametrize("words", LAUNCHED, ids=shlex.join)
 def test_what_accelerate_launches_is_known(words: list[str]) -> None:
     module = words.index("-m")
     before, (module_name, verb, *arguments) = words[:module], words[module + 1 :]
@@ -115,7 +148,11 @@ def test_what_accelerate_launches_is_known(words: list[str]) -> None:
     parsed(arguments)
 
 
-@pytest.mark.parametrize("words", [w for found in COMMANDS.values() for w in found if w[1] == "eval"], ids=shlex.join)
+@pytest.mark.parametrize(
+    "words",
+    [w for found in [*COMMANDS.values(), examples_of(eval_verb.EXAMPLES)] for w in found if w[1] == "eval"],
+    ids=shlex.join,
+)
 def test_the_options_of_eval_are_known(words: list[str]) -> None:
     parse(VerbParser("eval", OPTIONS["eval"], "", ""), words[2:])
 

@@ -54,7 +54,7 @@ EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data d.jsonl --output out
   shadow-peft train --config recipes/gsm8k.yaml
   shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
-  shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
+  shadow-peft train --config recipes/gsm8k.yaml --eval_strategy epoch --early_stopping_patience 3
   shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
   shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit --use_bnb_nested_quant --output out/gsm8k-4bit
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
