@@ -24,7 +24,9 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "safeten
 MISTYPED = {
     "demo": (["--smoek"], "--smoke"),
     "train": (["--modle", "x"], "--model"),
+    "pretrain": (["--max_stps", "3"], "--max_steps"),
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
+    "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
 }
 

@@ -8,6 +8,7 @@ One call loads base, adapter and heads:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,8 +90,16 @@ class AutoShadowModelForSequenceClassification(_AutoShadowModel):
 
     @classmethod
     def _base_settings(cls, stored: store.Checkpoint) -> dict[str, Any]:
+        names = stored.provenance.get("class_names")
+        if names:
+            return class_settings(names)
         weight = stored.heads.get("classifier_head.weight")
         return {} if weight is None else {"num_labels": int(weight.shape[0])}
+
+
+def class_settings(names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that name the classes of a classifier."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def base_of(stored: store.Checkpoint) -> str:
