@@ -79,6 +79,8 @@ def make_place(folder: Path) -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]
     for name in ("chat.jsonl", "held-out.jsonl"):
         write_lines(folder / name, [{"messages": talk}] * 8)
+    mails = [("Win a prize now", "spam"), ("Lunch at noon?", "ham")] * 10
+    write_lines(folder / "mails.jsonl", [{"text": text, "label": label} for text, label in mails])
     base = tiny_base(MODELS["Qwen/Qwen3-0.6B"])
     base.name_or_path = "Qwen/Qwen3-0.6B"  # as if it had been loaded under that name
     causal_lm(base, injection_hidden_size=16, gate_hidden_size=10).save_pretrained(folder / "adapter")

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from benchmarks import plots
+from shadow_peft.cli import classify, generate, main, train
 from shadow_peft.cli import eval as eval_verb
-from shadow_peft.cli import generate, main, train
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from tests.cli.test_recipes import parsed
@@ -86,7 +86,7 @@ def commands_of(page: Path) -> list[list[str]]:
 
 COMMANDS = {str(page.relative_to(ROOT)): commands_of(page) for page in PAGES if commands_of(page)}
 OURS = {
-    name: [words for words in found if words[:2] in (["shadow-peft", "train"], ["shadow-peft", "generate"])]
+    name: [words for words in found if words[0] == "shadow-peft" and words[1] in ("train", "generate", "classify")]
     for name, found in COMMANDS.items()
     if name != QUANTIZED
 }
@@ -137,6 +137,13 @@ def test_the_examples_of_the_help_of_generate_run(place: Path, capfd: pytest.Cap
         if "--load_in_4bit" in words:
             need("bitsandbytes 4")
         assert main([*words[1:], "--max_new_tokens", "4"]) == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
+
+
+def test_the_examples_of_the_help_of_classify_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = next(words for words in examples_of(train.EXAMPLES) if "--task" in words)
+    assert main([*first[1 : first.index("--output")], "--output", "out", *SMALL, "--export"]) == 0
+    for words in examples_of(classify.EXAMPLES):
+        assert main(words[1:]) == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
 
 
 @pytest.mark.parametrize("words", LAUNCHED, ids=shlex.join)
