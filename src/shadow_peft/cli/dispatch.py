@@ -22,6 +22,7 @@ VERBS = {
     "pretrain": "train a shadow cut from a base on text, by next-token loss or by distillation, as a model of its own",
     "generate": "continue a text with a model, with or without its shadow adapter",
     "classify": "tell the class of a text with a classifier, with or without its shadow adapter",
+    "export": "write the shadow of an adapter as a model of its own, which needs no base and not this package",
     "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 
