@@ -86,7 +86,7 @@ def commands_of(page: Path) -> list[list[str]]:
 
 COMMANDS = {str(page.relative_to(ROOT)): commands_of(page) for page in PAGES if commands_of(page)}
 OURS = {
-    name: [words for words in found if words[0] == "shadow-peft" and words[1] in ("train", "generate", "classify")]
+    name: [words for words in found if words[0] == "shadow-peft" and words[1] in ("train", "generate", "classify", "export")]
     for name, found in COMMANDS.items()
     if name != QUANTIZED
 }
