@@ -27,7 +27,7 @@ pytestmark = [
 
 QUANTIZED = "docs/quantized.md"
 SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(QUANTIZED)]
-LANGUAGES = {"python", "bash", "bibtex"}
+LANGUAGES = {"python", "bash", "bibtex", "text"}
 
 
 def name_of(section: Section) -> str:
