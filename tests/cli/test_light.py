@@ -26,6 +26,7 @@ MISTYPED = {
     "train": (["--modle", "x"], "--model"),
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
+    "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
 }
 
 
@@ -94,8 +95,8 @@ def real_parser(verb: str) -> VerbParser:
 
         return make_train_parser()
     parser = VerbParser(verb, OPTIONS[verb], "", "")
-    if verb == "generate":
-        parser.add_argument("text", nargs="+")
+    if verb in ("generate", "cascade"):
+        parser.add_argument("text", nargs="+" if verb == "generate" else "*")
     return parser
 
 

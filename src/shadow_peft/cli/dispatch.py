@@ -21,10 +21,11 @@ VERBS = {
     "train": "fine-tune a causal language model on your own data or a dataset of the hub, with a shadow or LoRA",
     "generate": "continue a text with a model, with or without its shadow adapter",
     "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
+    "cascade": "answer with the shadow, and ask the base or a remote model only where the shadow is unsure",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "eval": "eval"}
+EXTRAS = {"demo": "demo", "train": "train", "eval": "eval", "cascade": "cascade"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

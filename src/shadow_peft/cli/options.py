@@ -214,99 +214,81 @@ class EvalOptions:
         require("seed", self.seed, 0, LARGEST_SEED)
 
 
+@dataclass
+class CascadeOptions:
+    """Options of `shadow-peft cascade`."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Base of the adapter, by default the one it names; or an exported shadow."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter."})
+    remote_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint that takes over, such as http://server:8000/v1."}
+    )
+    remote_model: str | None = field(default=None, metadata={"help": "Name of the model there."})
+    timeout: float = field(default=30.0, metadata={"help": "Most seconds that the endpoint may take for an answer."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "Confidence below which the other model takes over; by default cascade.json has it."}
+    )
+    takeover: Literal["answer", "token"] | None = field(
+        default=None,
+        metadata={"help": "Answer anew, or go on at the first unsure token; by default as calibrated, or answer."},
+    )
+    calibrate: str | None = field(default=None, metadata={"help": "Data with right answers to find the threshold on."})
+    promise: Literal["quality", "regret", "escalations"] = field(
+        default="quality",
+        metadata={"help": "What is promised: the mean quality, what it loses to always asking, or how often it asks."},
+    )
+    target: float | None = field(
+        default=None, metadata={"help": "The least quality, or the most regret or escalations, that is promised."}
+    )
+    confidence: float = field(
+        default=0.95, metadata={"help": "How surely the promise is kept; 0 promises the expectation (not of a quality)."}
+    )
+    quality: Literal["exact_match", "word_overlap", "json_fields"] = field(
+        default="exact_match",
+        metadata={"help": "What an answer is worth: all or nothing, the F1 of its words, or its share of right fields."},
+    )
+    data: str | None = field(default=None, metadata={"help": "Data with right answers to score the cascade on."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for cascade.json and the curve; by default that of adapter or model."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows of data that are answered together."})
+    chat: bool = field(default=False, metadata={"help": "Send each text as a user's message with the chat template."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the model; auto is that of its file."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the division of the data."})
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and (self.model is None or self.remote_url is None):
+            raise ValueError("give --adapter; or an exported shadow as --model, and who it asks as --remote_url")
+        if (self.remote_url is None) != (self.remote_model is None):
+            raise ValueError("--remote_url and --remote_model go together: where the endpoint is, and its model's name")
+        if (self.calibrate is None) != (self.target is None):
+            raise ValueError("--calibrate and --target go together: the data, and what they are to promise")
+        if self.calibrate is not None and self.threshold is not None:
+            raise ValueError("--calibrate finds the threshold; drop --threshold")
+        if self.output is not None and self.calibrate is None:
+            raise ValueError("--output is where --calibrate writes; drop it, or add --calibrate")
+        if self.target is not None and not 0 < self.target < 1:
+            raise ValueError(f"--target must lie between 0 and 1, got {self.target}")
+        if not 0 <= self.confidence < 1:
+            raise ValueError(f"--confidence must be 0, or lie between 0 and 1, got {self.confidence}")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ValueError("--threshold is not a number")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"--timeout must be above 0, got {self.timeout}")
+        require("batch_size", self.batch_size, 1)
+        require("seed", self.seed, 0, LARGEST_SEED)
+
+
 #: Verb -> the dataclasses of this package whose fields are its options.
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
     "eval": [EvalOptions, QuantizationOptions],
+    "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.
 TRL_OPTIONS: dict[str, list[str]] = {"train": ["SFTConfig", "ModelConfig"]}
-
-QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-
-#: Verb -> title of a section of its help -> options in it. What stands in no section is shown by --help-all.
-SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "demo": {"options": ("output", "smoke", "seed", "config")},
-    "train": {
-        "what to train": ("model", "data", "output", "config", "overwrite", "resume_from_checkpoint", "export"),
-        "data": (
-            "data_name", "data_split", "eval_data", "eval_split", "eval_fraction", "prompt", "completion",
-            "completion_if_missing", "class_column", "class_names", "chat", "chat_template_path", "dataset_text_field",
-            "max_length", "packing",
-        ),
-        "shadow": (
-            "variant", "num_shadow_layers", "injection_hidden_size", "gate_hidden_size", "output_hidden_size",
-            "readout_hidden_size", "alpha", "dropout", "shadow_model", "share_embeddings", "shadow_loss_weight",
-            "distillation_weight", "distillation_temperature", "distillation_warmup_ratio",
-        ),
-        "training": (
-            "learning_rate", "shadow_learning_rate_scale", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "logging_steps",
-            "eval_strategy", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "save_strategy",
-            "save_steps", "save_total_limit", "dtype", "bf16", "activation_checkpointing", *QUANTIZATION, "use_cpu",
-            "report_to", "push_to_hub", "hub_model_id",
-        ),
-        "LoRA baselines": (
-            "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
-        ),
-    },
-    "generate": {
-        "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
-        "how it answers (what is not given stays as the model's own file has it)": (
-            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
-        ),
-    },
-    "eval": {
-        "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
-        "by what": (
-            "tasks", "include_path", "num_fewshot", "limit", "batch_size", "apply_chat_template", "seed", "output",
-            "log_samples",
-        ),
-    },
-}  # fmt: skip
-
-#: Options of `train` whose own text, mostly TRL's, is long or says little -> the text that the help shows.
-TEXTS: dict[str, str] = {
-    "variant": "Mathematics between the layers: readout is this library's, published and peft are those packages'.",
-    "chat_template_path": "Chat template to use: a .jinja file, or a folder or hub id with a tokenizer.",
-    "dataset_text_field": "Column of plain text to learn.",
-    "max_length": "Longest example in tokens; what is longer is cut at its end.",
-    "packing": "Fill sequences of --max_length with several examples.",
-    "resume_from_checkpoint": "Go on from a checkpoint: last, which is the newest finished one in OUTPUT, or a folder.",
-    "learning_rate": "Peak learning rate.",
-    "num_train_epochs": "Passes over the data.",
-    "max_steps": "Optimizer steps; above 0 it overrides --num_train_epochs.",
-    "per_device_train_batch_size": "Examples of one forward pass.",
-    "gradient_accumulation_steps": "Forward passes of one optimizer step.",
-    "lr_scheduler_type": "How the learning rate falls.",
-    "warmup_steps": "Steps in which the learning rate rises; below 1, that part of the training.",
-    "weight_decay": "Weight decay of the matrices.",
-    "seed": "Seed of weights, dropout and order.",
-    "logging_steps": "Steps between two lines of the log.",
-    "eval_strategy": "When to evaluate, beside the end.",
-    "eval_steps": "Steps between two evaluations.",
-    "save_strategy": "When to save a checkpoint.",
-    "save_steps": "Steps between two checkpoints.",
-    "save_total_limit": "Keep only so many checkpoints.",
-    "dtype": "Floating point numbers of the base; auto is its file's.",
-    "bf16": "Compute in bfloat16 (mixed precision).",
-    "activation_checkpointing": "Compute activations again instead of keeping them: less memory, about 20 percent slower.",
-    "load_in_4bit": "Quantize the base to 4 bits, by bitsandbytes.",
-    "load_in_8bit": "Quantize the base to 8 bits, by bitsandbytes.",
-    "bnb_4bit_quant_type": "The 4 bit numbers: nf4 or fp4.",
-    "use_bnb_nested_quant": "Quantize the scales of the 4 bit weights, too.",
-    "use_cpu": "Compute on the CPU where there is a GPU, too.",
-    "report_to": "Trackers to log to, such as tensorboard or wandb.",
-    "push_to_hub": "Push the output folder to the hub.",
-    "hub_model_id": "Repository to push to.",
-    "use_peft": "Train LoRA on the same data instead of a shadow.",
-    "lora_r": "Rank of LoRA.",
-    "lora_alpha": "Factor of LoRA, over its rank.",
-    "lora_dropout": "Dropout of LoRA.",
-    "lora_target_modules": "Names of the layers that get LoRA, or all-linear.",
-    "use_rslora": "Scale by the square root of the rank (rsLoRA).",
-    "use_dora": "Train magnitude and direction apart (DoRA).",
-}

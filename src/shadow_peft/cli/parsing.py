@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.help import HelpFormat, documented, is_switch, sections
-from shadow_peft.cli.options import TEXTS
+from shadow_peft.cli.sections import TEXTS
 from shadow_peft.cli.spelling import CONFIG, HELP_ALL, nearest
 
 _TRUE_OR_FALSE = ("true", "false")
@@ -30,7 +30,7 @@ class VerbParser(HfArgumentParser):
     are values of a switch only for verbs without positional arguments.
 
     Args:
-        verb: name of the verb, a key of `options.SECTIONS`.
+        verb: name of the verb, a key of `sections.SECTIONS`.
         options: dataclasses.
         description: what the verb does.
         examples: stands below the help.
