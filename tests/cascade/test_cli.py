@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shadow_peft import ShadowForCausalLM, get_shadow_model
 from shadow_peft.cascade.storage import FILE, load_calibration
 from shadow_peft.cli import main
+from shadow_peft.cli.cascade import EXAMPLES
+from shadow_peft.cli.options import OPTIONS
+from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.config import ShadowConfig
 from tests.cascade.worlds import endpoint
 from tests.cli.conftest import model_folder, write_lines  # noqa: F401
@@ -128,6 +132,21 @@ def test_the_edge_needs_no_trainer_and_no_scikit_learn(out: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "answered by shadow, confidence" in run.stderr
+
+
+def shown_commands() -> list[str]:
+    """The commands in the help of the verb, and on the pages."""
+    docs = Path(__file__).parents[2] / "docs"
+    text = EXAMPLES + "".join((docs / page).read_text(encoding="utf-8") for page in ("cli.md", "cascade.md"))
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("shadow-peft cascade ")]
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_command_that_is_shown_is_accepted(command: str) -> None:
+    parser = VerbParser("cascade", OPTIONS["cascade"], "", "")
+    parser.add_argument("text", nargs="*")
+    options, *_ = parse(parser, shlex.split(command)[2:])
+    assert options.adapter or options.remote_url
 
 
 @pytest.mark.parametrize(

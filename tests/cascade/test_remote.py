@@ -44,6 +44,16 @@ def test_a_good_endpoint_answers(stream: bool, chat: bool) -> None:
     assert body == {**expected, **settings}
 
 
+def test_a_key_is_sent_only_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of-another-service")
+    with endpoint() as told:
+        remote(told).complete("x")
+        asked = remote(told, api_key="of-this-one")
+        asked.complete("x")
+    assert told.keys == ["Bearer none", "Bearer of-this-one"]
+    assert "of-this-one" not in repr(asked)
+
+
 def test_messages_are_a_chat() -> None:
     messages = [{"role": "user", "content": "hello"}]
     with endpoint() as told:

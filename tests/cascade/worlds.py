@@ -57,11 +57,13 @@ class FakeEndpoint:
         kind: "good", "slow", "dripping", "broken off", "error", "garbage", "no text", "not json".
         text: what it answers.
         requests: path and body of every request.
+        keys: what authorized them.
     """
 
     def __init__(self, kind: str, text: str) -> None:
         self.kind, self.text = kind, text
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.keys: list[str | None] = []
         self.base_url = ""
         self.stopped = threading.Event()
 
@@ -75,6 +77,7 @@ def endpoint(kind: str = "good", text: str = " from afar") -> Iterator[FakeEndpo
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             told.requests.append((self.path, body))
+            told.keys.append(self.headers["Authorization"])
             try:
                 _respond(self, told, body)
             except (BrokenPipeError, ConnectionResetError):

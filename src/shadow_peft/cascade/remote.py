@@ -7,11 +7,10 @@ a byte now and then could hold it for ever.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Prompt = str | list[dict[str, str]]
@@ -31,12 +30,12 @@ class RemoteModel:
     Attributes:
         model: its name there.
         base_url: such as "http://127.0.0.1:8000/v1".
-        api_key: None takes `OPENAI_API_KEY`, or none at all.
+        api_key: sent to that endpoint; None sends none, whatever the environment holds.
         timeout: the most seconds that an answer may take in all.
         chat: send texts as a user's message to `chat/completions`; else they go to `completions`. Messages always go to
             `chat/completions`.
         stream: ask for the answer in pieces; a connection that breaks in between is noticed then.
-        extra: further fields of the requests, such as {"temperature": 0}.
+        extra: names and values of further fields of the requests; by default a temperature of 0, the likeliest tokens.
 
     Raises:
         ValueError: a timeout that is not above 0.
@@ -45,7 +44,7 @@ class RemoteModel:
 
     model: str
     base_url: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout: float = 30.0
     chat: bool = False
     stream: bool = True
@@ -79,12 +78,16 @@ class RemoteModel:
             try:
                 piece = pieces.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise RemoteError(f"no complete answer within {self.timeout:g} s") from None
+                raise RemoteError(self._too_late) from None
             if piece is _DONE:
                 return "".join(found)
             if isinstance(piece, Exception):
                 raise RemoteError(_reason(piece)) from piece
             found.append(piece)
+
+    @property
+    def _too_late(self) -> str:
+        return f"no complete answer within {self.timeout:g} s"
 
     def is_chat(self, prompt: Prompt) -> bool:
         """Whether a prompt goes to `chat/completions`."""
@@ -104,8 +107,7 @@ class RemoteModel:
 
         limits = {} if max_tokens is None else {"max_tokens": max_tokens}
         settings: dict[str, Any] = {"model": self.model, "stream": self.stream, **dict(self.extra), **limits}
-        key = self.api_key or _key_of_environment()
-        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=0) as client:
+        with OpenAI(base_url=self.base_url, api_key=self.api_key or "none", timeout=self.timeout, max_retries=0) as client:
             if self.is_chat(prompt):
                 messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
                 response: Any = client.chat.completions.create(messages=messages, **settings)
@@ -115,7 +117,7 @@ class RemoteModel:
             for event in response if self.stream else [response]:
                 finished = self._take(event, self.is_chat(prompt), pieces) or finished
                 if time.monotonic() > deadline:
-                    return  # nobody waits any more
+                    raise RemoteError(self._too_late)
             if not finished:
                 raise RemoteError("the answer broke off")
 
@@ -128,10 +130,6 @@ class RemoteModel:
             pieces.put(text or "")
             return not self.stream or choice.finish_reason is not None
         return False
-
-
-def _key_of_environment() -> str:
-    return os.environ.get("OPENAI_API_KEY") or "none"
 
 
 def _reason(error: Exception) -> str:

@@ -86,7 +86,7 @@ class Recorder:
         self._latest = step_confidence(scores)
 
     def wrote(self, tokens: Tensor) -> Tensor:
-        """Take notice of the tokens `[B]` that were chosen; rows `[B]` that are to end."""
+        """Record the tokens `[B]` that were chosen, and return which rows `[B]` are to end."""
         assert self._log_p is not None
         assert self._latest is not None
         chosen = self._log_p.gather(-1, tokens[:, None])

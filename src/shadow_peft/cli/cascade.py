@@ -6,6 +6,7 @@ Answering needs neither trainer nor scikit-learn, and beside a remote model no b
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -42,6 +43,9 @@ EXAMPLES = """examples:
   shadow-peft cascade --model out/shadow --remote_url http://server:8000/v1 --remote_model big "open the door"
 """
 CURVE, PICTURE = "cascade_curve.json", "cascade.png"
+
+API_KEY = "SHADOW_PEFT_API_KEY"
+"""Variable of the environment with the key for --remote_url."""
 
 
 def run(arguments: list[str]) -> None:
@@ -225,7 +229,8 @@ def _remote(options: CascadeOptions) -> RemoteModel | None:
     if options.remote_url is None:
         return None
     try:
-        return RemoteModel(str(options.remote_model), options.remote_url, timeout=options.timeout)
+        key = os.environ.get(API_KEY)
+        return RemoteModel(str(options.remote_model), options.remote_url, api_key=key, timeout=options.timeout)
     except ImportError as error:
         raise UserError(f"{error}; a remote model needs the extra: pip install 'shadow-peft[cascade]'") from error
 

@@ -225,7 +225,10 @@ class CascadeOptions:
     remote_url: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible endpoint that takes over, such as http://server:8000/v1."}
     )
-    remote_model: str | None = field(default=None, metadata={"help": "Name of the model there."})
+    remote_model: str | None = field(
+        default=None,
+        metadata={"help": "Name of the model there; the variable SHADOW_PEFT_API_KEY holds its key."},
+    )
     timeout: float = field(default=30.0, metadata={"help": "Most seconds that the endpoint may take for an answer."})
     threshold: float | None = field(
         default=None, metadata={"help": "Confidence below which the other model takes over; by default cascade.json has it."}

@@ -50,7 +50,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output", "data", "batch_size"),
         "how they answer (what is not given stays as the model's own file has it)": (
-            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
+            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         ),
     },
 }  # fmt: skip
