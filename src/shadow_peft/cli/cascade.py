@@ -21,10 +21,11 @@ from shadow_peft.cascade.curve import draw_curves
 from shadow_peft.cascade.outcomes import QUALITIES
 from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
 from shadow_peft.cascade.storage import FILE, load_calibration
+from shadow_peft.cli.cascade_options import CascadeOptions
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.generate import generation_config
 from shadow_peft.cli.loading import check_quantization, load_answering
-from shadow_peft.cli.options import OPTIONS, CascadeOptions, SamplingOptions
+from shadow_peft.cli.options import OPTIONS, SamplingOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Row, Screen

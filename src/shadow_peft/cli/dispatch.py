@@ -17,15 +17,18 @@ from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
-    "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
-    "train": "fine-tune a causal language model on your own data or a dataset of the hub, with a shadow or LoRA",
+    "demo": "fine-tune an embedded model offline, and compare with LoRA",
+    "train": "fine-tune a language model or classifier with a shadow or LoRA",
+    "pretrain": "train a shadow cut from a base on text, as a standalone model",
     "generate": "continue a text with a model, with or without its shadow adapter",
-    "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
-    "cascade": "answer with the shadow, and ask the base or a remote model only where the shadow is unsure",
+    "classify": "tell the class of a text with a classifier, with or without adapter",
+    "export": "write the shadow of an adapter as a standalone model",
+    "eval": "score a model or its shadow with lm-evaluation-harness",
+    "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "eval": "eval", "cascade": "cascade"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""
@@ -63,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The usage text: the verbs and what they do."""
     lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
-    usage = "usage: shadow-peft VERB [options]   (VERB --help shows the options, --version the version)"
-    return "\n".join([usage, "", *lines])
+    usage = "usage: shadow-peft VERB [options]"
+    more = "shadow-peft VERB --help shows the options, shadow-peft --version the version."
+    return "\n".join([usage, "", *lines, "", more])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -85,6 +89,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _import_and_run(verb: str, arguments: list[str]) -> int:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries draw no bars into a pipe; tqdm reads it when it is imported
     logging.disable(logging.WARNING)  # of what libraries remark while they are imported, such as missing kernels
     try:
         module = import_module(f"shadow_peft.cli.{verb}")

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
@@ -29,15 +30,15 @@ from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
-def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub; `kwargs` are passed to `from_pretrained`.
+def load_model(name: str, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, by default a causal language model, from a folder or the hub; `kwargs` go to `from_pretrained`.
 
     Raises:
         UserError: there is no such model, or it is no causal language model.
     """
     check_place(name)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model: PreTrainedModel = auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return model
@@ -54,7 +55,7 @@ def check_place(name: str) -> None:
         if (path / "config.json").is_file() or (path / peft.CONFIG_FILE).is_file():
             return
         if (path / CONFIG_FILE).is_file():
-            raise UserError(f"{name} is a shadow adapter and no model: give it as --adapter")
+            raise UserError(f"{name} is a shadow adapter and no model; generate and eval take it as --adapter")
         why = "it has no config.json"
     elif path.exists():
         why = "it is a file; give the folder"
@@ -115,6 +116,8 @@ def named_base(adapter: str) -> str:
     try:
         directory = local_directory(adapter)
         native = (directory / CONFIG_FILE).is_file()
+        if not native and not (directory / peft.CONFIG_FILE).is_file():
+            raise ValueError(f"it has neither {CONFIG_FILE} nor {peft.CONFIG_FILE}")
         stored = read_json(directory / (CONFIG_FILE if native else peft.CONFIG_FILE))
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error
@@ -161,12 +164,13 @@ def quantization_flags(options: Any) -> str:
     return " ".join(flags)
 
 
-def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model, quantized by bitsandbytes if the options say so.
+def load_base(name: str, options: Any, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, by default a causal language model, quantized by bitsandbytes if the options say so.
 
     Args:
         name: folder or hub id.
         options: `QuantizationOptions`, or TRL's `ModelConfig`, which `check_quantization` has let pass.
+        auto_class: class of transformers that loads it.
         kwargs: go to `from_pretrained`, `dtype` among them. 4 bit weights compute in it; "auto" is the checkpoint's.
 
     Raises:
@@ -182,15 +186,18 @@ def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
             bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
             bnb_4bit_quant_storage=getattr(options, "bnb_4bit_quant_storage", None),
         )
-    return load_model(name, **kwargs)
+    return load_model(name, auto_class, **kwargs)
 
 
 def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:
-    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint."""
+    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint; of a LoRA adapter, to its base's."""
     if dtype not in (None, "auto"):
         named: torch.dtype = getattr(torch, dtype)
         return named
     try:
+        lora = find_adapter_config_file(name, revision=revision)
+        if lora is not None:
+            name, revision = read_json(Path(lora))["base_model_name_or_path"], None
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error

@@ -7,26 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from shadow_peft.cli.cascade_options import CascadeOptions
+from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.config import ShadowConfig
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
 """The default config of the command line; in Python the default variant is "published"."""
-
-LARGEST_SEED = 2**32 - 1
-
-
-def require(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Refuse a number outside a range; None, which stands for what was not given, lies in every range.
-
-    Raises:
-        ValueError: naming the option, the range and the number.
-    """
-    if value is None or (least <= value <= most and value != math.inf):
-        return
-    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
-    raise ValueError(f"--{name} must be {limits}, got {value}")
 
 
 @dataclass
@@ -48,6 +34,9 @@ class TrainOptions:
     model: str = field(metadata={"help": "Folder or hub id of the base."})
     data: str = field(metadata={"help": "File, folder or hub id of the training data."})
     output: str = field(metadata={"help": "Folder for the adapter, the tokenizer, the model card and the checkpoints."})
+    task: Literal["causal_lm", "classification"] = field(
+        default="causal_lm", metadata={"help": "What is learned: to write texts, or to tell the class of a text."}
+    )
     overwrite: bool = field(
         default=False,
         metadata={
@@ -111,6 +100,73 @@ class TemplateOptions:
 
 
 @dataclass
+class PretrainOptions:
+    """Options of `shadow-peft pretrain`."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the base."})
+    data: list[str] = field(metadata={"help": "Files or folders of text, or the id of a dataset on the hub."})
+    output: str = field(metadata={"help": "Folder for the finished shadow, its card and curve, and the checkpoints."})
+    max_steps: int = field(metadata={"help": "Optimizer steps that the learning rate is planned for."})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest finished checkpoint in OUTPUT; where there is none, start."},
+    )
+    num_shadow_layers: int = field(default=2, metadata={"help": "Decoder layers of the shadow."})
+    shadow_init_layers: Literal["first", "even"] = field(
+        default="even", metadata={"help": "Which layers of the base it starts from: the first, or evenly spaced ones."}
+    )
+    shadow_init: Literal["base", "random"] = field(
+        default="base", metadata={"help": "Copies of the base's layers, or random weights."}
+    )
+    shadow_intermediate_size: int | None = field(
+        default=None, metadata={"help": "Neurons of each MLP; by default as many as the base has."}
+    )
+    shadow_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Attention heads; by default as many as the base has."}
+    )
+    shadow_num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "Key/value heads; by default as many as the base has."}
+    )
+    next_token_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the text."})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the KL divergence from the base's next-token distribution."}
+    )
+    top_k: int = field(default=32, metadata={"help": "The base's most likely tokens that this divergence compares."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    data_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    data_split: str = field(default="train", metadata={"help": "Split of a dataset on the hub."})
+    context: int = field(default=512, metadata={"help": "Tokens of a block."})
+    held_out: int = field(default=64, metadata={"help": "Blocks that are held out for evaluation."})
+    shuffle_buffer: int = field(default=2000, metadata={"help": "Documents among which the next one is drawn."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks of one forward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: int = field(default=100, metadata={"help": "Steps in which the learning rate rises."})
+    decay_fraction: float = field(default=0.25, metadata={"help": "Last part of the steps, in which it falls to 0."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
+    eval_steps: int = field(default=250, metadata={"help": "Steps between two evaluations."})
+    save_steps: int = field(default=250, metadata={"help": "Steps between two checkpoints."})
+    logging_steps: int = field(default=25, metadata={"help": "Steps between two lines of the log."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base, in which the shadow computes, too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU where there is a GPU, too."})
+    compile: bool = field(default=False, metadata={"help": "Compile the shadow, which needs a C++ compiler."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"):
+            require(name, getattr(self, name), 1)
+        for name in ("logging_steps", "held_out", "shuffle_buffer", "num_shadow_layers", "top_k"):
+            require(name, getattr(self, name), 1)
+        require("context", self.context, 2)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "next_token_weight", "distillation_weight"):
+            require(name, getattr(self, name), 0)
+        require("decay_fraction", self.decay_fraction, 0, 1)
+        require("seed", self.seed, 0, LARGEST_SEED)
+        if self.next_token_weight + self.distillation_weight == 0:
+            raise ValueError("--next_token_weight and --distillation_weight are both 0: nothing would be learned")
+
+
+@dataclass
 class GenerateOptions:
     """Options of `shadow-peft generate`."""
 
@@ -134,6 +190,24 @@ class GenerateOptions:
         if self.shadow_only and self.draft:
             raise ValueError("--draft needs the base, and --shadow_only switches it off")
         require("seed", self.seed, 0, LARGEST_SEED)
+
+
+@dataclass
+class ClassifyOptions:
+    """Options of `shadow-peft classify`."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a classifier, such as an exported one."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a shadow adapter, which names its base."}
+    )
+    shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.adapter is None):
+            raise ValueError("give --model or --adapter, one of them")
+        if self.shadow_only and self.adapter is None:
+            raise ValueError("--shadow_only needs --adapter: a bare model has no shadow")
 
 
 @dataclass
@@ -215,82 +289,45 @@ class EvalOptions:
 
 
 @dataclass
-class CascadeOptions:
-    """Options of `shadow-peft cascade`."""
+class ExportOptions:
+    """Options of `shadow-peft export`."""
 
+    to: Literal["hf"] = field(default="hf", metadata={"help": "Format: hf is a folder of transformers."})
     model: str | None = field(
-        default=None, metadata={"help": "Base of the adapter, by default the one it names; or an exported shadow."}
+        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
     )
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a shadow adapter."})
-    remote_url: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible endpoint that takes over, such as http://server:8000/v1."}
-    )
-    remote_model: str | None = field(
-        default=None,
-        metadata={"help": "Name of the model there; the variable SHADOW_PEFT_API_KEY holds its key."},
-    )
-    timeout: float = field(default=30.0, metadata={"help": "Most seconds that the endpoint may take for an answer."})
-    threshold: float | None = field(
-        default=None, metadata={"help": "Confidence below which the other model takes over; by default cascade.json has it."}
-    )
-    takeover: Literal["answer", "token"] | None = field(
-        default=None,
-        metadata={"help": "Answer anew, or go on at the first unsure token; by default as calibrated, or answer."},
-    )
-    calibrate: str | None = field(default=None, metadata={"help": "Data with right answers to find the threshold on."})
-    promise: Literal["quality", "regret", "escalations"] = field(
-        default="quality",
-        metadata={"help": "What is promised: the mean quality, what it loses to always asking, or how often it asks."},
-    )
-    target: float | None = field(
-        default=None, metadata={"help": "The least quality, or the most regret or escalations, that is promised."}
-    )
-    confidence: float = field(
-        default=0.95, metadata={"help": "How surely the promise is kept; 0 promises the expectation (not of a quality)."}
-    )
-    quality: Literal["exact_match", "word_overlap", "json_fields"] = field(
-        default="exact_match",
-        metadata={"help": "What an answer is worth: all or nothing, the F1 of its words, or its share of right fields."},
-    )
-    data: str | None = field(default=None, metadata={"help": "Data with right answers to score the cascade on."})
     output: str | None = field(
-        default=None, metadata={"help": "Folder for cascade.json and the curve; by default that of adapter or model."}
+        default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Rows of data that are answered together."})
-    chat: bool = field(default=False, metadata={"help": "Send each text as a user's message with the chat template."})
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the model; auto is that of its file."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the division of the data."})
+    fold: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
+        },
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
+    check: str | None = field(
+        default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
+    )
+    check_prompts: int = field(default=20, metadata={"help": "Number of prompts to take from --check."})
+    check_tokens: int = field(default=40, metadata={"help": "Maximum number of tokens of an answer that is compared."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
 
     def __post_init__(self) -> None:
-        if self.adapter is None and (self.model is None or self.remote_url is None):
-            raise ValueError("give --adapter; or an exported shadow as --model, and who it asks as --remote_url")
-        if (self.remote_url is None) != (self.remote_model is None):
-            raise ValueError("--remote_url and --remote_model go together: where the endpoint is, and its model's name")
-        if (self.calibrate is None) != (self.target is None):
-            raise ValueError("--calibrate and --target go together: the data, and what they are to promise")
-        if self.calibrate is not None and self.threshold is not None:
-            raise ValueError("--calibrate finds the threshold; drop --threshold")
-        if self.output is not None and self.calibrate is None:
-            raise ValueError("--output is where --calibrate writes; drop it, or add --calibrate")
-        if self.target is not None and not 0 < self.target < 1:
-            raise ValueError(f"--target must lie between 0 and 1, got {self.target}")
-        if not 0 <= self.confidence < 1:
-            raise ValueError(f"--confidence must be 0, or lie between 0 and 1, got {self.confidence}")
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise ValueError("--threshold is not a number")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"--timeout must be above 0, got {self.timeout}")
-        require("batch_size", self.batch_size, 1)
-        require("seed", self.seed, 0, LARGEST_SEED)
+        require("check_prompts", self.check_prompts, 1)
+        require("check_tokens", self.check_tokens, 1)
 
 
 #: Verb -> the dataclasses of this package whose fields are its options.
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
+    "pretrain": [PretrainOptions],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
+    "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
+    "export": [ExportOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

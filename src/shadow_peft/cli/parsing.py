@@ -70,11 +70,15 @@ class VerbParser(HfArgumentParser):
         formatter = self._get_formatter()
         words = [a for a in self._actions if not a.option_strings]
         required = [a for a in self._actions if a.required and a.option_strings]
-        usage = [*(f"--{a.dest} {a.dest.upper()}" for a in required), "[options]", *(f"{a.dest} ..." for a in words)]
+        usage = [
+            *(f"--{a.dest} {a.dest.upper()}" for a in required),
+            "[options]",
+            *(a.dest + " ..." * (a.nargs == "+") for a in words),
+        ]
         formatter.add_usage(f"%(prog)s {' '.join(usage)}", [], [])
         formatter.add_text(self.description)
         if words:
-            formatter.start_section("text")
+            formatter.start_section(words[0].dest)
             formatter.add_arguments(words)
             formatter.end_section()
         shown = sections(self.verb, self._actions, list(self.dataclass_types), everything)

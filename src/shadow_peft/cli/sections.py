@@ -1,4 +1,4 @@
-"""How the help of each verb arranges its options, and texts that are shorter than those of TRL; needs no torch."""
+"""What the help of every verb shows of its options: sections with names of options, and shorter texts than TRL's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_
 SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "demo": {"options": ("output", "smoke", "seed", "config")},
     "train": {
-        "what to train": ("model", "data", "output", "config", "overwrite", "resume_from_checkpoint", "export"),
+        "what to train": ("model", "data", "output", "task", "config", "overwrite", "resume_from_checkpoint", "export"),
         "data": (
             "data_name", "data_split", "eval_data", "eval_split", "eval_fraction", "prompt", "completion",
             "completion_if_missing", "class_column", "class_names", "chat", "chat_template_path", "dataset_text_field",
@@ -30,12 +30,26 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
         ),
     },
+    "pretrain": {
+        "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
+        "the cut": (
+            "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_intermediate_size",
+            "shadow_num_attention_heads", "shadow_num_key_value_heads",
+        ),
+        "what it learns": ("next_token_weight", "distillation_weight", "top_k"),
+        "text": ("text_column", "data_name", "data_split", "context", "held_out", "shuffle_buffer"),
+        "training": (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "decay_fraction",
+            "weight_decay", "eval_steps", "save_steps", "logging_steps", "seed", "dtype", "use_cpu", "compile",
+        ),
+    },
     "generate": {
         "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
         "how it answers (what is not given stays as the model's own file has it)": (
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
         ),
     },
+    "classify": {"what answers": ("model", "adapter", "shadow_only", "dtype", "config")},
     "eval": {
         "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
         "by what": (
@@ -52,6 +66,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "how they answer (what is not given stays as the model's own file has it)": (
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         ),
+    },
+    "export": {
+        "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
+        "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
 }  # fmt: skip
 
