@@ -48,7 +48,7 @@ def demo_adapter(work: Path, settings: Any) -> Path:
     from shadow_peft.demo.race import race_shadow
 
     if not (work / "adapter").is_dir():
-        in_own_process(partial(race_shadow, settings, work))
+        in_own_process(partial(race_shadow, settings, work, partial(print, flush=True)))
     return work / "adapter"
 
 

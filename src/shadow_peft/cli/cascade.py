@@ -35,13 +35,13 @@ DESCRIPTION = """The shadow answers; where its confidence is below a threshold, 
 --calibrate finds the threshold that keeps a promise with the confidence that is asked for, on data that the adapter was not
 trained on. It is kept in cascade.json and used from then on; --threshold sets another."""
 EXAMPLES = """examples:
-  shadow-peft cascade --adapter out --calibrate held-out.jsonl --target 0.9
+  shadow-peft cascade --adapter out --calibrate unseen.jsonl --promise regret --target 0.1
   shadow-peft cascade --adapter out "open the door"
   shadow-peft cascade --adapter out --threshold 0.8 "open the door" "close it"
-  shadow-peft cascade --adapter out --data test.jsonl
-  shadow-peft cascade --adapter out --calibrate held-out.jsonl --promise escalations --target 0.2 --takeover token
-  shadow-peft cascade --adapter out --calibrate held-out.jsonl --target 0.9 --output out/shadow
-  shadow-peft cascade --model out/shadow --remote_url http://server:8000/v1 --remote_model big "open the door"
+  shadow-peft cascade --adapter out --data unseen.jsonl
+  shadow-peft cascade --adapter out --calibrate unseen.jsonl --promise escalations --target 0.2 --takeover token
+  shadow-peft cascade --adapter out --calibrate unseen.jsonl --promise regret --target 0.1 --output out/shadow
+  shadow-peft cascade --model out/shadow --remote_url http://127.0.0.1:8000/v1 --remote_model big "open the door"
 """
 CURVE, PICTURE = "cascade_curve.json", "cascade.png"
 
