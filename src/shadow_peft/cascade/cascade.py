@@ -8,18 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from shadow_peft.cascade.answers import Answer, Policy
 from shadow_peft.cascade.calibration import Calibration, Promise, PromiseKind, calibrate
@@ -33,6 +25,9 @@ from shadow_peft.cascade.writing import Writers
 from shadow_peft.outputs import InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEW_TOKENS = 128
 """Longest answer where nothing else is said, in tokens."""
@@ -115,6 +110,8 @@ class ShadowCascade:
             OSError: there is no model or no tokenizer.
             ValueError: the calibration is malformed, or of another shadow.
         """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
         names = AutoConfig.from_pretrained(path).architectures or []
         classifies = any(name.endswith("ForSequenceClassification") for name in names)
         auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
