@@ -110,7 +110,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             **kwargs: further arguments of the base's backbone.
 
         Returns:
-            `ShadowSequenceClassifierOutput` with logits `[B, C]`.
+            `ShadowSequenceClassifierOutput` with logits `[B, C]`. In "shadow_only", `output_hidden_states` asks for the
+            state s as `hidden_states[0]`.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         adapted = self.peft_model.run(
@@ -132,6 +133,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if labels is not None:
             loss = self._loss(logits, shadow_logits, labels, num_items_in_batch)
         result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
+        if adapted.base is None and kwargs.get("output_hidden_states"):
+            result.hidden_states = (adapted.shadow_state,)
         return result.to_tuple() if return_dict is False else result
 
     def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
