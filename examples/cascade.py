@@ -4,6 +4,7 @@ python examples/cascade.py
 """
 
 from _tiny import causal_lm, tokenizer
+
 from shadow_peft import ShadowCascade, ShadowConfig, ShadowForCausalLM, get_shadow_model
 
 model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig())).eval()
