@@ -32,6 +32,7 @@ class Coupling:
     Args:
         state: initial shadow state s, `[B, T, d]`.
         injection: the injection weights of the adapted layers.
+        first_layer: index of the first adapted layer of the base.
         alpha: factor of the injected correction.
         dropout: probability of dropping; 0 outside training.
         residual_stream: how the base's residual stream is laid out.
@@ -44,6 +45,7 @@ class Coupling:
         state: Tensor,
         injection: ShadowInjectionModel,
         *,
+        first_layer: int,
         alpha: float,
         dropout: float,
         residual_stream: ResidualStream,
@@ -52,6 +54,7 @@ class Coupling:
     ) -> None:
         self.head_input: Tensor | None = None
         self._initial = state
+        self._first_layer = first_layer
         self._injection_weights = injection.weights(dtype)
         self._alpha = alpha
         self._dropout = dropout
@@ -60,12 +63,20 @@ class Coupling:
         self._device = injection.injection_downs.device
         self._keep_head_input = keep_head_input
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
+    def pre_layer(self, layer: int, h: Tensor) -> Tensor:
+        """The corrected input of a layer of the base, in the shape and dtype of `h`; `h` itself where it is not adapted."""
+        return h if layer < self._first_layer else self._pre_layer(layer - self._first_layer, h)
+
+    def post_layer(self, layer: int, h: Tensor) -> Tensor | None:
+        """Process the output of a layer of the base; its replacement, or None."""
+        return None if layer < self._first_layer else self._post_layer(layer - self._first_layer, h)
+
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
+        """The corrected input of adapted layer `index`."""
         raise NotImplementedError
 
-    def post_layer(self, index: int, h: Tensor) -> Tensor | None:
-        """Process the output of adapted layer `index`; its replacement, or None."""
+    def _post_layer(self, index: int, h: Tensor) -> Tensor | None:
+        """Process the output of adapted layer `index`."""
         raise NotImplementedError
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
@@ -121,7 +132,7 @@ class StaticStateCoupling(Coupling):
         self._state = self._stream.expand(state)
         self._pending: tuple[Tensor, Tensor] | None = None
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         wide, state = self._align(self._state, h)
         down, up = self._weights_at(h, self._injection_weights[index])
@@ -130,7 +141,7 @@ class StaticStateCoupling(Coupling):
         self._pending = wide, delta
         return corrected.view_as(h)
 
-    def post_layer(self, index: int, h: Tensor) -> Tensor:
+    def _post_layer(self, index: int, h: Tensor) -> Tensor:
         """The output of adapted layer `index` without the injected correction, and corrected itself."""
         assert self._pending is not None
         (h_in, delta), self._pending = self._pending, None
@@ -175,7 +186,7 @@ class EvolvingStateCoupling(Coupling):
         self._norm = updating.norm(self._dtype)
         self._dropout_before_down = dropout_before_down
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         fused = self._is_untouched(h)
         if self._deferred is not None and not fused:
@@ -191,7 +202,7 @@ class EvolvingStateCoupling(Coupling):
             corrected, self.state = fused_update_injection(wide, state, down, up, *settings, weights, norm)
             return corrected.view_as(h)
 
-    def post_layer(self, index: int, h: Tensor) -> None:
+    def _post_layer(self, index: int, h: Tensor) -> None:
         """Update the shadow state with the output of adapted layer `index`, now or fused with the next injection."""
         if torch.is_grad_enabled():
             self._deferred = h, _version(h)

@@ -6,8 +6,6 @@ embeddings -> backbone -> s;   base layers, injected and updated between them ->
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -31,10 +29,10 @@ from shadow_peft.cache import (
     shadow_only_cache,
     with_shadow_cache,
 )
-from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.inputs import ModelInputs
+from shadow_peft.multi_adapter.named import DEFAULT, NamedAdaptersMixin
 from shadow_peft.outputs import AdaptedOutput, Mode
 
 
@@ -44,12 +42,14 @@ def get_shadow_model(
     *,
     shadow_model: PreTrainedModel | None = None,
     autocast_adapter_dtype: bool = True,
+    adapter_name: str = DEFAULT,
 ) -> ShadowPeftModel:
     """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
-    return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype)
+    settings: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "adapter_name": adapter_name}
+    return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, **settings)
 
 
-class ShadowPeftModel(CheckpointMixin):
+class ShadowPeftModel(NamedAdaptersMixin):
     """A frozen base model with a shadow adapter attached.
 
     The base keeps its class, module names, state dict and behaviour: a call of the base itself is the bare base, a call of
@@ -63,8 +63,9 @@ class ShadowPeftModel(CheckpointMixin):
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `backbone.implicit`).
         autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
             dtype; False casts them to it.
+        adapter_name: name of this adapter; others can be added beside it, see `multi_adapter.named`.
 
-    Attributes: those of `ShadowAdapter`.
+    Attributes: those of `ShadowAdapter`, which are those of the active adapter; `active_adapter`, its name.
 
     Raises:
         TypeError: the base or the shadow is no transformers model.
@@ -79,6 +80,7 @@ class ShadowPeftModel(CheckpointMixin):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
         init_from_base: bool = True,
+        adapter_name: str = DEFAULT,
     ) -> None:
         super().__init__(
             base_model,
@@ -87,6 +89,7 @@ class ShadowPeftModel(CheckpointMixin):
             autocast_adapter_dtype=autocast_adapter_dtype,
             init_from_base=init_from_base,
         )
+        self._name_adapters(adapter_name)
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
         base, decoder = self.base_model, self.decoder
         self._base_signature, self._decoder_signature = Signature.of(base), Signature.of(decoder.backbone)
@@ -105,9 +108,8 @@ class ShadowPeftModel(CheckpointMixin):
         record = next((other.record for other in attachments_of(base)), record)
         peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
         record.trains_adapters |= config.train_base_adapters
-        layers = decoder.layers[config.first_injected_layer :]
-        head = base.get_output_embeddings()
-        return Attachment(layers, decoder.layer_input_name, decoder.output_module, head, record)
+        first, head = config.first_injected_layer, base.get_output_embeddings()
+        return Attachment(decoder.layers, first, decoder.layer_input_name, decoder.output_module, head, record)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -260,12 +262,6 @@ class ShadowPeftModel(CheckpointMixin):
             (self._kernels.hold if trained else self._kernels.release)()
         return super().train(mode)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the context, in this thread, the model is its bare base."""
-        with self.attachment.disabled():
-            yield
-
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.
 
@@ -299,12 +295,13 @@ class ShadowPeftModel(CheckpointMixin):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
-        own = input_embeddings(self.shadow_model)
         embeddings: nn.Module = self.base_model.resize_token_embeddings(*args, **kwargs)
-        if isinstance(own, SharedEmbedding):
-            object.__setattr__(own, "table", embeddings)
-        elif own is not None:
-            self.shadow_model.resize_token_embeddings(*args, **kwargs)
+        for adapter in map(self.adapter, self.adapter_configs):
+            own = input_embeddings(adapter.shadow_model)
+            if isinstance(own, SharedEmbedding):
+                object.__setattr__(own, "table", embeddings)
+            elif own is not None:
+                adapter.shadow_model.resize_token_embeddings(*args, **kwargs)
         self.attachment.hook_head(self.base_model.get_output_embeddings())
         embeddings.requires_grad_(False)
         return embeddings

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.generation.mixin import ShadowGenerationMixin
 from shadow_peft.inputs import ModelInputs
@@ -25,6 +26,7 @@ from shadow_peft.losses.reduction import token_count
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.outputs import AdaptedOutput, InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
+from shadow_peft.tasks.heads import LanguageHeads
 
 
 @dataclass
@@ -99,12 +101,12 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         self._rebuild_heads()
 
     @classmethod
-    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
-        return list(peft_model.shadow_config.modules_to_save)
+    def _owned_heads(cls, adapter: ShadowAdapter) -> list[str]:
+        return list(adapter.shadow_config.modules_to_save)
 
     @classmethod
-    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
-        return trainable_copy(peft_model.base_model.get_output_embeddings())
+    def _fresh_head(cls, adapter: ShadowAdapter, name: str) -> nn.Module:
+        return trainable_copy(adapter.base_model.get_output_embeddings())
 
     @property
     def lm_head(self) -> nn.Module:
@@ -122,17 +124,17 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return trained[name] if name in trained else own
 
     def _rebuild_heads(self) -> None:
-        """Build the functions from hidden states to logits, see `base.task_head`."""
-        peft, trained = self.peft_model, self.peft_model.task_heads
-        base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
-        path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
-        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # no submodule: it belongs to the base
-        self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
-        self._shadow_head = self._base_head
-        if base_head is not shadow_head:
-            self._shadow_head = TaskHead(peft.base_model, path, shadow_head, width=width)
-        self._replaces_base_head = base_head is not None
-        self._base_selects_tokens = peft.base_takes("logits_to_keep")
+        """Build the functions from hidden states to logits, see `tasks.heads`."""
+        self._heads = LanguageHeads(self.peft_model)
+        self._base_selects_tokens = self.peft_model.base_takes("logits_to_keep")
+
+    @property
+    def _base_head(self) -> TaskHead:
+        return self._heads.of(self.peft_model).base
+
+    @property
+    def _shadow_head(self) -> TaskHead:
+        return self._heads.of(self.peft_model).shadow
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -184,7 +186,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         Raises:
             ValueError: no tokens, labels together with `logits_to_keep`, or a cache that does not fit.
         """
-        if self.peft_model.base_model.get_output_embeddings() is not self._base_output:
+        if self._heads.are_outdated:
             self._rebuild_heads()  # it was replaced, for example by resizing the vocabulary
         targets = kwargs.pop("shift_labels", None)  # undeclared, or a trainer would look for a column of this name
         if targets is None and labels is not None:
@@ -202,7 +204,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         adapted = self.peft_model.run(
             ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs),
             self.inference_mode,
-            keep_head_input=skips_logits or self._replaces_base_head,
+            keep_head_input=skips_logits or self._heads.of(self.peft_model).replaces_base,
         )
         result = self._with_logits(adapted, kept, wanted, shadow_wanted)
         if targets is not None:

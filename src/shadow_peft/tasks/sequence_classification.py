@@ -17,11 +17,11 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.implicit import master_dtype
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.classification import classification_loss, problem_type_of
-from shadow_peft.model import ShadowPeftModel
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
 
 
@@ -52,21 +52,21 @@ class ShadowForSequenceClassification(ShadowTaskModel):
     head_names = ("classifier_head", "shadow_classifier_head")
 
     @classmethod
-    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+    def _owned_heads(cls, adapter: ShadowAdapter) -> list[str]:
         return list(cls.head_names)
 
     @classmethod
-    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
-        base = peft_model.base_model
+    def _fresh_head(cls, adapter: ShadowAdapter, name: str) -> nn.Module:
+        base = adapter.base_model
         own = classifier_name(base)
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
             dtype = master_dtype(base.dtype)
-            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
-            nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
-        chosen = peft_model.shadow_config.modules_to_save
-        return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
+            head = nn.Linear(adapter.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
+            nn.init.normal_(head.weight, std=getattr(adapter.decoder.config, "initializer_range", 0.02))
+        chosen = adapter.shadow_config.modules_to_save
+        return head.to(adapter.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
 
     @property
     def classifier_head(self) -> nn.Module:
