@@ -5,6 +5,7 @@ s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -170,17 +171,10 @@ class ShadowAdapter(nn.Module):
 
     def initial_state(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting computed are reused."""
-        cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
-        if cache is None or cache.drafted is None:
-            return self._run_backbone(inputs)
-        drafted, cache.drafted = cache.drafted, None
-        rest = inputs.without_first(drafted.states.shape[1])
-        if rest.length == 0:
-            return drafted.states, cache.shadow
-        state, backbone_cache = self._run_backbone(rest)
-        return torch.cat([drafted.states, state], dim=1), backbone_cache
+        return with_drafted(inputs, self.run_backbone)
 
-    def _run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+    def run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        """s `[B, T, d]` of all tokens of a call, and the backbone's cache."""
         cache = None if inputs.cache is None else inputs.cache.shadow
         signature = self._backbone_signature
         arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
@@ -326,6 +320,24 @@ class ShadowAdapter(nn.Module):
             f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
             f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
         )
+
+
+def with_drafted(inputs: ModelInputs, run: Callable[[ModelInputs], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Shadow states `[B, T, d]` of a call and the backbones' cache, where drafting may have computed the first states.
+
+    Args:
+        inputs: the arguments of the call.
+        run: runs the backbones on tokens that they have not read yet.
+    """
+    cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
+    if cache is None or cache.drafted is None:
+        return run(inputs)
+    drafted, cache.drafted = cache.drafted, None
+    rest = inputs.without_first(drafted.states.shape[1])
+    if rest.length == 0:
+        return drafted.states, cache.shadow
+    state, backbone_cache = run(rest)
+    return torch.cat([drafted.states, state], dim=1), backbone_cache
 
 
 def execution_device(module: nn.Module) -> torch.device:

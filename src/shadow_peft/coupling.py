@@ -102,12 +102,6 @@ class Coupling:
         down, up = weights
         return weights if self._same_placement(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
 
-    def _align(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
-        wide = self._stream.split(h, state.shape[-1])
-        state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
-        return wide, state.to(h.device, h.dtype).expand_as(wide)
-
 
 class StaticStateCoupling(Coupling):
     """The variant "readout": every layer sees the initial shadow state.
@@ -134,9 +128,9 @@ class StaticStateCoupling(Coupling):
 
     def _pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
-        wide, state = self._align(self._state, h)
+        wide, state = align(self._stream, self._state, h)
         down, up = self._weights_at(h, self._injection_weights[index])
-        with _no_autocast(h):
+        with no_autocast(h):
             corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
         self._pending = wide, delta
         return corrected.view_as(h)
@@ -146,7 +140,7 @@ class StaticStateCoupling(Coupling):
         assert self._pending is not None
         (h_in, delta), self._pending = self._pending, None
         down, up = self._weights_at(h, self._output_weights[index])
-        with _no_autocast(h):
+        with no_autocast(h):
             h_in, delta = (tensor.to(h.device, h.dtype) for tensor in (h_in, delta))
             corrected = correct_output(h.view_as(delta), delta, h_in, down, up)
         return corrected if corrected.shape == h.shape else corrected.view_as(h)  # a view would trouble FSDP
@@ -154,7 +148,7 @@ class StaticStateCoupling(Coupling):
     def _read_out(self, h: Tensor) -> Tensor:
         """The final hidden state after the read-out."""
         state = self._initial[..., -h.shape[-2] :, :]
-        with _no_autocast(h):
+        with no_autocast(h):
             return self._readout(h, state)
 
 
@@ -195,7 +189,7 @@ class EvolvingStateCoupling(Coupling):
         wide, state = self._align_state(h)
         down, up = self._weights_at(h, self._injection_weights[index])
         settings = (self._alpha, self._dropout, self._dropout_before_down)
-        with _no_autocast(h):
+        with no_autocast(h):
             if not torch.is_grad_enabled():
                 return inject(wide, state, down, up, *settings).view_as(h)
             weights, norm = self._updating(index - 1, h) if fused else (None, None)
@@ -214,7 +208,7 @@ class EvolvingStateCoupling(Coupling):
             return
         wide, state = self._align_state(h)
         weights, norm = self._updating(index, h)
-        with _no_autocast(h):
+        with no_autocast(h):
             self.state = update(wide, state, weights, norm, self._dropout)
 
     def _updating(self, index: int, h: Tensor) -> tuple[UpdateWeights, Norm | None]:
@@ -228,12 +222,19 @@ class EvolvingStateCoupling(Coupling):
 
     def _align_state(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape."""
-        wide, state = self._align(self.state, h)
+        wide, state = align(self._stream, self.state, h)
         self.state = self.state[..., -wide.shape[-2] :, :]
         return wide, state
 
 
-def _no_autocast(h: Tensor) -> AbstractContextManager[object]:
+def align(stream: ResidualStream, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
+    wide = stream.split(h, state.shape[-1])
+    state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
+    return wide, state.to(h.device, h.dtype).expand_as(wide)
+
+
+def no_autocast(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

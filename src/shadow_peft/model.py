@@ -6,6 +6,7 @@ embeddings -> backbone -> s;   base layers, injected and updated between them ->
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
@@ -27,12 +29,13 @@ from shadow_peft.cache import (
     combine_caches,
     holds_tokens,
     shadow_only_cache,
-    with_shadow_cache,
 )
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.inputs import ModelInputs
-from shadow_peft.multi_adapter.named import DEFAULT, NamedAdaptersMixin
+from shadow_peft.multi_adapter.batches import MixedBatchesMixin
+from shadow_peft.multi_adapter.mixed import MixedAdapters
+from shadow_peft.multi_adapter.named import DEFAULT
 from shadow_peft.outputs import AdaptedOutput, Mode
 
 
@@ -49,7 +52,7 @@ def get_shadow_model(
     return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, **settings)
 
 
-class ShadowPeftModel(NamedAdaptersMixin):
+class ShadowPeftModel(MixedBatchesMixin):
     """A frozen base model with a shadow adapter attached.
 
     The base keeps its class, module names, state dict and behaviour: a call of the base itself is the bare base, a call of
@@ -130,6 +133,7 @@ class ShadowPeftModel(NamedAdaptersMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Tensor | None]:
         """Run backbone and base together.
@@ -143,6 +147,7 @@ class ShadowPeftModel(NamedAdaptersMixin):
             inputs_embeds: embeddings `[B, T, d]` instead of token ids.
             use_cache: return the cache of both networks in `past_key_values`; None follows the base's config in
                 inference and is False in training.
+            adapter_names: the adapter of each row, "__base__" for the bare base; None uses the active adapter for all.
             **kwargs: whatever else the base's forward takes.
 
         Returns:
@@ -153,7 +158,8 @@ class ShadowPeftModel(NamedAdaptersMixin):
             RuntimeError: the adapter was unloaded.
         """
         inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
-        output = self.run(inputs)
+        names = self.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
+        output = self.run(replace(inputs, adapter_names=names))
         return output.base, output.shadow_state
 
     def run(
@@ -186,16 +192,18 @@ class ShadowPeftModel(NamedAdaptersMixin):
             return AdaptedOutput(outputs, cache=returned_cache(outputs))
         if mode == "base_shadow":
             check_in_step(inputs.cache)
-        state, backbone_cache = self.initial_state(inputs)
+        names = inputs.adapter_names
+        adapter: ShadowAdapter | MixedAdapters = self if names is None else self.mixed(names, mode == "shadow_only")
+        state, backbone_cache = adapter.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
-            return AdaptedOutput(shadow_state=state, cache=shadow_only_cache(own_cache))
-        coupling = self.make_coupling(state, keep_head_input)
+            return AdaptedOutput(shadow_state=state, cache=shadow_only_cache(own_cache), adapter_names=names)
+        coupling = adapter.make_coupling(state, keep_head_input)
         with attachment.active(coupling):
             outputs = self._run_base(inputs, skip_head)
         cache = combine_caches(returned_cache(outputs), backbone_cache) if inputs.cache is None else inputs.cache
         replace_cache(outputs, cache)
-        return AdaptedOutput(outputs, state, coupling.head_input, cache)
+        return AdaptedOutput(outputs, state, coupling.head_input, cache, names)
 
     def _ready(self, inputs: ModelInputs, mode: Mode) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""
@@ -205,7 +213,7 @@ class ShadowPeftModel(NamedAdaptersMixin):
             extra = {name: value for name, value in extra.items() if name != self.cache_name}
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
-        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache)
+        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names)
         if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
             raise ValueError(
                 "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
@@ -226,12 +234,10 @@ class ShadowPeftModel(NamedAdaptersMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: ShadowCache
     ) -> Tensor:
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
-        inputs = ModelInputs(input_ids, None, attention_mask, position_ids, cache, True)
-        return self.initial_state(self._ready(inputs, "shadow_only"))[0]
-
-    def with_shadow_cache(self, cache: Any) -> Any:
-        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`."""
-        return with_shadow_cache(cache, self.shadow_model.config)
+        names = self.row_names(None, cache, len(input_ids))
+        inputs = ModelInputs(input_ids, None, attention_mask, position_ids, cache, True, adapter_names=names)
+        adapter = self if names is None else self.mixed(names)
+        return adapter.initial_state(self._ready(inputs, "shadow_only"))[0]
 
     @property
     def cache_name(self) -> str | None:
@@ -278,20 +284,6 @@ class ShadowPeftModel(NamedAdaptersMixin):
             attachment.record.restore(base)
         given: PreTrainedModel = self._given[0]
         return given
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Refuse what PEFT does for adapters that are a change of weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "A shadow adapter cannot be merged: its correction depends on the shadow's state of every token, so it is no "
-            "change of the base's weights. Keep it attached, take it off with unload(), or detach the shadow with "
-            "export_shadow()."
-        )
-
-    merge_adapter = unmerge_adapter = merge_and_unload
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""

@@ -17,20 +17,17 @@ from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
 from shadow_peft.checkpoint import store
-from shadow_peft.checkpoint.folder import is_trainer_folder
 from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.config import ShadowConfig
 from shadow_peft.multi_adapter.exchange import exchange, pause_training, resume_training, see_base
+from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.storage.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """Name of the first adapter, which is saved into a folder itself; others are saved into folders of their names in it."""
-
-BASE = "__base__"
-"""In `adapter_names`: the bare base answers this row."""
 
 _NAME = re.compile(r"[\w-]+")
 
@@ -238,7 +235,10 @@ class NamedAdaptersMixin(CheckpointMixin):
         """
         possible = isinstance(adapter_name, str) and _NAME.fullmatch(adapter_name) and adapter_name != BASE
         if not possible or hasattr(nn.ModuleDict(), adapter_name):
-            raise ValueError(f"{adapter_name!r} cannot be the name of an adapter; use letters, digits, '_' and '-'.")
+            raise ValueError(
+                f"{adapter_name!r} cannot be the name of an adapter; use letters, digits, '_' and '-', and no name that a "
+                "torch module has, such as 'half' or 'train'."
+            )
         if adapter_name in self.other_adapters or adapter_name == self.__dict__.get("active_adapter"):
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it before, or choose another name.")
         if is_sharded(self):
@@ -288,6 +288,20 @@ class NamedAdaptersMixin(CheckpointMixin):
         self.active_adapter = adapter_name
         resume_training(self)
 
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Refuse what PEFT does for adapters that are a change of weights.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A shadow adapter cannot be merged: its correction depends on the shadow's state of every token, so it is no "
+            "change of the base's weights. Keep it attached, take it off with unload(), or detach the shadow with "
+            "export_shadow()."
+        )
+
+    merge_adapter = unmerge_adapter = merge_and_unload
+
     def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
         """Train several adapters at once, for batches that mix them; or freeze them.
 
@@ -316,52 +330,6 @@ class NamedAdaptersMixin(CheckpointMixin):
         super().gradient_checkpointing_disable()
         for adapter in self._others.values():
             adapter.save_backbone()
-
-    # ---------------------------------------------------------------- files
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, selected_adapters: Collection[str] | None = None, **kwargs: Any
-    ) -> None:
-        """Save adapters and their trained heads; an interrupted save leaves what was there before.
-
-        The adapter "default" is saved into the folder itself, others into folders of their names in it. A folder that a
-        `Trainer` resumes from (`checkpoint-500`) holds the active adapter alone, in itself.
-
-        Args:
-            save_directory: created when it is missing.
-            selected_adapters: names of the adapters to save; None saves all.
-            **kwargs: `include_shared_embeddings=True` also stores the base's embedding table where shadow-peft 0.1.x needs
-                one; `is_main_process=False` writes nothing; `state_dict` is the gathered `state_dict()` of a sharded model.
-
-        Raises:
-            ValueError: there is no adapter of such a name, a folder holds something else, or the parameters are sharded over
-                processes and `state_dict` does not have all of them.
-        """
-        directory = Path(save_directory)
-        if is_trainer_folder(directory) or kwargs.get("state_dict") is not None:
-            why = "a trainer's folder and a state dict hold the active adapter alone"
-            _require_names(selected_adapters or (), [self.active_adapter], why)
-            return store.save(self, directory, **kwargs)
-        names = self.adapter_configs if selected_adapters is None else selected_adapters
-        _require_names(names, self.adapter_configs, "those are the adapters that there are")
-        targets = {name: directory if name == DEFAULT else directory / name for name in names}
-        if len(targets) > 1 and kwargs.get("is_main_process", True):
-            for name, target in targets.items():
-                store.check_save(self.adapter(name), target, **kwargs)
-        for name, target in targets.items():
-            store.save(self.adapter(name), target, **kwargs)
-
-
-def _require_names(selected: Collection[str], possible: Collection[str], why: str) -> None:
-    """Refuse to save other adapters than the possible ones.
-
-    Raises:
-        ValueError: others are named.
-    """
-    if not set(selected) <= set(possible):
-        raise ValueError(
-            f"save_pretrained(selected_adapters={list(selected)!r}) is not possible; choose from {list(possible)}: {why}."
-        )
 
 
 _FIXED = ("variant", "alpha", "dropout", "num_shadow_layers", "shadow_num_attention_heads", "shadow_num_key_value_heads")
