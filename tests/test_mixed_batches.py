@@ -1,4 +1,4 @@
-"""A batch whose rows belong to different adapters: each row is what that adapter computes alone, in forward and in training."""
+"""A batch whose rows belong to different adapters: each row is what that adapter computes alone, in forward and training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shadow_peft import ShadowConfig, ShadowForCausalLM
 from shadow_peft.multi_adapter.rows import merge_rows
 from shadow_peft.multi_adapter.weights import pieces_of
-from tests.test_named_adapters import OTHERS, config_of, several, stir
+from tests.test_named_adapters import OTHERS, several, stir
 from tests.tiny_models import FAMILIES, classifier, gemma3, llama, llama_classifier, qwen3, tokens
 
 NAMES = ["readout", "__base__", "published", "default", "peft", "wide", "published", "heads", "__base__", "readout"]

@@ -37,12 +37,14 @@ class ShadowCache(Cache):
 
     Attributes:
         drafted: the states of tokens that the backbone's cache holds ahead of the base's; None if there are none.
+        adapter_name: the adapter whose tokens it holds, where all rows have one.
     """
 
     def __init__(self, base: Cache | None, shadow: Cache) -> None:
         self.base = base
         self.shadow = shadow
         self.drafted: DraftedStates | None = None
+        self.adapter_name: str | None = None
 
     @property
     def layers(self) -> list[Any]:

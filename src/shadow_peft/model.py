@@ -197,13 +197,16 @@ class ShadowPeftModel(MixedBatchesMixin):
         state, backbone_cache = adapter.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
-            return AdaptedOutput(shadow_state=state, cache=shadow_only_cache(own_cache), adapter_names=names)
+            cache = self.with_shadow_cache(shadow_only_cache(own_cache), names)
+            return AdaptedOutput(shadow_state=state, cache=cache)
         coupling = adapter.make_coupling(state, keep_head_input)
         with attachment.active(coupling):
             outputs = self._run_base(inputs, skip_head)
-        cache = combine_caches(returned_cache(outputs), backbone_cache) if inputs.cache is None else inputs.cache
+        cache = inputs.cache
+        if cache is None:
+            cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache), names)
         replace_cache(outputs, cache)
-        return AdaptedOutput(outputs, state, coupling.head_input, cache, names)
+        return AdaptedOutput(outputs, state, coupling.head_input, cache)
 
     def _ready(self, inputs: ModelInputs, mode: Mode) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""

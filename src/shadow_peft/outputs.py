@@ -20,11 +20,9 @@ class AdaptedOutput:
         shadow_state: the initial shadow state s `[B, T, d]`; None in "base_only".
         head_input: the final hidden state `[B, T, d]`, with `keep_head_input`.
         cache: the cache of every network that ran, or None.
-        adapter_names: the adapter of each row; None where all rows have the active one.
     """
 
     base: Any = None
     shadow_state: Tensor | None = None
     head_input: Tensor | None = None
     cache: Any = None
-    adapter_names: tuple[str, ...] | None = None

@@ -8,6 +8,7 @@ never is costs nothing. With the schedule "constant", drafts end only at `num_as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,12 +101,24 @@ def drafting_cost(adapter: ShadowAdapter, rows: int = 1) -> float:
 
     Drafting is a pass of backbone and head; verifying adds tokens to a pass that is made anyway.
     """
-    base_model, decoder, backbone = adapter.base_model, adapter.decoder, adapter.shadow_model
+    return mixed_drafting_cost([(adapter, rows)], rows)
+
+
+def mixed_drafting_cost(adapters: Sequence[tuple[ShadowAdapter, int]], rows: int) -> float:
+    """The same where each backbone drafts for some rows; each is read once for its own.
+
+    Args:
+        adapters: each adapter, and the number of its rows.
+        rows: number of all rows, those without a shadow included.
+    """
+    base_model, decoder = adapters[0][0].base_model, adapters[0][0].decoder
     device = DEVICE_COSTS.get(base_model.device.type, ACCELERATOR_COSTS)
     head = _num_weights(base_model.get_output_embeddings())
-    draft_weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone)) + head
+    drafting = device.of_pass(head, 0, rows)
+    for backbone, own_rows in [(adapter.shadow_model, number) for adapter, number in adapters]:
+        weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone))
+        drafting += device.of_pass(weights, getattr(backbone.config, "num_hidden_layers", 1), own_rows)
     base_weights = _num_weights(decoder.backbone) - _num_weights(input_embeddings(decoder.backbone)) + head
-    drafting = device.of_pass(draft_weights, getattr(backbone.config, "num_hidden_layers", 1), rows)
     verifying = base_weights * rows / device.saturation
     return (drafting + verifying) / device.of_pass(base_weights, len(decoder.layers), rows)
 

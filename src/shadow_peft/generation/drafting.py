@@ -32,11 +32,14 @@ class Drafter(Protocol):
     ) -> Tensor:
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
 
-    def shadow_logits(self, state: Tensor) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
+    def shadow_logits(self, state: Tensor, cache: ShadowCache) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache."""
 
-    def adaptive_cost(self, config: GenerationConfig, rows: int) -> float:
+    def adaptive_cost(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> float:
         """What a drafted token costs, in base passes; 0 where the length of drafts does not adapt."""
+
+    def drafting_rows(self, cache: ShadowCache) -> list[int] | None:
+        """The rows of a cache that have a shadow; None for all."""
 
 
 class DraftingGenerationConfig(GenerationConfig):

@@ -48,7 +48,19 @@ class MixedBatchesMixin(AdapterFilesMixin):
         return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype)
 
     def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None) -> Any:
-        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`."""
+        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
+
+        Raises:
+            ValueError: it was filled by another adapter than the active one, which is to continue it.
+        """
         if names is not None:
             return with_shadow_cache(cache, self.mixed(names).shadow_cache)
-        return with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config))
+        cache = with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config))
+        if isinstance(cache, ShadowCache):
+            if cache.adapter_name not in (None, self.active_adapter):
+                raise ValueError(
+                    f"These past_key_values belong to adapter {cache.adapter_name!r}, but {self.active_adapter!r} is "
+                    "active. Use a cache of its own for each."
+                )
+            cache.adapter_name = self.active_adapter
+        return cache

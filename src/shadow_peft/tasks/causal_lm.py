@@ -139,14 +139,6 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         self._base_selects_tokens = self.peft_model.base_takes("logits_to_keep")
 
     @property
-    def _base_head(self) -> TaskHead:
-        return self._heads.of(self.peft_model).base
-
-    @property
-    def _shadow_head(self) -> TaskHead:
-        return self._heads.of(self.peft_model).shadow
-
-    @property
     def loss_weights(self) -> LossWeights:
         """The factors of the loss: in training at its present progress, in evaluation the final ones."""
         ratio, progress = self.distillation_warmup_ratio, self.training_progress
@@ -293,9 +285,10 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         assert base is not None
         return token_losses(base, shadow, targets, divisor, self.loss_weights)
 
-    def shadow_logits(self, state: Tensor) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
-        return self._shadow_head(state)
+    def shadow_logits(self, state: Tensor, cache: Any = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; zero in rows of the bare base."""
+        names = self.peft_model.row_names(None, cache, len(state))
+        return self._heads.rows(names).shadow_logits(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of base and shadow; not possible with heads that are trained copies.
