@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.config import ShadowConfig
 from shadow_peft.multi_adapter.exchange import exchange, pause_training, resume_training, see_base
 from shadow_peft.multi_adapter.mixed import BASE
+from shadow_peft.multi_adapter.weighted import weighted_adapter
 from shadow_peft.storage.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,21 @@ class NamedAdaptersMixin(CheckpointMixin):
             raise ValueError(f"{stored.directory} cannot replace {adapter_name!r} in place: {', '.join(differing)}.")
         self._require_same_base_adapters(stored)
         store.load_into(adapter, stored)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose corrections are the weighted sum of those of others, exactly.
+
+        Args:
+            adapters: names of the others.
+            weights: a factor for each.
+            adapter_name: a name that is free.
+
+        Raises:
+            ValueError: there is no such sum, with the reason: most adapters have shadows of their own, see
+                `multi_adapter.weighted`; or the name is taken or impossible.
+        """
+        self._checked_name(adapter_name)
+        self._register(adapter_name, weighted_adapter([self.adapter(name) for name in adapters], weights))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not active.

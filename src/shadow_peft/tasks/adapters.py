@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class TaskAdaptersMixin:
     def hotswap_adapter(self, pretrained_shadow_path: str | Path, adapter_name: str = "default") -> None:
         """Copy stored weights into those of an adapter of the same shapes, see `ShadowPeftModel.hotswap_adapter`."""
         self.peft_model.hotswap_adapter(pretrained_shadow_path, adapter_name)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add the weighted sum of adapters, see `ShadowPeftModel.add_weighted_adapter`; their heads must be the same."""
+        self.peft_model.add_weighted_adapter(adapters, weights, adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Make an adapter the active one, see `ShadowPeftModel.set_adapter`."""
