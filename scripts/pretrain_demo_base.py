@@ -1,9 +1,10 @@
-"""Pretrains the embedded base of ``shadow-peft demo`` from scratch, offline, on two CPU cores.
+"""Pretrains the embedded base of ``shadow-peft demo`` from scratch, offline, on a CPU core.
 
-The text is what every Python carries (the standard library's help topics, docstrings, comments and sources;
-PSF licence) plus documents that ``pretrain_text.py`` invents. The committed base was made by
+The text is real text of package registries (``registry_text.py``) and documents that ``invented_text.py`` writes.
+The committed base was made by
 
-    OMP_NUM_THREADS=2 python scripts/pretrain_demo_base.py --compile
+    python scripts/registry_text.py --output corpus
+    OMP_NUM_THREADS=1 python scripts/pretrain_demo_base.py --corpus corpus --compile
 
 and its loss curve lies beside it (``pretraining.json``, ``pretraining.png``). ``--resume`` goes on after an
 interruption.
@@ -11,12 +12,15 @@ interruption.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain_text import common_words, invented, stdlib_code, stdlib_prose
-from pretraining import ROOT, Schedule, pretrain
+from datasets import load_from_disk
+from invented_text import common_words, invented
+from pretraining import ROOT, Schedule, pack, pretrain
+from registry_text import SOURCES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -25,18 +29,17 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 class Text:
     """The documents that base and shadow are pretrained on."""
 
-    invented_characters: int = field(default=26_000_000, metadata={"help": "Size of the invented text."})
-    code_characters: int = field(default=6_000_000, metadata={"help": "Size of the sample of sources."})
-    prose_copies: int = field(default=3, metadata={"help": "How often the prose of the library is repeated."})
+    corpus: Path = field(metadata={"help": "Folder that registry_text.py wrote."})
+    invented_characters: int = field(default=100_000_000, metadata={"help": "Size of the invented text."})
 
 
 @dataclass
 class Shape:
     """The base; the defaults made the committed one."""
 
-    vocabulary: int = field(default=3072, metadata={"help": "Size of the byte-level BPE vocabulary."})
+    vocabulary: int = field(default=4096, metadata={"help": "Size of the byte-level BPE vocabulary."})
     hidden: int = field(default=192, metadata={"help": "Width of the decoder."})
-    layers: int = field(default=6, metadata={"help": "Decoder layers."})
+    layers: int = field(default=8, metadata={"help": "Decoder layers."})
     intermediate: int = field(default=512, metadata={"help": "Width of the MLP."})
 
 
@@ -46,19 +49,24 @@ class Recipe(Schedule):
 
     output: Path = field(default=ROOT / "src/shadow_peft/demo/base", metadata={"help": "Folder of the finished base."})
     work: Path = field(default=Path("/tmp/demo-base"), metadata={"help": "Folder of the training checkpoints."})
-    steps: int = field(default=2400, metadata={"help": "Optimizer steps that the learning rate is planned for."})
-    stop_at: int = field(default=2250, metadata={"help": "Step after which training ends, before the plan does."})
+    steps: int = field(default=15_000, metadata={"help": "Optimizer steps that the learning rate is planned for."})
+    stop_at: int = field(default=15_000, metadata={"help": "Step after which training ends."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate (AdamW)."})
 
 
 def gather(text: Text, seed: int) -> list[str]:
     """All documents, shuffled by seed."""
     rng = random.Random(seed)
-    prose = stdlib_prose()
-    made = invented(rng, common_words(prose, 3000), text.invented_characters)
-    documents = prose * text.prose_copies + stdlib_code(rng, text.code_characters) + made
+    real = [document for name in SOURCES for document in read(text.corpus / f"{name}.jsonl")]
+    documents = real + invented(rng, common_words(real, 6000), text.invented_characters)
     rng.shuffle(documents)
     return documents
+
+
+def read(path: Path) -> list[str]:
+    """The texts of one source."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
 
 
 def train_tokenizer(documents: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
@@ -71,7 +79,7 @@ def train_tokenizer(documents: list[str], vocabulary: int, context: int) -> PreT
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(documents[: len(documents) // 3], trainer)
+    tokenizer.train_from_iterator(documents[: len(documents) // 6], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
         model_max_length=2 * context, padding_side="left", clean_up_tokenization_spaces=False,
@@ -91,12 +99,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, context: int) 
 
 
 def main() -> None:
-    """Text, tokenizer, training, finished base."""
+    """Text, tokenizer, blocks of tokens (both kept in ``--work``), training, finished base."""
     recipe, text, shape = HfArgumentParser((Recipe, Text, Shape)).parse_args_into_dataclasses()  # type: ignore[arg-type]
     set_seed(recipe.seed)
-    documents = gather(text, recipe.seed)
-    tokenizer = train_tokenizer(documents, shape.vocabulary, recipe.context)
-    pretrain(build_model(tokenizer, shape, recipe.context), tokenizer, documents, recipe)
+    if not (recipe.work / "blocks").exists():
+        documents = gather(text, recipe.seed)
+        tokenizer = train_tokenizer(documents, shape.vocabulary, recipe.context)
+        tokenizer.save_pretrained(recipe.work)
+        pack(documents, tokenizer, recipe.context).save_to_disk(recipe.work / "blocks")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.work)
+    blocks = load_from_disk(recipe.work / "blocks").with_format("torch")
+    pretrain(build_model(tokenizer, shape, recipe.context), tokenizer, blocks, recipe)
 
 
 if __name__ == "__main__":

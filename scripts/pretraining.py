@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,15 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT_BLOCKS = 128
 LICENCE_NOTE = (
-    "Weights and tokenizer: Apache-2.0, made by this project's scripts/{script}. Training text: the Python "
-    "standard library's own help topics, docstrings, comments and sources (Copyright (c) 2001 Python Software "
-    "Foundation, PSF License Version 2) and text invented by scripts/pretrain_text.py. No text of others is stored here."
+    "Weights and tokenizer: Apache-2.0, made by this project's scripts/{script}. Training text: what "
+    "scripts/registry_text.py lists (help and docstrings of Python and of installed packages, WordNet 3.0, "
+    "chitchat-dataset, passages of Wikipedia and OpenWebText), each under its own licence, and text that "
+    "scripts/invented_text.py writes. No text of others is stored here."
 )
 
 
@@ -51,10 +52,12 @@ class Schedule:
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Dataset:
     """One stream of tokens, documents parted by ``<eos>``, cut into blocks ``[context]``."""
-    ids = tokenizer(documents, verbose=False)["input_ids"]
-    stream = np.concatenate([np.array([*row, tokenizer.eos_token_id], dtype=np.int64) for row in ids])
+    end = [tokenizer.eos_token_id]
+    parts = (documents[i : i + 10_000] for i in range(0, len(documents), 10_000))
+    rows = (row + end for part in parts for row in tokenizer(part, verbose=False)["input_ids"])
+    stream = np.fromiter(chain.from_iterable(rows), dtype=np.int32)
     blocks = stream[: len(stream) // context * context].reshape(-1, context)
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    return Dataset.from_dict({"input_ids": blocks})
 
 
 def training_arguments(schedule: Schedule) -> TrainingArguments:
@@ -62,12 +65,18 @@ def training_arguments(schedule: Schedule) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(schedule.work), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch,
         per_device_eval_batch_size=schedule.batch, learning_rate=schedule.learning_rate, weight_decay=0.1,
-        adam_beta2=0.95, lr_scheduler_type="warmup_stable_decay", warmup_steps=100,
+        adam_beta2=0.95, lr_scheduler_type="warmup_stable_decay", warmup_steps=200,
         lr_scheduler_kwargs={"num_decay_steps": schedule.steps // 4}, bf16=True, use_cpu=True,
-        logging_steps=25, eval_strategy="steps", eval_steps=250, save_steps=250, save_total_limit=2,
+        logging_steps=50, eval_strategy="steps", eval_steps=250, save_steps=250, save_total_limit=2,
         seed=schedule.seed, data_seed=schedule.seed, dataloader_drop_last=True, report_to="none",
         torch_compile=schedule.compile, prediction_loss_only=True,
     )  # fmt: skip
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Blocks `[B, T]`, which are their own labels."""
+    ids = torch.stack([row["input_ids"] for row in rows]).long()
+    return {"input_ids": ids, "labels": ids}
 
 
 class StopAt(TrainerCallback):
@@ -83,23 +92,21 @@ class StopAt(TrainerCallback):
         return control
 
 
-def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], schedule: Schedule) -> None:
-    """Train on the documents; write the finished model in bfloat16, with tokenizer, licence note and loss curve."""
-    data = pack(documents, tokenizer, schedule.context)
+def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, schedule: Schedule) -> None:
+    """Train on blocks of tokens; write the finished model in bfloat16, with tokenizer, licence note and loss curve."""
     held_out, train = data.select(range(HELD_OUT_BLOCKS)), data.select(range(HELD_OUT_BLOCKS, len(data)))
     facts: dict[str, object] = {
         "parameters": model.num_parameters(), "train_tokens": len(train) * schedule.context,
-        "characters": sum(map(len, documents)), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "command": " ".join(["python", "scripts/" + script(), *sys.argv[1:]]),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "command": " ".join(["python", "scripts/" + script(), *sys.argv[1:]]),
     }  # fmt: skip
     print(facts, flush=True)
-    tokenizer.save_pretrained(schedule.work)
     trainer = Trainer(
         model,
         training_arguments(schedule),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=default_data_collator,
+        data_collator=collate,
         callbacks=[StopAt(schedule.stop_at)],
     )
     started = time.monotonic()

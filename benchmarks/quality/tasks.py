@@ -124,7 +124,7 @@ def package_of(path: Path, root: Path) -> str:
 
 def library_task(name: str, cut: Shortener) -> Splits:
     """One task over the standard library."""
-    from pretrain_text import read_source, stdlib_files
+    from registry_text import read_source, stdlib_files
 
     files = stdlib_files()
     root = Path(ast.__file__).parent
@@ -188,7 +188,8 @@ def robot_task() -> Splits:
 
 def forgetting_texts() -> list[str]:
     """Documents as the pretraining invents them, of a seed that it did not use."""
-    from pretrain_text import common_words, invented, stdlib_prose
+    from invented_text import common_words, invented
+    from registry_text import stdlib_prose
 
     return invented(Random("forgetting"), common_words(stdlib_prose(), 3000), 40_000)
 

@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 from shadow_peft.cli import main
+from shadow_peft.cli.classify import make_classify_parser
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.refusals import check_options
 from shadow_peft.cli.train import make_train_parser
+from shadow_peft.training.labelled import LabelledTexts, load_labelled
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 from tests.cli.stand_ins import STAND_INS, stand_in
@@ -51,7 +53,12 @@ FIRST = {
     "chat": ([{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "hello to you"}]),
 }
 PAPER = ("gsm8k", "squad_v2", "mmlu", "amazon_reviews", "20_newsgroups")
-FIRST |= {f"paper/{name}": FIRST[name] for name in PAPER}
+CLASSES: dict[str, tuple[str, str, int]] = {
+    "paper/amazon_reviews": ("Broke on day 1.", "two", 5),
+    "paper/20_newsgroups": ("About comp.graphics", "comp.graphics", 3),
+}
+"""Recipe that trains a classification head -> text and class of the second row of its data, and the number of classes."""
+FIRST |= {f"paper/{name}": FIRST[name] for name in PAPER if f"paper/{name}" not in CLASSES}
 
 #: Recipe of the paper -> size -> learning rate, batch, epochs, warmup, k, heads, alpha, shadow loss weight, dropout, as in
 #: the folder `experiment` of the sdist of shadow-peft 0.1.1; None where it keeps the base's heads.
@@ -115,7 +122,7 @@ def form_of(settings: dict[str, Any]) -> PromptTemplate:
 
 
 def test_every_recipe_is_known_here() -> None:
-    assert {name_of(path) for path in RECIPES} == set(FIRST)
+    assert {name_of(path) for path in RECIPES} == {*FIRST, *CLASSES}
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -129,7 +136,15 @@ def test_recipe_makes_the_examples_it_means(name: str, tmp_path: Path) -> None:
         assert examples[1]["completion"] == " unanswerable"
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", CLASSES)
+def test_recipe_of_a_classifier_reads_the_classes_it_means(name: str, tmp_path: Path) -> None:
+    settings = recipe(name)
+    columns = LabelledTexts(label_column=settings["class_column"])
+    rows, names = load_labelled(str(stand_in(settings["data"], tmp_path)), columns, classes=settings.get("class_names"))
+    assert (rows[1]["text"], names[rows[1]["labels"]], len(names)) == CLASSES[name]
+
+
+@pytest.mark.parametrize("name", [*FIRST, *CLASSES])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
 def test_recipe_runs_unchanged_on_stand_ins(name: str, tmp_path: Path, model_folder: Path, chat_folder: Path) -> None:
     settings, out = recipe(name), tmp_path / "out"
@@ -159,6 +174,10 @@ def test_recipe_opens_with_its_command(path: Path) -> None:
     for arguments in commands(text, "train"):
         assert arguments[:2] == ["--config", f"recipes/{name_of(path)}.yaml"]
         parsed(arguments)
+    if name_of(path) in CLASSES:
+        ((options, _),) = (parse(make_classify_parser(), arguments) for arguments in commands(text, "classify"))
+        assert options.adapter == recipe(name_of(path))["output"]
+        return
     for arguments in commands(text, "eval"):
         options, _, _ = parse(VerbParser("eval", OPTIONS["eval"], "", ""), arguments)
         assert recipe(name_of(path))["output"] in (options.model, options.adapter)
@@ -204,4 +223,4 @@ def test_baselines_differ_from_their_recipe_in_the_method_alone() -> None:
 
 
 def test_stand_ins_are_of_datasets_that_recipes_name() -> None:
-    assert {recipe(name)["data"] for name in FIRST} == set(STAND_INS)
+    assert {recipe(name)["data"] for name in (*FIRST, *CLASSES)} == set(STAND_INS)

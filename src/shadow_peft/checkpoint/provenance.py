@@ -45,6 +45,7 @@ def provenance(
         "shadow_model_has_embeddings": input_embeddings(model.shadow_model) is not None,
         "files": sorted(files),
         "heads": sorted(model.task_heads),
+        "class_names": list(base.config.id2label.values()) if "classifier_head" in model.task_heads else None,
     }
 
 
@@ -116,6 +117,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shadow_config": (_is_dict, "an object of fields of ShadowConfig"),
     "files": (_is_names, "a list of file names"),
     "heads": (_is_names, "a list of heads"),
+    "class_names": (_is_names, "a list of names"),
 }
 """Field -> whether a value is right, and what it must be; the fields that loading does not use may hold anything."""
 

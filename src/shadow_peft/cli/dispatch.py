@@ -18,13 +18,16 @@ from shadow_peft.cli.spelling import complaint
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
     "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
-    "train": "fine-tune a causal language model on your own data or a dataset of the hub, with a shadow or LoRA",
+    "train": "fine-tune a language model or classifier on your data or a dataset of the hub, with a shadow or LoRA",
+    "pretrain": "train a shadow cut from a base on text, by next-token loss or by distillation, as a model of its own",
     "generate": "continue a text with a model, with or without its shadow adapter",
+    "classify": "tell the class of a text with a classifier, with or without its shadow adapter",
+    "export": "write the shadow of an adapter as a model of its own, which needs no base and not this package",
     "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "eval": "eval"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

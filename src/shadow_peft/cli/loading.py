@@ -29,15 +29,15 @@ from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 
-def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub; `kwargs` are passed to `from_pretrained`.
+def load_model(name: str, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, by default a causal language model, from a folder or the hub; `kwargs` go to `from_pretrained`.
 
     Raises:
         UserError: there is no such model, or it is no causal language model.
     """
     check_place(name)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model: PreTrainedModel = auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     return model
@@ -161,12 +161,13 @@ def quantization_flags(options: Any) -> str:
     return " ".join(flags)
 
 
-def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model, quantized by bitsandbytes if the options say so.
+def load_base(name: str, options: Any, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, by default a causal language model, quantized by bitsandbytes if the options say so.
 
     Args:
         name: folder or hub id.
         options: `QuantizationOptions`, or TRL's `ModelConfig`, which `check_quantization` has let pass.
+        auto_class: class of transformers that loads it.
         kwargs: go to `from_pretrained`, `dtype` among them. 4 bit weights compute in it; "auto" is the checkpoint's.
 
     Raises:
@@ -182,7 +183,7 @@ def load_base(name: str, options: Any, **kwargs: Any) -> PreTrainedModel:
             bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
             bnb_4bit_quant_storage=getattr(options, "bnb_4bit_quant_storage", None),
         )
-    return load_model(name, **kwargs)
+    return load_model(name, auto_class, **kwargs)
 
 
 def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:

@@ -48,6 +48,9 @@ class TrainOptions:
     model: str = field(metadata={"help": "Folder or hub id of the base."})
     data: str = field(metadata={"help": "File, folder or hub id of the training data."})
     output: str = field(metadata={"help": "Folder for the adapter, the tokenizer, the model card and the checkpoints."})
+    task: Literal["causal_lm", "classification"] = field(
+        default="causal_lm", metadata={"help": "What is learned: to write texts, or to tell the class of a text."}
+    )
     overwrite: bool = field(
         default=False,
         metadata={
@@ -111,6 +114,73 @@ class TemplateOptions:
 
 
 @dataclass
+class PretrainOptions:
+    """Options of `shadow-peft pretrain`."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the base."})
+    data: list[str] = field(metadata={"help": "Files or folders of text, or the id of a dataset on the hub."})
+    output: str = field(metadata={"help": "Folder for the finished shadow, its card and curve, and the checkpoints."})
+    max_steps: int = field(metadata={"help": "Optimizer steps that the learning rate is planned for."})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest finished checkpoint in OUTPUT; where there is none, start."},
+    )
+    num_shadow_layers: int = field(default=2, metadata={"help": "Decoder layers of the shadow."})
+    shadow_init_layers: Literal["first", "even"] = field(
+        default="even", metadata={"help": "Which layers of the base it starts from: the first, or evenly spaced ones."}
+    )
+    shadow_init: Literal["base", "random"] = field(
+        default="base", metadata={"help": "Copies of the base's layers, or random weights."}
+    )
+    shadow_intermediate_size: int | None = field(
+        default=None, metadata={"help": "Neurons of each MLP; by default as many as the base has."}
+    )
+    shadow_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Attention heads; by default as many as the base has."}
+    )
+    shadow_num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "Key/value heads; by default as many as the base has."}
+    )
+    next_token_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the text."})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the KL divergence from the base's next-token distribution."}
+    )
+    top_k: int = field(default=32, metadata={"help": "The base's most likely tokens that this divergence compares."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    data_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    data_split: str = field(default="train", metadata={"help": "Split of a dataset on the hub."})
+    context: int = field(default=512, metadata={"help": "Tokens of a block."})
+    held_out: int = field(default=64, metadata={"help": "Blocks that are held out for evaluation."})
+    shuffle_buffer: int = field(default=2000, metadata={"help": "Documents among which the next one is drawn."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks of one forward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: int = field(default=100, metadata={"help": "Steps in which the learning rate rises."})
+    decay_fraction: float = field(default=0.25, metadata={"help": "Last part of the steps, in which it falls to 0."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
+    eval_steps: int = field(default=250, metadata={"help": "Steps between two evaluations."})
+    save_steps: int = field(default=250, metadata={"help": "Steps between two checkpoints."})
+    logging_steps: int = field(default=25, metadata={"help": "Steps between two lines of the log."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base, in which the shadow computes, too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU where there is a GPU, too."})
+    compile: bool = field(default=False, metadata={"help": "Compile the shadow, which needs a C++ compiler."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"):
+            require(name, getattr(self, name), 1)
+        for name in ("logging_steps", "held_out", "shuffle_buffer", "num_shadow_layers", "top_k"):
+            require(name, getattr(self, name), 1)
+        require("context", self.context, 2)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "next_token_weight", "distillation_weight"):
+            require(name, getattr(self, name), 0)
+        require("decay_fraction", self.decay_fraction, 0, 1)
+        require("seed", self.seed, 0, LARGEST_SEED)
+        if self.next_token_weight + self.distillation_weight == 0:
+            raise ValueError("--next_token_weight and --distillation_weight are both 0: nothing would be learned")
+
+
+@dataclass
 class GenerateOptions:
     """Options of `shadow-peft generate`."""
 
@@ -134,6 +204,24 @@ class GenerateOptions:
         if self.shadow_only and self.draft:
             raise ValueError("--draft needs the base, and --shadow_only switches it off")
         require("seed", self.seed, 0, LARGEST_SEED)
+
+
+@dataclass
+class ClassifyOptions:
+    """Options of `shadow-peft classify`."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a classifier, such as an exported one."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a shadow adapter, which names its base."}
+    )
+    shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.adapter is None):
+            raise ValueError("give --model or --adapter, one of them")
+        if self.shadow_only and self.adapter is None:
+            raise ValueError("--shadow_only needs --adapter: a bare model has no shadow")
 
 
 @dataclass
@@ -214,99 +302,46 @@ class EvalOptions:
         require("seed", self.seed, 0, LARGEST_SEED)
 
 
+@dataclass
+class ExportOptions:
+    """Options of `shadow-peft export`."""
+
+    to: Literal["hf"] = field(default="hf", metadata={"help": "Format: hf is a folder of transformers."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
+    )
+    fold: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
+        },
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
+    check: str | None = field(
+        default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
+    )
+    check_prompts: int = field(default=20, metadata={"help": "Number of prompts to take from --check."})
+    check_tokens: int = field(default=40, metadata={"help": "Maximum number of tokens of an answer that is compared."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
+
+    def __post_init__(self) -> None:
+        require("check_prompts", self.check_prompts, 1)
+        require("check_tokens", self.check_tokens, 1)
+
+
 #: Verb -> the dataclasses of this package whose fields are its options.
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
+    "pretrain": [PretrainOptions],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
+    "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
+    "export": [ExportOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.
 TRL_OPTIONS: dict[str, list[str]] = {"train": ["SFTConfig", "ModelConfig"]}
-
-QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-
-#: Verb -> title of a section of its help -> options in it. What stands in no section is shown by --help-all.
-SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "demo": {"options": ("output", "smoke", "seed", "config")},
-    "train": {
-        "what to train": ("model", "data", "output", "config", "overwrite", "resume_from_checkpoint", "export"),
-        "data": (
-            "data_name", "data_split", "eval_data", "eval_split", "eval_fraction", "prompt", "completion",
-            "completion_if_missing", "class_column", "class_names", "chat", "chat_template_path", "dataset_text_field",
-            "max_length", "packing",
-        ),
-        "shadow": (
-            "variant", "num_shadow_layers", "injection_hidden_size", "gate_hidden_size", "output_hidden_size",
-            "readout_hidden_size", "alpha", "dropout", "shadow_model", "share_embeddings", "shadow_loss_weight",
-            "distillation_weight", "distillation_temperature", "distillation_warmup_ratio",
-        ),
-        "training": (
-            "learning_rate", "shadow_learning_rate_scale", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "logging_steps",
-            "eval_strategy", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "save_strategy",
-            "save_steps", "save_total_limit", "dtype", "bf16", "activation_checkpointing", *QUANTIZATION, "use_cpu",
-            "report_to", "push_to_hub", "hub_model_id",
-        ),
-        "LoRA baselines": (
-            "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
-        ),
-    },
-    "generate": {
-        "what answers": ("model", "adapter", "shadow_only", "draft", "chat", "dtype", *QUANTIZATION, "config"),
-        "how it answers (what is not given stays as the model's own file has it)": (
-            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
-        ),
-    },
-    "eval": {
-        "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
-        "by what": (
-            "tasks", "include_path", "num_fewshot", "limit", "batch_size", "apply_chat_template", "seed", "output",
-            "log_samples",
-        ),
-    },
-}  # fmt: skip
-
-#: Options of `train` whose own text, mostly TRL's, is long or says little -> the text that the help shows.
-TEXTS: dict[str, str] = {
-    "variant": "Mathematics between the layers: readout is this library's, published and peft are those packages'.",
-    "chat_template_path": "Chat template to use: a .jinja file, or a folder or hub id with a tokenizer.",
-    "dataset_text_field": "Column of plain text to learn.",
-    "max_length": "Longest example in tokens; what is longer is cut at its end.",
-    "packing": "Fill sequences of --max_length with several examples.",
-    "resume_from_checkpoint": "Go on from a checkpoint: last, which is the newest finished one in OUTPUT, or a folder.",
-    "learning_rate": "Peak learning rate.",
-    "num_train_epochs": "Passes over the data.",
-    "max_steps": "Optimizer steps; above 0 it overrides --num_train_epochs.",
-    "per_device_train_batch_size": "Examples of one forward pass.",
-    "gradient_accumulation_steps": "Forward passes of one optimizer step.",
-    "lr_scheduler_type": "How the learning rate falls.",
-    "warmup_steps": "Steps in which the learning rate rises; below 1, that part of the training.",
-    "weight_decay": "Weight decay of the matrices.",
-    "seed": "Seed of weights, dropout and order.",
-    "logging_steps": "Steps between two lines of the log.",
-    "eval_strategy": "When to evaluate, beside the end.",
-    "eval_steps": "Steps between two evaluations.",
-    "save_strategy": "When to save a checkpoint.",
-    "save_steps": "Steps between two checkpoints.",
-    "save_total_limit": "Keep only so many checkpoints.",
-    "dtype": "Floating point numbers of the base; auto is its file's.",
-    "bf16": "Compute in bfloat16 (mixed precision).",
-    "activation_checkpointing": "Compute activations again instead of keeping them: less memory, about 20 percent slower.",
-    "load_in_4bit": "Quantize the base to 4 bits, by bitsandbytes.",
-    "load_in_8bit": "Quantize the base to 8 bits, by bitsandbytes.",
-    "bnb_4bit_quant_type": "The 4 bit numbers: nf4 or fp4.",
-    "use_bnb_nested_quant": "Quantize the scales of the 4 bit weights, too.",
-    "use_cpu": "Compute on the CPU where there is a GPU, too.",
-    "report_to": "Trackers to log to, such as tensorboard or wandb.",
-    "push_to_hub": "Push the output folder to the hub.",
-    "hub_model_id": "Repository to push to.",
-    "use_peft": "Train LoRA on the same data instead of a shadow.",
-    "lora_r": "Rank of LoRA.",
-    "lora_alpha": "Factor of LoRA, over its rank.",
-    "lora_dropout": "Dropout of LoRA.",
-    "lora_target_modules": "Names of the layers that get LoRA, or all-linear.",
-    "use_rslora": "Scale by the square root of the rank (rsLoRA).",
-    "use_dora": "Train magnitude and direction apart (DoRA).",
-}

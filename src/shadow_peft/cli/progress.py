@@ -14,9 +14,12 @@ from shadow_peft.cli.screen import Row, Screen
 SHOWN: dict[str, tuple[str, str]] = {
     "loss": ("loss", "{:.4g}"),
     "base_loss": ("base+shadow", "{:.4g}"),
+    "next_token_loss": ("next token", "{:.4g}"),
     "shadow_loss": ("shadow", "{:.4g}"),
     "distillation_loss": ("distillation", "{:.4g}"),
     "mean_token_accuracy": ("tokens right", "{:.1%}"),
+    "accuracy": ("right", "{:.1%}"),
+    "shadow_accuracy": ("shadow right", "{:.1%}"),
     "learning_rate": ("rate", "{:.2g}"),
 }
 

@@ -20,7 +20,7 @@ from shadow_peft.training.card import RunFacts, write_card
 from shadow_peft.training.sft import ShadowSFTTrainer
 
 
-class _WithCard:
+class WithCard:
     """A trainer that writes our model card wherever TRL writes one."""
 
     facts: RunFacts | None = None
@@ -33,11 +33,11 @@ class _WithCard:
             write_card(Path(self.args.output_dir), self.facts, self.state.log_history)
 
 
-class _ShadowTrainer(_WithCard, ShadowSFTTrainer):
+class _ShadowTrainer(WithCard, ShadowSFTTrainer):
     pass
 
 
-class _BaselineTrainer(_WithCard, SFTTrainer):
+class _BaselineTrainer(WithCard, SFTTrainer):
     pass
 
 
@@ -59,7 +59,7 @@ def make_trainer(
         "train_dataset": train_set,
         "eval_dataset": eval_set,
         "processing_class": tokenizer,
-        "callbacks": _callbacks(options, sft),
+        "callbacks": callbacks(options, sft),
     }
     try:
         if peft.use_peft:
@@ -157,7 +157,7 @@ def _without_resuming(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
+def callbacks(options: TrainOptions, sft: SFTConfig) -> list[EarlyStoppingCallback]:
     """Early stopping, if asked for. It keeps the best checkpoint, so evaluation and saving must coincide."""
     if options.early_stopping_patience is None:
         return []

@@ -16,7 +16,7 @@ from shadow_peft.cli.folders import CARD, EXPORT, checkpoints
 from shadow_peft.cli.options import TrainOptions
 from shadow_peft.cli.progress import in_words
 from shadow_peft.cli.screen import Row
-from shadow_peft.tasks.causal_lm import ShadowForCausalLM
+from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.training.card import PICTURE
 
 LONGEST_PROMPT = 100
@@ -38,7 +38,7 @@ def head(options: TrainOptions, trainer: Any, method: str, dropped: Mapping[str,
     """
     model, args = trainer.model, trainer.args
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapted = isinstance(model, ShadowForCausalLM)
+    adapted = isinstance(model, ShadowTaskModel)
     base = model.peft_model.base_model if adapted else model
     size = base.num_parameters() - (0 if adapted else trained)
     rows = f"{len(trainer.train_dataset):,} rows to learn"

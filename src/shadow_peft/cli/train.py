@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig
 
-from shadow_peft.cli import summary
+from shadow_peft.cli import classification, summary
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.folders import check_output, checkpoint_to_resume, clear
 from shadow_peft.cli.loading import (
@@ -40,18 +40,20 @@ from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 
-DESCRIPTION = """Fine-tunes a causal language model with a shadow, or with LoRA as a baseline.
+DESCRIPTION = """Fine-tunes a causal language model or a classifier with a shadow, or with LoRA as a baseline.
 
 --data is a file (.jsonl, .json, .csv, .parquet), a folder or a dataset of the hub. Its rows are
   {"prompt": ..., "completion": ...}    the completion is learned
   {"messages": [...]}                   the last turn is learned; also {"conversations": [...]} of ShareGPT
   {"text": ...}                         all of it is learned
-or become prompts and completions by the templates --prompt and --completion over their columns."""
+or become prompts and completions by the templates --prompt and --completion over their columns. For --task classification:
+  {"text": ..., "label": ...}           the class is learned; --prompt is a template of the text, --class_column the label"""
 EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
   shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
   shadow-peft train --model ./base --data d.jsonl --output out --num_shadow_layers 2 --learning_rate 5e-4 --max_steps 1000
   shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data d.jsonl --output out
+  shadow-peft train --task classification --model Qwen/Qwen3-0.6B --data mails.jsonl --eval_fraction 0.1 --output out/mails
   shadow-peft train --config recipes/gsm8k.yaml
   shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
   shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
@@ -86,12 +88,12 @@ def run(arguments: list[str]) -> None:
     for place in filter(None, (options.model, options.shadow_model)):
         check_place(place)
     with quiet_libraries():
-        _train(options, _template(templates), shadow, sft, peft, arguments, screen)
+        _train(options, templates, shadow, sft, peft, arguments, screen)
 
 
 def _train(
     options: TrainOptions,
-    template: PromptTemplate,
+    templates: TemplateOptions,
     shadow: ShadowConfig,
     sft: SFTConfig,
     peft: ModelConfig,
@@ -101,18 +103,7 @@ def _train(
     """The run itself, once its options are checked."""
     sft.output_dir = options.output
     sft.dataloader_pin_memory = sft.dataloader_pin_memory and sft.device.type != "cpu"  # torch warns of it on a CPU
-    with screen.working(f"reading {options.data}"):
-        train_set, eval_set = _data(options, template, sft)
-    tokenizer = load_tokenizer(options.model)
-    if sft.chat_template_path is not None and not peft.use_peft:  # for LoRA, TRL can add tokens and train them
-        use_chat_template(tokenizer, sft.chat_template_path)
-        sft.chat_template_path = None
-    if sft.chat_template_path is None:
-        check_template(tokenizer, train_set, options.data)
-    set_seed(sft.seed)
-    model = build(options, shadow, peft, len(tokenizer))
-    with screen.working(f"preparing {len(train_set):,} rows"):
-        trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
+    tokenizer, train_set, eval_set, trainer = _prepared(options, templates, shadow, sft, peft, screen)
     trainer.facts = _facts(options, trainer, shadow, peft, arguments, chat=summary.example_prompt(train_set)[1])
     head = partial(summary.head, options, trainer, method(shadow, peft), _dropped(trainer, train_set, eval_set))
     progress = show_progress(trainer, screen, TrainingProgress(screen, head, bars=not sft.disable_tqdm))
@@ -123,7 +114,47 @@ def _train(
     save(trainer, tokenizer, Path(options.output), options.export)
     seconds = time.perf_counter() - started
     screen.panel("done", summary.tail(trainer, Path(options.output), seconds, evaluation, options.export))
-    screen.command("try it", summary.next_command(options.output, train_set, peft.use_peft, quantization_flags(peft)))
+    if options.task == "causal_lm":
+        command = summary.next_command(options.output, train_set, peft.use_peft, quantization_flags(peft))
+    elif not peft.use_peft:
+        command = classification.next_command(options.output, train_set)
+    else:
+        return
+    screen.command("try it", command)
+
+
+def _prepared(
+    options: TrainOptions,
+    templates: TemplateOptions,
+    shadow: ShadowConfig,
+    sft: SFTConfig,
+    peft: ModelConfig,
+    screen: Screen,
+) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None, Any]:
+    """The tokenizer, the data as they were read, and the trainer."""
+    if options.task == "classification":
+        classification.check(options, templates, sft)
+        with screen.working(f"reading {options.data}"):
+            train_set, eval_set, names = classification.load_data(options, templates, sft)
+        tokenizer = load_tokenizer(options.model)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        set_seed(sft.seed)
+        classifier = classification.build(options, shadow, peft, tokenizer, names)
+        trainer = classification.make_trainer(classifier, tokenizer, options, sft, train_set, eval_set)
+        return tokenizer, train_set, eval_set, trainer
+    with screen.working(f"reading {options.data}"):
+        train_set, eval_set = _data(options, _template(templates), sft)
+    tokenizer = load_tokenizer(options.model)
+    if sft.chat_template_path is not None and not peft.use_peft:  # for LoRA, TRL can add tokens and train them
+        use_chat_template(tokenizer, sft.chat_template_path)
+        sft.chat_template_path = None
+    if sft.chat_template_path is None:
+        check_template(tokenizer, train_set, options.data)
+    set_seed(sft.seed)
+    model = build(options, shadow, peft, len(tokenizer))
+    with screen.working(f"preparing {len(train_set):,} rows"):
+        trainer = make_trainer(model, tokenizer, options, sft, peft, train_set, eval_set)
+    return tokenizer, train_set, eval_set, trainer
 
 
 def make_train_parser() -> VerbParser:
@@ -240,5 +271,10 @@ def _facts(
         arguments=tuple(arguments),
         processes=trainer.args.world_size,
         chat=chat,
+        class_names=_class_names(options, trainer.model),
         quantization=quantization_flags(peft),
     )
+
+
+def _class_names(options: TrainOptions, model: Any) -> tuple[str, ...]:
+    return tuple(model.config.id2label.values()) if options.task == "classification" else ()

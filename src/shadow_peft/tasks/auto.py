@@ -8,6 +8,7 @@ One call loads base, adapter and heads:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ class _AutoShadowModel:
         cls,
         pretrained_shadow_path: str | Path,
         *,
+        base_model: str | Path | None = None,
         is_trainable: bool = False,
         inference_mode: InferenceMode = "base_shadow",
         shadow_model: PreTrainedModel | None = None,
@@ -44,6 +46,7 @@ class _AutoShadowModel:
 
         Args:
             pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            base_model: folder or hub id of the base; None is the one that the adapter names.
             is_trainable: False freezes the adapter.
             inference_mode: "base_shadow" or "shadow_only".
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
@@ -58,7 +61,8 @@ class _AutoShadowModel:
             OSError: the base cannot be found.
         """
         stored = store.read(pretrained_shadow_path)
-        base = cls.base_class.from_pretrained(base_of(stored), **{**cls._base_settings(stored), **base_kwargs})
+        name = base_of(stored) if base_model is None else base_model
+        base = cls.base_class.from_pretrained(name, **{**cls._base_settings(stored), **base_kwargs})
         return cls.task_class.from_pretrained(
             base,
             pretrained_shadow_path,
@@ -89,8 +93,16 @@ class AutoShadowModelForSequenceClassification(_AutoShadowModel):
 
     @classmethod
     def _base_settings(cls, stored: store.Checkpoint) -> dict[str, Any]:
+        names = stored.provenance.get("class_names")
+        if names:
+            return class_settings(names)
         weight = stored.heads.get("classifier_head.weight")
         return {} if weight is None else {"num_labels": int(weight.shape[0])}
+
+
+def class_settings(names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that name the classes of a classifier."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def base_of(stored: store.Checkpoint) -> str:

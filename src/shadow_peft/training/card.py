@@ -36,6 +36,7 @@ class RunFacts:
         processes: number of processes.
         chat: whether prompts are a user's turns.
         quantization: options of the command line that quantized the base; empty if none did.
+        class_names: of a classifier, in the order of its logits.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RunFacts:
     processes: int = 1
     chat: bool = False
     quantization: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 def write_card(directory: Path, facts: RunFacts, log: Sequence[LogRow]) -> None:
@@ -103,8 +105,8 @@ def _card_data(facts: RunFacts) -> ModelCardData:
         base_model=base,
         datasets=None if Path(facts.data).exists() else [facts.data],
         library_name="shadow-peft" if facts.method == "ShadowPEFT" else "peft",
-        pipeline_tag="text-generation",
-        tags=[facts.method.lower(), "trl", "sft"],
+        pipeline_tag="text-generation" if not facts.class_names else "text-classification",
+        tags=[facts.method.lower(), *(("trl", "sft") if not facts.class_names else ())],
     )
     if base is not None:
         data["base_model_relation"] = "adapter"
@@ -115,6 +117,8 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
     examples = ", ".join(f"{count:,} {purpose}" for purpose, count in facts.examples.items())
     figures = {"trainable parameters": f"{facts.trainable:,}", **_figures(log)}
     base, method = portable(facts.base), facts.method + (f", variant `{facts.variant}`" if facts.variant else "")
+    classes = ", ".join(f"`{name}`" for name in facts.class_names)
+    learned = f"to tell the classes {classes} apart" if classes else "by supervised fine-tuning"
     provenance = {
         "base": f"`{base}`" + (f", `{facts.quantization}`" if facts.quantization else ""),
         "method": method,
@@ -127,7 +131,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
     return "\n\n".join(
         [
             f"# {Path(base).name} with a {facts.method} adapter",
-            f"An adapter of `{base}`, trained with {method}, by supervised fine-tuning. The base itself is as it was.",
+            f"An adapter of `{base}`, trained with {method}, {learned}. The base itself is as it was.",
             f"## Use\n\n{_usage(facts, base)}",
             f"## Data\n\n`{portable(facts.data)}`, {facts.parts}: {examples} examples.",
             f"## Figures\n\n{_table(figures)}",
@@ -161,6 +165,8 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _usage(facts: RunFacts, base: str) -> str:
     """What loads the adapter and lets it answer, in Python and on the command line."""
+    if facts.class_names:
+        return _classifier_usage(facts)
     chat = '[{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"'
     inputs = f"tokenizer.apply_chat_template({chat})" if facts.chat else 'tokenizer("Hello", return_tensors="pt")'
     if facts.method == "ShadowPEFT":
@@ -183,6 +189,24 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
     options = " ".join(filter(None, (place, facts.quantization, "--chat" * facts.chat)))
     command = f'shadow-peft generate {options} "Hello"'
     return f"```python\n{python}\n```\n\n```bash\n{command}\n```"
+
+
+def _classifier_usage(facts: RunFacts) -> str:
+    """The same for a classifier."""
+    if facts.method == "ShadowPEFT":
+        auto, package, more = "AutoShadowModelForSequenceClassification", "shadow_peft", ""
+        command = f'\n\n```bash\nshadow-peft classify --adapter {facts.name} "Hello"\n```'
+    else:
+        auto, package, more = "AutoPeftModelForSequenceClassification", "peft", f", num_labels={len(facts.class_names)}"
+        command = ""
+    python = f"""from {package} import {auto}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{facts.name}")
+model = {auto}.from_pretrained("{facts.name}"{more})
+logits = model(**tokenizer("Hello", return_tensors="pt")).logits
+print({list(facts.class_names)}[logits[0].argmax()])"""
+    return f"```python\n{python}\n```{command}"
 
 
 def _quantized(options: str) -> str:

@@ -43,6 +43,15 @@ class _RowFormatter(Formatter):
 _FORMATTER = _RowFormatter()
 
 
+def fill(template: str, row: Row) -> str:
+    """A template filled with one row.
+
+    Raises:
+        ValueError, IndexError, KeyError, TypeError, AttributeError: it does not fit the row, or a cell is null.
+    """
+    return _FORMATTER.vformat(template, (), row)
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """How a row becomes a prompt and a completion.
@@ -96,7 +105,7 @@ def formatted(rows: Dataset, template: PromptTemplate, where: str, text_column: 
         BadDataError: names a missing column, or lists every bad row with its number, counted from 1.
     """
     if template.has_templates:
-        _require_columns(rows, template, where)
+        require_columns(rows, [str(template.prompt), str(template.completion), *_class_column(template)], where)
         return _mapped(_named_classes(rows, template, where), template, where)
     columns = set(rows.column_names)
     if {"prompt", "completion"} <= columns or columns & {"messages", "conversations"}:
@@ -138,9 +147,9 @@ def _filled(row: Row, template: PromptTemplate) -> Example:
     """Fill both templates with one row."""
     assert template.prompt is not None
     assert template.completion is not None
-    prompt = _FORMATTER.vformat(template.prompt, (), row)
+    prompt = fill(template.prompt, row)
     try:
-        completion = _FORMATTER.vformat(template.completion, (), row)
+        completion = fill(template.completion, row)
     except (IndexError, NullCellError):
         if template.completion_if_missing is None:
             raise
@@ -154,12 +163,19 @@ def _as_turns(example: Example) -> Example:
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": example["completion"]}]}
 
 
-def _require_columns(rows: Dataset, template: PromptTemplate, where: str) -> None:
-    wanted = {name for template in (template.prompt, template.completion) for name in _columns_of(str(template))}
-    wanted |= {template.class_column} if template.class_column else set()
-    missing = sorted(wanted - set(rows.column_names))
+def require_columns(rows: Dataset, templates: Sequence[str], where: str) -> None:
+    """Refuse rows that lack a column which one of the templates reads.
+
+    Raises:
+        BadDataError: names the missing columns.
+    """
+    missing = sorted({name for template in templates for name in _columns_of(template)} - set(rows.column_names))
     if missing:
         raise BadDataError([f"{where}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}"])
+
+
+def _class_column(template: PromptTemplate) -> list[str]:
+    return [f"{{{template.class_column}}}"] if template.class_column else []
 
 
 def _columns_of(template: str) -> set[str]:

@@ -1,27 +1,17 @@
-"""Text for the embedded base of ``shadow-peft demo``: what Python carries, and what this file invents.
+"""Invented short documents for the embedded base of ``shadow-peft demo``, deterministic by seed.
 
-Two sources, both deterministic by seed:
-
-- the standard library: help topics, docstrings, comments and sources (PSF licence);
-- invented short documents (this project's own): plain stories, JSON records next to the sentence they
-  restate, lists, copying and spelling drills. None of them uses the robot-command task of the demo: no
-  imperative sentence, none of its templates, none of its labels or keys.
+Plain stories, JSON records next to the sentence they restate, lists, copying and spelling drills. None of them uses the
+robot-command task of the demo: no imperative sentence, none of its templates, none of its labels or keys.
 """
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import random
 import re
 import string
-import sysconfig
-import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from pydoc_data import topics
+from collections.abc import Callable
 
 Rng = random.Random
 
@@ -76,81 +66,12 @@ FILLERS = ("Well, ", "You know, ", "I think ", "Yesterday ", "It seems that ", "
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
 
-# ---------------------------------------------------------------- the standard library
-
-
-def stdlib_files() -> list[Path]:
-    """Sources of the running Python, sorted; tests, site-packages and encoding tables left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = ("site-packages", "/test", "encodings", "pydoc_data", "lib2to3", "idlelib/idle_test")
-    return [p for p in sorted(root.rglob("*.py")) if not any(s in str(p) for s in skip)]
-
-
-def read_source(path: Path) -> str | None:
-    """The file's text, or None where it is not valid UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def docstrings(source: str) -> Iterator[str]:
-    """Every docstring of a module, longer than a line of noise."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, documented) else None
-        if text and len(text) > 40:
-            yield text
-
-
-def comments(source: str) -> Iterator[str]:
-    """Blocks of comment lines, joined as prose."""
-    block: list[str] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                block.append(token.string.lstrip("#! ").rstrip())
-            elif token.type not in (tokenize.NL, tokenize.NEWLINE):
-                if len(" ".join(block)) > 80:
-                    yield "\n".join(block)
-                block = []
-    except (tokenize.TokenError, IndentationError):
-        return
-
-
-def stdlib_prose() -> list[str]:
-    """Help topics, docstrings and comments: the English that Python carries."""
-    prose = [text for _, text in sorted(topics.topics.items())]
-    for path in stdlib_files():
-        source = read_source(path)
-        if source:
-            prose += [*docstrings(source), *comments(source)]
-    return sorted(set(prose))
-
-
-def stdlib_code(rng: Rng, characters: int) -> list[str]:
-    """A seeded sample of source pieces of about 2,000 characters, ``characters`` in total."""
-    pieces: list[str] = []
-    for path in stdlib_files():
-        source = read_source(path) or ""
-        pieces += [source[i : i + 2000] for i in range(0, len(source), 2000)]
-    rng.shuffle(pieces)
-    return pieces[: characters // 2000]
-
-
 def common_words(texts: list[str], count: int) -> list[str]:
     """The ``count`` most frequent lower-case words of 3 to 12 letters."""
     found: Counter[str] = Counter()
     for text in texts:
         found.update(re.findall(r"\b[a-z]{3,12}\b", text))
     return sorted(word for word, _ in found.most_common(count))
-
-
-# ---------------------------------------------------------------- invented documents
 
 
 def made_up(rng: Rng) -> str:

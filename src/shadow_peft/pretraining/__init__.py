@@ -1,0 +1,8 @@
+"""Pretraining a shadow: cut it from its base, train it on text by next-token loss or by distillation, as a model of its own.
+
+cut           a shadow made of layers of the base, or a small model beside it
+corpus        a corpus as a stream of blocks of tokens
+student       what is trained: the shadow alone, its loss, and the base as its teacher
+trainer       the training, and the finished model
+report        loss curve and model card
+"""

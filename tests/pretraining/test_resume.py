@@ -1,0 +1,63 @@
+"""A pretraining that is killed and resumed ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from shadow_peft.cli import main
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    "next token": [],
+    "distillation": ["--distillation_weight", "1", "--next_token_weight", "0", "--top_k", "8"],
+    "mixed": ["--distillation_weight", "0.5", "--gradient_accumulation_steps", "2"],
+}
+KILLED = """
+import os, signal, sys
+from shadow_peft.cli import main
+from shadow_peft.pretraining.trainer import PretrainingTrainer
+step = PretrainingTrainer.training_step
+def until(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+PretrainingTrainer.training_step = until
+main(sys.argv[1:])
+"""
+
+
+def arguments(model: Path, corpus: Path, output: Path) -> list[str]:
+    steps = ["--max_steps", "8", "--save_steps", "2", "--eval_steps", "4", "--logging_steps", "2", "--warmup_steps", "2"]
+    sizes = ["--context", "16", "--per_device_train_batch_size", "3", "--held_out", "4", "--num_shadow_layers", "2"]
+    return [
+        *("pretrain", "--model", str(model), "--data", str(corpus), "--output", str(output)),
+        *steps,
+        *sizes,
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_is_uninterrupted(stage: str, model_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    whole, parts = (
+        [*arguments(model_folder, corpus_folder, tmp_path / name), *STAGES[stage]] for name in ("whole", "parts")
+    )
+    assert main(whole) == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, *parts], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    (tmp_path / "parts" / "checkpoint-4" / "trainer_state.json").unlink()  # it was killed while that one was written
+    assert main([*parts, "--resume"]) == 0
+    expected, found = (load_file(tmp_path / name / "checkpoint-8" / "model.safetensors") for name in ("whole", "parts"))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    first, last = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(first[name], last[name]) for name in first)
