@@ -166,26 +166,29 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| work, contender, adapters | mixed ms | separate ms | base ms | mixed to separate | mixed to base |",
-        "|---|" + "---:|" * 5,
-    ]
-    for name, row in results["rows"].items():
-        times = " | ".join(f"{1000 * row[way]:.1f}" for way in ("mixed", "separate", "base"))
-        lines.append(f"| {name} | {times} | {row['mixed to separate']:.2f} | {row['mixed to base']:.2f} |")
+def page_table(results: dict[str, Any]) -> str:
+    """The ratios as a table of Markdown, mixed to separate passes and mixed to the bare base."""
+    names = {"published": "`published`", "readout": "`readout`", "LoRA": "LoRA (`peft`)"}
+    heads = [f"{name}, to {what}" for name in names.values() for what in ("separate", "base")]
+    lines = [f"| | adapters | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
+    for kind, label in (("decode", "decoding"), ("prefill", "prefill")):
+        for count in COUNTS[kind]:
+            rows = [results["rows"][f"{kind}, {name}, {count}"] for name in names]
+            ratios = [f"{row[ratio]:.2f}" for row in rows for ratio in ("mixed to separate", "mixed to base")]
+            lines.append(f"| {label} | {count} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--kinds", nargs="*", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--kinds", nargs="*", choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--repeats", type=int, default=6, help="timed steps of each way; a third of it for prefill")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
     results = main(options)
-    print(table(results))
+    if options.kinds == list(COUNTS) and options.contenders == list(CONTENDERS):
+        print(page_table(results))
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -162,6 +163,20 @@ def test_the_base_runs_once_and_backbones_on_their_rows(monkeypatch: pytest.Monk
     assert seen == {"base": [5], "published": [3], "readout": [1]}
 
 
+def test_threads_do_not_meet() -> None:
+    model, ids = several(names=("published", "peft", "readout")), tokens(3)
+    batches = [["published", "peft", "__base__"], ["readout", "default", "readout"], ["peft", "readout", "published"]]
+    with torch.no_grad():
+        expected = [model(ids, adapter_names=names).logits for names in batches]
+
+    def answer(turn: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(ids, adapter_names=batches[turn % 3]).logits, expected[turn % 3])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(answer, range(24)))
+
+
 def test_thin_maps_are_batched_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many products for four adapters on eight rows as for two on two."""
     model = of_one_kind("readout")
@@ -251,6 +266,25 @@ def test_gradients_of_grouped_adapters(variant: str) -> None:
             if parameter.startswith(prefix):
                 torch.testing.assert_close(found[parameter], expected, rtol=1e-3, atol=1e-6)
         model.peft_model.set_requires_grad(list("abc"))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = several(names=("published", "peft"))
+        model.add_adapter("second", ShadowConfig(variant="readout", dropout=0.0))
+        stir(model.peft_model.adapter("second"), 3)
+        model.peft_model.set_requires_grad(["published", "peft", "second"])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        names = ["second", "published", "peft", "default", "__base__", "published"]
+        model(tokens(6), labels=tokens(6), adapter_names=names).loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,6 @@ from shadow_peft.multi_adapter.exchange import exchange, pause_training, resume_
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.multi_adapter.weighted import weighted_adapter
 from shadow_peft.storage.sharded import is_sharded
-
-logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """Name of the first adapter, which is saved into a folder itself; others are saved into folders of their names in it."""
