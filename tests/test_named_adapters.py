@@ -282,6 +282,22 @@ def test_other_shapes_cannot_be_swapped_in(settings: dict[str, Any], complaint: 
     assert same(answers(model), before)
 
 
+def test_another_backbone_is_not_swapped_in(tmp_path: Path) -> None:
+    def explicit(theta: float) -> ShadowForCausalLM:
+        rope = {"rope_type": "default", "rope_theta": theta}
+        return causal_lm(llama(), shadow_model=qwen3(rope_parameters=rope, num_hidden_layers=1))
+
+    for folder, theta in (("same", 1e4), ("other", 5e3)):
+        explicit(theta).save_pretrained(tmp_path / folder)
+    causal_lm(llama()).save_pretrained(tmp_path / "implicit")
+    model = explicit(1e4)
+    model.hotswap_adapter(tmp_path / "same")
+    with pytest.raises(ValueError, match="the shadow's rope_parameters"):
+        model.hotswap_adapter(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"an implicit shadow \(here an explicit one\)"):
+        model.hotswap_adapter(tmp_path / "implicit")
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -266,10 +266,13 @@ class ShadowPeftModel(MixedBatchesMixin):
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a 4 bit base whose adapter is trained stays on kernels that pass gradients."""
+        self._trained_parts_changed()
+        return super().train(mode)
+
+    def _trained_parts_changed(self) -> None:
         if self._attachment is not None:
             trained = any(parameter.requires_grad for parameter in self.parameters())
             (self._kernels.hold if trained else self._kernels.release)()
-        return super().train(mode)
 
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.

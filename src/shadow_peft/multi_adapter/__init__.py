@@ -11,6 +11,7 @@ The modules of this package:
     weights      the stacked weights of a group
     row_caches   the backbones' caches of a batch as one cache
     rows         selecting rows, and merging them
+    hotswap      what must agree where stored weights replace others in place
     weighted     the weighted sum of adapters
     pool         stored adapters, a bounded number of them in memory
 """

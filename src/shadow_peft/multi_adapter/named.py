@@ -20,6 +20,7 @@ from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.config import ShadowConfig
 from shadow_peft.multi_adapter.exchange import exchange, pause_training, resume_training, see_base
+from shadow_peft.multi_adapter.hotswap import check_swappable
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.multi_adapter.weighted import weighted_adapter
 from shadow_peft.storage.sharded import is_sharded
@@ -197,10 +198,7 @@ class NamedAdaptersMixin(CheckpointMixin):
         adapter, stored = self.adapter(adapter_name), store.read(pretrained_shadow_path)
         if not adapter.task_heads:
             stored = stored.without_heads()
-        fixed = {name: (getattr(stored.config, name), getattr(adapter.shadow_config, name)) for name in _FIXED}
-        differing = [f"{name} {new!r} (here {old!r})" for name, (new, old) in fixed.items() if new != old]
-        if differing:
-            raise ValueError(f"{stored.directory} cannot replace {adapter_name!r} in place: {', '.join(differing)}.")
+        check_swappable(adapter, stored)
         self._require_same_base_adapters(stored)
         store.load_into(adapter, stored)
 
@@ -300,6 +298,7 @@ class NamedAdaptersMixin(CheckpointMixin):
         self.other_adapters[self.active_adapter] = adapter
         self.active_adapter = adapter_name
         resume_training(self)
+        self._trained_parts_changed()
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """Refuse what PEFT does for adapters that are a change of weights.
@@ -328,6 +327,10 @@ class NamedAdaptersMixin(CheckpointMixin):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for adapter in [self.adapter(name) for name in names]:
             (resume_training if requires_grad else pause_training)(adapter)
+        self._trained_parts_changed()
+
+    def _trained_parts_changed(self) -> None:
+        """Called when other parameters are trained than before."""
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -343,7 +346,3 @@ class NamedAdaptersMixin(CheckpointMixin):
         super().gradient_checkpointing_disable()
         for adapter in self._others.values():
             adapter.save_backbone()
-
-
-_FIXED = ("variant", "alpha", "dropout", "num_shadow_layers", "shadow_num_attention_heads", "shadow_num_key_value_heads")
-"""Fields of a config that a graph may have been compiled with, and that the shapes of tensors do not show."""
