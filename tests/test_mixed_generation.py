@@ -292,6 +292,8 @@ def test_names_are_those_of_prompts() -> None:
     model = several(names=OTHERS)
     with pytest.raises(ValueError, match="one name a row"):
         model.generate(tokens(3), adapter_names=["peft"], **GREEDY)
+    with pytest.raises(ValueError, match="adapter_names works without guidance_scale"):
+        model.generate(tokens(1), adapter_names=["peft"], guidance_scale=1.5, **GREEDY)
     with pytest.raises(ValueError, match="There is no adapter 'nobody'"):
         model.generate(tokens(1), adapter_names=["nobody"], **GREEDY)
     assert len(alone(model, ["peft"], tokens(1))) == 1

@@ -62,7 +62,8 @@ class ShadowGenerationMixin(GenerationMixin):
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
 
         Raises:
-            ValueError: drafting with beams, guidance, or a cache that cannot be cropped; an unknown adapter.
+            ValueError: drafting with beams, guidance, or a cache that cannot be cropped; an unknown adapter;
+                guidance for rows of several adapters.
         """
         if adapter_names is not None:
             kwargs[_NAMES] = self.peft_model.row_names(adapter_names, None, len(adapter_names))
@@ -155,8 +156,11 @@ class ShadowGenerationMixin(GenerationMixin):
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
         prepared.num_assistant_tokens_schedule = next(filter(None, given), "heuristic")
-        if getattr(prepared, SWITCH, None) and prepared.guidance_scale not in (None, 1):
+        guided = prepared.guidance_scale not in (None, 1)
+        if guided and getattr(prepared, SWITCH, None):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
+        if guided and model_kwargs.get(_NAMES) is not None:
+            raise ValueError("adapter_names works without guidance_scale, whose second context would have no adapters.")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
