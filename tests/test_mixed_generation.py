@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shadow_peft import ShadowCache, ShadowForCausalLM
-from shadow_peft.generation.draft_length import drafting_cost, mixed_drafting_cost
+from shadow_peft.generation.pass_times import pass_times, prior_costs
 from shadow_peft.multi_adapter.row_caches import RowCaches
 from tests.test_batched_drafting import Biased
 from tests.test_drafting import DRAFT, LONG, SAMPLED
@@ -221,10 +221,16 @@ def test_processors_ends_and_samples_of_drafted_rows() -> None:
 
 
 def test_the_cost_of_drafting_with_several_backbones() -> None:
-    model = several(names=("published", "peft"))
-    one, two = (model.peft_model.adapter(name) for name in ("published", "peft"))
-    assert mixed_drafting_cost([(one, 3)], 3) == drafting_cost(one, 3)
-    assert mixed_drafting_cost([(one, 2), (two, 2)], 4) > drafting_cost(two, 4)
+    model = several(names=("published", "peft")).peft_model
+    one, two = (model.adapter(name) for name in ("published", "peft"))
+    alone = prior_costs(two, 4)
+    assert prior_costs(model, 4, {"peft": (two, 4)}) == alone
+    both = prior_costs(model, 4, {"published": (one, 2), "peft": (two, 2)})
+    assert both.draft > alone.draft
+    assert both.verify == alone.verify
+    times = pass_times(model, 4, {"peft": (two, 4)})
+    assert pass_times(model, 4, {"peft": (two, 4)}) is times
+    assert pass_times(model, 4, {"peft": (two, 2), "published": (one, 2)}) is not times
 
 
 def test_an_external_assistant_and_prompt_lookup() -> None:

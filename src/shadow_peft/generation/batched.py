@@ -24,7 +24,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shadow_peft.cache import ShadowCache
-from shadow_peft.generation.draft_length import AcceptanceEstimate, DraftLength
+from shadow_peft.generation.draft_length import DraftLength
 from shadow_peft.generation.drafting import (
     Draft,
     DraftedGenerateOutput,
@@ -112,8 +112,7 @@ class BatchedDrafting:
         self._texts = RowTexts(prompts)
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._estimate = AcceptanceEstimate()
-        self._cost = model.adaptive_cost(config, len(prompts), self._cache)
+        self._length = DraftLength(model.pass_times(config, len(prompts), self._cache))
         self._drafting_rows = model.drafting_rows(self._cache)
         self._written: list[DecodedStep] = []
 
@@ -165,11 +164,9 @@ class BatchedDrafting:
     def _draft(self) -> Draft:
         """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
         config, texts = self._config, self._texts
-        if not bool(self.going_on.any()):
-            return Draft.empty(len(texts.lengths), 1, texts.tokens.device)
         room = int((config.max_length - texts.lengths[self._live]).max()) - 1
-        length = DraftLength(self._cost, self._estimate)
-        draft = grow_draft(self, self._cache, config, length, min(int(config.num_assistant_tokens), room))
+        most = min(int(config.num_assistant_tokens), room) if bool(self.going_on.any()) else 0
+        draft = grow_draft(self, self._cache, config, self._length, most)
         if draft is None:
             return Draft.empty(len(texts.lengths), 1, texts.tokens.device)
         return draft
@@ -235,12 +232,11 @@ class BatchedDrafting:
         self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, processed, logits))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
-        drafting = self.going_on
+        drafting, kept = self.going_on, taken - 1
         for row in live.nonzero()[:, 0].tolist():
-            kept = int(taken[row]) - 1
-            if drafting[row]:
-                self._estimate.update(draft.confidences[row].tolist(), kept)
-            self._config.statistics.record(count if drafting[row] else kept, kept)
+            number = int(kept[row])
+            self._config.statistics.record(count if drafting[row] else number, number)
+        self._length.update(draft.confidences[drafting].tolist(), kept[drafting].tolist())
         texts.lengths = texts.lengths + taken * live
         return taken
 

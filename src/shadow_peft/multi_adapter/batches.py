@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache
 from shadow_peft.multi_adapter.files import AdapterFilesMixin
 from shadow_peft.multi_adapter.mixed import BASE, MixedAdapters
@@ -46,6 +47,12 @@ class MixedBatchesMixin(AdapterFilesMixin):
             raise ValueError("A row of '__base__' has no shadow, so nothing answers it in the mode \"shadow_only\".")
         adapters = {name: self.adapter(name) for name in dict.fromkeys(names) if name != BASE}
         return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype)
+
+    def drafting_adapters(self, cache: ShadowCache, num_rows: int) -> dict[str, tuple[ShadowAdapter, int]]:
+        """Name -> adapter and number of its rows, for the rows of a cache that have a shadow."""
+        if isinstance(cache.shadow, RowCaches):
+            return {name: (self.adapter(name), len(rows)) for name, rows in cache.shadow.rows.items()}
+        return {self.active_adapter: (self, num_rows)}
 
     def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None) -> Any:
         """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
