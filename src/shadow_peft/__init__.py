@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         AutoModelForCausalLMWithHiddenProjectionConfig,
     )
     from shadow_peft.cache import ShadowCache
+    from shadow_peft.cascade.cascade import ShadowCascade
+    from shadow_peft.cascade.remote import RemoteModel
     from shadow_peft.config import ShadowConfig
     from shadow_peft.model import ShadowPeftModel, get_shadow_model
     from shadow_peft.multi_adapter.pool import AdapterPool
@@ -42,7 +44,9 @@ __all__ = [
     "AutoModelForCausalLMWithHiddenProjectionConfig",
     "AutoShadowModelForCausalLM",
     "AutoShadowModelForSequenceClassification",
+    "RemoteModel",
     "ShadowCache",
+    "ShadowCascade",
     "ShadowCausalLMOutputWithPast",
     "ShadowConfig",
     "ShadowForCausalLM",
@@ -59,7 +63,9 @@ _MODULES = {
     "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
     "AutoShadowModelForCausalLM": "tasks.auto",
     "AutoShadowModelForSequenceClassification": "tasks.auto",
+    "RemoteModel": "cascade.remote",
     "ShadowCache": "cache",
+    "ShadowCascade": "cascade.cascade",
     "ShadowCausalLMOutputWithPast": "tasks.causal_lm",
     "ShadowConfig": "config",
     "ShadowForCausalLM": "tasks.causal_lm",

@@ -186,7 +186,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
         Returns:
             `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()`, `logits` are those of the one
-            network that runs.
+            network that runs. In "shadow_only", `output_hidden_states` asks for the state s as `hidden_states[0]`.
 
         Raises:
             ValueError: no tokens, labels together with `logits_to_keep`, or a cache that does not fit.
@@ -215,6 +215,8 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
             keep_head_input=skips_logits or self._heads.replaces_base(names),
         )
         result = self._with_logits(adapted, heads, kept, wanted, shadow_wanted)
+        if adapted.base is None and kwargs.get("output_hidden_states"):
+            result.hidden_states = (adapted.shadow_state,)
         if targets is not None:
             self._add_loss(result, adapted, heads, targets, num_items_in_batch)
         if not wanted:

@@ -118,7 +118,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             **kwargs: further arguments of the base's backbone.
 
         Returns:
-            `ShadowSequenceClassifierOutput` with logits `[B, C]`.
+            `ShadowSequenceClassifierOutput` with logits `[B, C]`. In "shadow_only", `output_hidden_states` asks for the
+            state s as `hidden_states[0]`.
         """
         inputs = ModelInputs(
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs
@@ -140,6 +141,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         if labels is not None:
             loss = self._loss(logits, shadow_logits, labels, num_items_in_batch, heads.shadow_rows)
         result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
+        if adapted.base is None and kwargs.get("output_hidden_states"):
+            result.hidden_states = (adapted.shadow_state,)
         return result.to_tuple() if return_dict is False else result
 
     def _heads(self, names: tuple[str, ...] | None) -> RowHeads[ClassifierHead]:
