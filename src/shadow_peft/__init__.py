@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shadow_peft.cascade.remote import RemoteModel
     from shadow_peft.config import ShadowConfig
     from shadow_peft.model import ShadowPeftModel, get_shadow_model
+    from shadow_peft.multi_adapter.pool import AdapterPool
     from shadow_peft.tasks.auto import AutoShadowModelForCausalLM, AutoShadowModelForSequenceClassification
     from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
     from shadow_peft.tasks.sequence_classification import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AdapterPool",
     "AutoModelForCausalLMWithHiddenProjection",
     "AutoModelForCausalLMWithHiddenProjectionConfig",
     "AutoShadowModelForCausalLM",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdapterPool": "multi_adapter.pool",
     "AutoModelForCausalLMWithHiddenProjection": "backbone.projected_lm",
     "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
     "AutoShadowModelForCausalLM": "tasks.auto",

@@ -110,13 +110,13 @@ def test_some_rows_of_a_batch_are_taken_over() -> None:
 def count_calls(monkeypatch: pytest.MonkeyPatch, model: ShadowForCausalLM) -> Callable[[], list[int]]:
     """How many tokens the backbone reads in each of its calls."""
     read: list[int] = []
-    own = model.peft_model._run_backbone
+    own = model.peft_model.run_backbone
 
     def counted(inputs: object) -> object:
         read.append(inputs.length)  # type: ignore[attr-defined]
         return own(inputs)
 
-    monkeypatch.setattr(model.peft_model, "_run_backbone", counted)
+    monkeypatch.setattr(model.peft_model, "run_backbone", counted)
     return lambda: read
 
 
