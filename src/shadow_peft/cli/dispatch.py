@@ -25,10 +25,18 @@ VERBS = {
     "export": "write the shadow of an adapter as a standalone model",
     "eval": "score a model or its shadow with lm-evaluation-harness",
     "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
+    "playground": "compare base, shadow and drafts side by side in the browser",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
+EXTRAS = {
+    "demo": "demo",
+    "train": "train",
+    "pretrain": "train",
+    "eval": "eval",
+    "cascade": "cascade",
+    "playground": "playground",
+}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """The usage text: the verbs and what they do."""
-    lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
+    lines = [f"  {verb:<12}{purpose}" for verb, purpose in VERBS.items()]
     usage = "usage: shadow-peft VERB [options]"
     more = "shadow-peft VERB --help shows the options, shadow-peft --version the version."
     return "\n".join([usage, "", *lines, "", more])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shadow_peft.cli.cascade_options import CascadeOptions
+from shadow_peft.cli.playground_options import PlaygroundOptions
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.config import ShadowConfig
 
@@ -328,6 +329,7 @@ OPTIONS: dict[str, list[type]] = {
     "eval": [EvalOptions, QuantizationOptions],
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
     "export": [ExportOptions],
+    "playground": [PlaygroundOptions, QuantizationOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

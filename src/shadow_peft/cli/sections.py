@@ -71,6 +71,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
+    "playground": {
+        "what answers": ("adapter", "model", "dtype", *QUANTIZATION, "config"),
+        "the page": ("prompt", "max_new_tokens", "host", "port"),
+    },
 }  # fmt: skip
 
 #: Options of `train` whose own text, mostly TRL's, is long or says little -> the text that the help shows.
