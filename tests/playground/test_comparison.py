@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from shadow_peft import ShadowForCausalLM
+from shadow_peft.cli import main
 from shadow_peft.playground.comparison import NAMES, Answer, Guess, Opinion, answers, encoded, opinions
 from shadow_peft.playground.markup import answers_html, opinions_html
 from tests.tiny_models import causal_lm, lfm2, qwen3
@@ -94,3 +97,12 @@ def test_a_difference_is_a_sign_and_words_not_a_colour_alone() -> None:
     assert '<div class="text">&lt;a&gt;<mark> b<small> ≠ ⏎</small></mark></div>' in html
     assert "<td>90.0%</td><td>12.5%</td><td>≠ differs</td>" in html
     assert html.count("<td>same</td>") == 1
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "shadow_peft.playground.page", raising=False)
+    assert main(["playground", "--adapter", "out"]) == 1
+    assert "pip install 'shadow-peft[playground]'" in capsys.readouterr().err

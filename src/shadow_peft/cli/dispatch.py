@@ -28,15 +28,8 @@ VERBS = {
     "playground": "compare base, shadow and drafts side by side in the browser",
 }
 
-#: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {
-    "demo": "demo",
-    "train": "train",
-    "pretrain": "train",
-    "eval": "eval",
-    "cascade": "cascade",
-    "playground": "playground",
-}
+#: Verb -> the extra of this package that it needs to be imported; `playground` asks for its own.
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

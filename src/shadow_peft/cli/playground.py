@@ -6,6 +6,8 @@ from contextlib import suppress
 from threading import Event
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import check_quantization, load_answering
 from shadow_peft.cli.options import OPTIONS
@@ -13,7 +15,6 @@ from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.playground_options import PlaygroundOptions
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.playground.comparison import warm_up
-from shadow_peft.playground.page import make_page, serve
 
 DESCRIPTION = (
     "Serves a page where the bare base, the adapted base, the shadow alone and the adapted base with drafts answer a prompt "
@@ -28,11 +29,15 @@ EXAMPLES = """examples:
 
 def run(arguments: list[str]) -> None:
     """Parse the options, load base and adapter, and serve the page until it is interrupted."""
-    parser = VerbParser("playground", OPTIONS["playground"], DESCRIPTION, EXAMPLES)
-    options, quantization, _ = parse(parser, arguments)
+    options, quantization, _ = parse(make_playground_parser(), arguments)
     check_quantization(quantization)
+    try:
+        from shadow_peft.playground.page import make_page, serve
+    except ImportError as error:  # the help needs no Gradio
+        raise UserError(f"{error}; install the extra: pip install 'shadow-peft[playground]'") from error
     with quiet_libraries():
-        page = _page(options, quantization)
+        model, tokenizer, title = _load(options, quantization)
+        page = make_page(model, tokenizer, options.prompt.replace("\\n", "\n"), options.max_new_tokens, title)
         try:
             address = serve(page, options.host, options.port)
         except OSError as error:
@@ -43,11 +48,17 @@ def run(arguments: list[str]) -> None:
         page.close()
 
 
-def _page(options: PlaygroundOptions, quantization: Any) -> Any:
+def make_playground_parser() -> VerbParser:
+    """The parser of this verb's options."""
+    return VerbParser("playground", OPTIONS["playground"], DESCRIPTION, EXAMPLES)
+
+
+def _load(options: PlaygroundOptions, quantization: Any) -> tuple[Any, PreTrainedTokenizerBase, str]:
+    """The adapted base, warmed up, its tokenizer, and what the page says that they are."""
     model: Any
     model, tokenizer = load_answering(options.model, options.adapter, None, quantization, dtype=options.dtype)
     base = model.peft_model.base_model
     size = f"{base.num_parameters():,} parameters, {str(base.dtype).removeprefix('torch.')}, {model.device}"
     title = f"Adapter `{options.adapter}` on `{base.config.name_or_path}`: {size}"
     warm_up(model.eval(), tokenizer)
-    return make_page(model, tokenizer, options.prompt.replace("\\n", "\n"), options.max_new_tokens, title)
+    return model, tokenizer, title

@@ -14,6 +14,8 @@ TITLES = {
     "drafted": ("Drafted", "the shadow drafts, the base verifies"),
 }
 
+SIGNS = {"\n": "⏎", "\t": "⇥", " ": "␣"}
+
 CSS = """
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 0.75rem; }
 .answers article { border: 1px solid var(--border-color-primary); border-radius: 0.5rem; padding: 0.75rem; min-width: 0; }
@@ -61,9 +63,8 @@ def _article(name: str, answer: Answer | None) -> str:
 def opinions_html(opinions: Sequence[Opinion]) -> str:
     """The attached answer with a mark where the shadow would go on in another way, and all opinions as a table."""
     differing = sum(not opinion.agrees for opinion in opinions)
-    what = (
-        f"The shadow differs from the adapted base at {differing} of {_counted(len(opinions), 'token')}. "
-        "A mark shows the token that was written, then ≠ and what the shadow would have written."
+    what = f"The shadow differs from the adapted base at {differing} of {_counted(len(opinions), 'token')}. " + (
+        "A mark shows the token that was written, then ≠ and what the shadow would have written." if differing else ""
     )
     text = "".join(_marked(opinion) for opinion in opinions)
     rows = "".join(_row(number, opinion) for number, opinion in enumerate(opinions, 1))
@@ -80,10 +81,11 @@ def opinions_html(opinions: Sequence[Opinion]) -> str:
 
 
 def _marked(opinion: Opinion) -> str:
+    token = opinion.token
     if opinion.agrees:
-        return escape(opinion.token)
-    breaks = "\n" * opinion.token.count("\n")  # shown in the mark, and made behind it
-    written = _shown(opinion.token) if opinion.token.isspace() or breaks else escape(opinion.token)
+        return escape(token)
+    written = escape(token) if token.strip() and token.isprintable() else _shown(token)
+    breaks = "\n" * token.count("\n")  # shown in the mark, and made behind it
     return f"<mark>{written}<small> ≠ {_shown(opinion.shadow.token)}</small></mark>{breaks}"
 
 
@@ -96,8 +98,9 @@ def _row(number: int, opinion: Opinion) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token with its whitespace made visible."""
-    return escape(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "(nothing)")
+    """A token with whitespace and control characters made visible."""
+    visible = [SIGNS.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token]
+    return escape("".join(visible) or "(nothing)")
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from transformers import PreTrainedTokenizerBase
 
-from shadow_peft.playground.comparison import answers, encoded, opinions
+from shadow_peft.playground.comparison import Answer, answers, encoded, opinions
 from shadow_peft.playground.markup import CSS, answers_html, opinions_html
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -34,7 +34,7 @@ def make_page(
             inputs = encoded(tokenizer, text, chat, model.device)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        found = []
+        found: list[Answer] = []
         yield answers_html(found), ""
         for answer in answers(model, tokenizer, inputs, int(tokens)):
             found.append(answer)
@@ -47,9 +47,9 @@ def make_page(
         gr.Markdown(f"# shadow-peft playground\n\n{title}")
         text = gr.Textbox(prompt, label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
-            tokens = gr.Slider(1, LONGEST, max_new_tokens, step=1, label="Most new tokens", elem_id="tokens")
+            tokens = gr.Slider(1, LONGEST, max_new_tokens, step=1, label="Most new tokens", min_width=260, elem_id="tokens")
             can_chat = tokenizer.chat_template is not None
-            chat = gr.Checkbox(False, label="As a user's message (chat template)", visible=can_chat, elem_id="chat")
+            chat = gr.Checkbox(False, label="As a user's message (chat template)", visible=can_chat, min_width=260)
         button = gr.Button("Answer", variant="primary", elem_id="answer")
         shown = gr.HTML(elem_id="answers")
         differing = gr.HTML(elem_id="opinions")
@@ -71,7 +71,9 @@ def serve(page: gr.Blocks, host: str, port: int | None) -> str:
     Raises:
         OSError: the port is in use.
     """
-    theme = gr.themes.Default(font=[gr.themes.Font(name) for name in FONTS], font_mono=gr.themes.Font("monospace"))
+    theme = gr.themes.Default(
+        primary_hue="blue", font=[gr.themes.Font(name) for name in FONTS], font_mono=gr.themes.Font("monospace")
+    ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700")
     options: dict[str, Any] = {"quiet": True, "share": False, "footer_links": [], "theme": theme, "css": CSS}
     _, address, _ = page.queue().launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
     return str(address)
