@@ -29,7 +29,7 @@ MISTYPED = {
     "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
     "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
-    "playground": (["--adapter", "out", "--prot", "8080"], "--port"),
+    "playground": (["--port", "8080", "--adaptr", "out"], "--adapter"),
     "export": (["out", "--ouptut", "x"], "--output"),
 }
 

@@ -17,7 +17,9 @@ TITLES = {
 SIGNS = {"\n": "⏎", "\t": "⇥", " ": "␣"}
 
 CSS = """
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 0.75rem; }
+.answers { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; }
+@media (min-width: 40rem) { .answers { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (min-width: 64rem) { .answers { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 .answers article { border: 1px solid var(--border-color-primary); border-radius: 0.5rem; padding: 0.75rem; min-width: 0; }
 .answers h3, .opinions h3 { margin: 0; font-size: 1rem; }
 .answers p, .opinions p { margin: 0.25rem 0; font-size: 0.875rem; color: var(--body-text-color); }
