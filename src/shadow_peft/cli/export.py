@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.checkpoint import store
 from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.export_runtime import compare_runtime, require_runtime, write_for_runtime
 from shadow_peft.cli.loading import check_place, load_answering, load_model, load_tokenizer, named_base
-from shadow_peft.cli.options import OPTIONS, ExportOptions
+from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.prompts import read_prompts
 from shadow_peft.cli.quiet import quiet_libraries
@@ -34,6 +36,8 @@ EXAMPLES = """examples:
   shadow-peft export out                            a folder out/hf that AutoModelForCausalLM loads without this package
   shadow-peft export out --check data.jsonl         compare the answers to your own prompts
   shadow-peft export out --dtype bfloat16 --output small
+  shadow-peft export out --to gguf --type q8_0      a file for llama.cpp
+  shadow-peft export out --to html                  a page that answers in any browser, without a network
   shadow-peft export out --no_fold                  keep the projection apart, for use as a shadow again
   shadow-peft export out/shadow --output stock      fold a shadow that was exported with its projection
 """
@@ -48,13 +52,20 @@ def run(arguments: list[str]) -> None:
     options, others = parse(parser, arguments)
     folder = target(options, others.shadow)
     with quiet_libraries():
+        require_runtime(options)
         attached, tokenizer, origin = load(options, others.shadow)
         prompts = read_prompts(options.check, tokenizer, options.check_prompts)
         exported = detached(attached, options)
-        hf.write(exported, tokenizer, folder, origin)
+        if options.to == "hf":
+            hf.write(exported, tokenizer, folder, origin)
+        else:
+            write_for_runtime(exported, tokenizer, folder, origin, options)
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{folder}: {type(exported).__name__}, {exported.num_parameters():,} parameters, {size / 1e6:.1f} MB")
-        print(compare(attached, folder, prompts, options))
+        if options.to == "hf":
+            print(compare(attached, folder, prompts, options))
+        else:
+            print(compare_runtime(exported, tokenizer, folder, prompts, options))
 
 
 def target(options: ExportOptions, shadow: str) -> Path:

@@ -7,26 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.limits import LARGEST_SEED, Dtype, require
 from shadow_peft.config import ShadowConfig
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
 """The default config of the command line; in Python the default variant is "published"."""
-
-LARGEST_SEED = 2**32 - 1
-
-
-def require(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Refuse a number outside a range; None, which stands for what was not given, lies in every range.
-
-    Raises:
-        ValueError: naming the option, the range and the number.
-    """
-    if value is None or (least <= value <= most and value != math.inf):
-        return
-    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
-    raise ValueError(f"--{name} must be {limits}, got {value}")
 
 
 @dataclass
@@ -300,36 +286,6 @@ class EvalOptions:
             raise ValueError(f"--limit must be above 0, got {self.limit}")
         require("num_fewshot", self.num_fewshot, 0)
         require("seed", self.seed, 0, LARGEST_SEED)
-
-
-@dataclass
-class ExportOptions:
-    """Options of `shadow-peft export`."""
-
-    to: Literal["hf"] = field(default="hf", metadata={"help": "Format: hf is a folder of transformers."})
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
-    )
-    fold: bool = field(
-        default=True,
-        metadata={
-            "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
-        },
-    )
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
-    check: str | None = field(
-        default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
-    )
-    check_prompts: int = field(default=20, metadata={"help": "Number of prompts to take from --check."})
-    check_tokens: int = field(default=40, metadata={"help": "Maximum number of tokens of an answer that is compared."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
-
-    def __post_init__(self) -> None:
-        require("check_prompts", self.check_prompts, 1)
-        require("check_tokens", self.check_tokens, 1)
 
 
 #: Verb -> the dataclasses of this package whose fields are its options.

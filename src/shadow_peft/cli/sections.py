@@ -58,7 +58,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "export": {
-        "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
+        "what is written": (
+            "to", "output", "overwrite", "model", "fold", "dtype", "type", "quantize", "config",
+        ),
+        "the page in the browser (--to html)": ("page_title", "page_about", "page_prompt"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
 }  # fmt: skip
