@@ -33,13 +33,13 @@ DESCRIPTION = (
     "says how many are the same."
 )
 EXAMPLES = """examples:
-  shadow-peft export out                            a folder out/hf that AutoModelForCausalLM loads without this package
-  shadow-peft export out --check data.jsonl         compare the answers to your own prompts
+  shadow-peft export out                            a folder out/hf for transformers
+  shadow-peft export out --overwrite --check data.jsonl   compare the answers, too
   shadow-peft export out --dtype bfloat16 --output small
+  shadow-peft export out --no_fold --output apart   keep the projection apart
+  shadow-peft export apart --output stock           fold it
   shadow-peft export out --to gguf --type q8_0      a file for llama.cpp
-  shadow-peft export out --to html                  a page that answers in any browser, without a network
-  shadow-peft export out --no_fold                  keep the projection apart, for use as a shadow again
-  shadow-peft export out/shadow --output stock      fold a shadow that was exported with its projection
+  shadow-peft export out --to html                  a page that answers in a browser
 """
 
 
