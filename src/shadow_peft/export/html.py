@@ -31,7 +31,7 @@ _LARGEST = 350_000_000
 
 _PARTS = Path(__file__).with_name("page")
 _MODEL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", onnx.FILE)
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def packages() -> dict[str, Package]:
@@ -129,7 +129,7 @@ def opened(file: Path, **context: Any) -> Iterator[Browser]:
     """
     from playwright.sync_api import sync_playwright
 
-    program = next((found for name in _BROWSERS if (found := shutil.which(name))), None)
+    program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program)
         browser = Browser(chromium.new_context(offline=True, **context).new_page())
