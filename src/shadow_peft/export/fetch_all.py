@@ -1,6 +1,6 @@
 """A program: fetches what exports to GGUF and to a page take from PyPI and npm, so that they need no network later.
 
-    python -m shadow_peft.export.fetch_all
+python -m shadow_peft.export.fetch_all
 """
 
 from __future__ import annotations

@@ -93,15 +93,8 @@ def compose(page: Page, parts: dict[str, bytes]) -> str:
 @contextmanager
 def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
     """The page in a Chromium without a network and without a window."""
-    with opened(target / FILE) as browser:
-
-        def answer(prompt: list[int], tokens: int) -> list[int]:
-            return list(browser.page.evaluate("([ids, tokens]) => window.shadow.answer(ids, tokens)", [prompt, tokens]))
-
-        def split(text: str) -> list[int]:
-            return list(browser.page.evaluate("(text) => window.shadow.split(text)", text))
-
-        yield Running(answer, split)
+    with opened(target / FILE) as browser, asking(browser) as run:
+        yield run
 
 
 @dataclass
@@ -140,6 +133,25 @@ def opened(file: Path, **context: Any) -> Iterator[Browser]:
         browser.page.evaluate("() => window.shadow.ready()")
         yield browser
         chromium.close()
+
+
+@contextmanager
+def asking(browser: Browser) -> Iterator[Running]:
+    """The model of an opened page.
+
+    Raises:
+        RuntimeError: at the end, where the page asked a host for something or its console has errors.
+    """
+
+    def answer(prompt: list[int], tokens: int) -> list[int]:
+        return list(browser.page.evaluate("([ids, tokens]) => window.shadow.answer(ids, tokens)", [prompt, tokens]))
+
+    def split(text: str) -> list[int]:
+        return list(browser.page.evaluate("(text) => window.shadow.split(text)", text))
+
+    yield Running(answer, split)
+    if browser.errors or browser.requests:
+        raise RuntimeError(f"the page made errors {browser.errors} and requests {browser.requests}")
 
 
 def _note(requests: list[str], url: str) -> None:
