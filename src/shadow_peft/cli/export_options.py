@@ -12,7 +12,7 @@ from shadow_peft.cli.limits import Dtype, require
 class ExportOptions:
     """Options of `shadow-peft export`."""
 
-    to: Literal["hf", "gguf", "onnx", "html", "openvino", "executorch"] = field(
+    to: Literal["hf", "gguf", "onnx", "html", "openvino"] = field(
         default="hf",
         metadata={"help": "Format: hf is a folder of transformers, gguf is for llama.cpp, html one page for a browser."},
     )
