@@ -1,6 +1,7 @@
 # Every target works on a clean clone: it makes $(VENV) first, where only python3 with pip is needed.
 #
 #   make demo          fine-tune the embedded base on the embedded task, offline, and race LoRA beside it
+#   make page          the shadow of the demo as one page for a browser, in shadow-demo/page; after make demo
 #   make test          formatting, types, dependency line and every test
 #   make lint          the first three of these alone
 #   make conformance   every architecture that transformers knows; writes docs/conformance.md
@@ -19,7 +20,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint conformance compat smollm2 docs clean
+.PHONY: help demo page test lint conformance compat smollm2 docs clean
 
 help:
 	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
@@ -36,7 +37,14 @@ $(VENV)/.with-%: $(VENV)/.torch pyproject.toml constraints.txt
 demo: $(VENV)/.with-demo
 	@$(BIN)/shadow-peft demo
 
-test: $(VENV)/.with-test
+page: $(VENV)/.with-demo $(VENV)/.with-html
+	@$(BIN)/python scripts/demo_page.py shadow-demo
+
+# llama.cpp's converter and the runtime of the page; without a network their tests are skipped
+$(VENV)/.fetched: $(VENV)/.with-test
+	@if $(BIN)/python -m shadow_peft.export.fetch_all; then touch $@; fi
+
+test: $(VENV)/.with-test $(VENV)/.fetched
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.with-lint

@@ -3,9 +3,9 @@
     python -m benchmarks.runtimes shadow-demo
 
 The folder is the one that `shadow-peft demo` wrote, with `adapter/` in it. The shadow is folded and exported to every format
-whose runtime is installed. Every command of the test split is answered greedily, one at a time, on one thread, and compared with the answer
-of transformers in float32. For the speed both answer the same blocks of commands in turn, and the ratio is the median over the blocks, so that
-other load on the machine falls on both. Results go to `benchmarks/results/runtimes.json`; `docs/runtimes.md` shows the table.
+of the table. Every command of the test split is answered greedily, one at a time, on one thread, and compared with the
+answer of transformers in float32. For the speed both answer the same blocks of commands in turn, and the ratio is the median
+over the blocks, so that other load on the machine falls on both. `docs/runtimes.md` shows the table of the results.
 """
 
 from __future__ import annotations

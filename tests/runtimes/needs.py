@@ -12,7 +12,9 @@ from shadow_peft.export.runtimes import RUNTIMES, CannotExport, require
 
 
 def cannot_use(name: str) -> str | None:
-    """Why a format can be neither written nor run here; None where it can."""
+    """Why a format cannot be written and run here; None where it can."""
+    if name == "hf":
+        return None
     try:
         require(name, (*RUNTIMES[name].to_write, *RUNTIMES[name].to_run))
     except CannotExport as error:

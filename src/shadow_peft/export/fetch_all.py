@@ -5,16 +5,24 @@ python -m shadow_peft.export.fetch_all
 
 from __future__ import annotations
 
+import sys
+
 from shadow_peft.export.fetched import fetch
 from shadow_peft.export.gguf import SOURCES
 from shadow_peft.export.html import packages
+from shadow_peft.export.runtimes import CannotExport
 
 
-def main() -> None:
-    """Fetch every package, and say where it is."""
-    for package in (SOURCES, *packages().values()):
-        print(fetch(package))
+def main() -> int:
+    """Fetch every package and say where it is; 1 where one cannot be fetched."""
+    try:
+        for package in (SOURCES, *packages().values()):
+            print(fetch(package))
+    except CannotExport as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
