@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from shadow_peft import ShadowForSequenceClassification
 from shadow_peft.cli import main
@@ -124,3 +126,25 @@ def test_the_page_names_sizes_and_offers_the_prompts(
     assert page.examples == ("red cup", "door")
     assert (page.title, page.about, page.prompt) == ("Shadow of small-base", "On 5 rows.", "text: {}\n")
     assert page.facts["its base"].endswith("the shadow has 25% of them")
+
+
+def test_weights_of_8_bits(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each linear map of the layers is within half a step of its float; the folder is smaller by what they save."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'shadow-peft[quantized]'")
+    places = {name: tmp_path / name for name in ("none", "int8")}
+    for name, place in places.items():
+        assert main(["export", str(adapter), "--output", str(place), "--quantize", name]) == 0
+        assert "of 4 answers are those of the attached shadow" in capsys.readouterr().out
+    plain, loaded = (AutoModelForCausalLM.from_pretrained(place, device_map="cpu") for place in places.values())
+    modules = dict(loaded.named_modules())
+    saved = 0
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            meaning = modules[name].weight.dequantize()
+            step = module.weight.abs().amax(1, keepdim=True) / 127
+            assert ((meaning - module.weight).abs() <= 0.51 * step).all()
+            saved += module.weight.numel() * 3 - 4 * module.weight.shape[0]
+    assert torch.equal(modules["lm_head"].weight, plain.lm_head.weight)
+    stored = {name: load_file(place / "model.safetensors") for name, place in places.items()}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in stored.items()}
+    assert sizes["none"] - sizes["int8"] == saved

@@ -25,6 +25,8 @@ from shadow_peft.config import CONFIG_FILE
 from shadow_peft.export import hf
 from shadow_peft.export.check import agreement, classifies, ends_of, generates
 from shadow_peft.export.folded import fold
+from shadow_peft.export.quantized import quantized
+from shadow_peft.export.runtimes import CannotExport
 from shadow_peft.tasks.auto import AutoShadowModelForSequenceClassification
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
 
@@ -122,7 +124,13 @@ def detached(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
     except ValueError as error:
         keep = "; --no_fold keeps the projection apart" if options.fold else ""
         raise UserError(f"cannot export this shadow: {one_line(error)}{keep}") from error
-    return exported if options.dtype == "auto" else exported.to(getattr(torch, options.dtype))
+    exported = exported if options.dtype == "auto" else exported.to(getattr(torch, options.dtype))
+    if options.quantize == "none":
+        return exported
+    try:
+        return quantized(exported)
+    except CannotExport as error:
+        raise UserError(f"--quantize {options.quantize}: {error}") from error
 
 
 def compare(attached: PreTrainedModel, folder: Path, prompts: list[list[int]], options: ExportOptions) -> str:

@@ -25,7 +25,7 @@ class ExportOptions:
     output: str | None = field(
         default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
     )
-    quantize: Literal["none", "int8", "int4"] = field(
+    quantize: Literal["none", "int8"] = field(
         default="none", metadata={"help": "Quantize the weights of an hf folder with torchao, activations are not."}
     )
     fold: bool = field(
