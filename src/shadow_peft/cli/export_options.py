@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shadow_peft.cli.limits import Dtype, require
+from shadow_peft.cli.ranges import Dtype, require
 
 
 @dataclass

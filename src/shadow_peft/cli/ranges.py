@@ -1,4 +1,4 @@
-"""What the values of options are checked against."""
+"""What options of several verbs share: the range of a number, and dtypes; needs no torch."""
 
 from __future__ import annotations
 
