@@ -265,7 +265,9 @@ def test_trained_weights_beside_a_base_in_bfloat16_are_not_rounded(width: int, f
     """The embeddings come from the base, and are in bfloat16; the shadow was trained in float32."""
     shadow = llama(3, hidden_size=width, num_hidden_layers=2)
     model = ShadowForCausalLM(adapted(llama().to(torch.bfloat16), shadow_model=shadow))
-    trained = {name: weight.clone() for name, weight in model.peft_model.shadow_model.state_dict().items() if "layers" in name}
+    trained = {
+        name: weight.clone() for name, weight in model.peft_model.shadow_model.state_dict().items() if "layers" in name
+    }
     exported = model.export_shadow(fold=fold).state_dict()
     assert trained
     for name, weight in trained.items():
