@@ -17,7 +17,6 @@ from benchmarks.quality.real.bootstrap import Difference
 from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import (
     CHOOSING,
-    CORE,
     FROZEN_PRETRAINED,
     OTHERS,
     PARTS,
