@@ -35,8 +35,10 @@ plain text (.txt), folders of them, or a dataset on the hub; they are streamed a
 EXAMPLES = """examples:
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000 --resume
-  shadow-peft pretrain --model ./base --data a.jsonl b.txt --output shadow --max_steps 2000 --distillation_weight 1
-  shadow-peft train --model ./base --shadow_model shadow --share_embeddings --data commands.jsonl --output out
+  shadow-peft pretrain --model ./base --data a.jsonl b.txt --output distilled \\
+      --max_steps 2000 --distillation_weight 1
+  shadow-peft train --model ./base --shadow_model shadow --share_embeddings \\
+      --data commands.jsonl --output out
 """
 
 
