@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.backbone.cast_weights import with_cast_weights
 from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
 from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
@@ -177,13 +178,16 @@ class ShadowAdapter(nn.Module):
         signature = self._backbone_signature
         arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
         tokens = self._backbone_tokens(inputs)
-        with self._backbone_precision():
+        backbone, projection = self.shadow_model, self.shadow_hidden_projection
+        with self._backbone_precision() as autocast:
+            if autocast is not None:
+                backbone, projection = (with_cast_weights(m, self.base_model.dtype) for m in (backbone, projection))
             if self._recomputes(inputs):
                 save_matmuls = not architecture_of(self.shadow_model.config).modifies_outputs_in_place
                 outputs = checkpoint_except_matmuls(self.shadow_model, tokens, arguments, save_matmuls)
             else:
-                outputs = self.shadow_model(**tokens, **arguments)
-            return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
+                outputs = backbone(**tokens, **arguments)
+            return projection(outputs[0]), returned_cache(outputs)
 
     def _recomputes(self, inputs: ModelInputs) -> bool:
         """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.
