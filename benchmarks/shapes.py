@@ -1,7 +1,8 @@
 """Random bases in the shapes of Qwen3 0.6B, 4B and 8B, and the sizes at which every contender trains as much beside them.
 
 What is trained is what `readout` has with one layer whose MLP is a sixth of the base's, and ranks of 64 and 32: 2.2 % of the
-smallest base, 0.6 % of the largest one. Every other size follows from that count, to within one rank; 0.1.1 has an update more, which it does not use.
+smallest base, 0.6 % of the largest one. Every other size follows from that count, to within one rank;
+0.1.1 has one update more, which it does not use.
 """
 
 from __future__ import annotations

@@ -60,8 +60,10 @@ class Process:
     def end(self) -> None:
         """Let it go, and wait until its memory is free."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

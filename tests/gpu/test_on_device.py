@@ -1,4 +1,4 @@
-"""What depends on the device: bfloat16, compiled graphs, kinds of cache, 4 bit, drafting, files. The CPU is the reference."""
+"""What depends on the device, with the CPU as the reference: bfloat16, graphs, kinds of cache, 4 bit, drafting, files."""
 
 from __future__ import annotations
 
