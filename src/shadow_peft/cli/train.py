@@ -50,7 +50,7 @@ hub. Its rows are
   {"conversations": [...]}              the same, in the format of ShareGPT
   {"text": ...}                         trains on all of it
 or become prompts and completions by the templates --prompt and --completion
-over their columns. For --task classification:
+over their columns. With --task classification they are
   {"text": ..., "label": ...}           trains on the label; --prompt is a
                                         template of the text, --class_column
                                         the label"""

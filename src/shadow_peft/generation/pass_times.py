@@ -28,7 +28,10 @@ from shadow_peft.base.task_head import input_embeddings
 clock: Callable[[], float] = time.perf_counter
 """Seconds since some moment; tests have a clock of their own."""
 
-KEPT, PRIOR_WEIGHT = 9, 2.0
+KEPT = 9
+"""Measurements of a kind that are kept, the latest ones."""
+PRIOR_WEIGHT = 2.0
+"""Measurements that what is believed before weighs as much as."""
 
 
 class Costs(NamedTuple):
@@ -112,9 +115,11 @@ _TIMES: WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype, int],
 
 def pass_times(adapter: ShadowAdapter, rows: int) -> PassTimes:
     """What is known of an adapted model's passes over so many rows, on its device and in its dtype."""
-    base = adapter.base_model
     known = _TIMES.setdefault(adapter, {})
-    return known.setdefault((base.device, base.dtype, rows), PassTimes(prior_costs(adapter, rows), _is_alone()))
+    key = adapter.base_model.device, adapter.base_model.dtype, rows
+    if key not in known:
+        known[key] = PassTimes(prior_costs(adapter, rows), measures=_is_alone())
+    return known[key]
 
 
 def _is_alone() -> bool:
