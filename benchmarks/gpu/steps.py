@@ -149,7 +149,7 @@ def decode(shape: str, name: str, drafts: str | None, options: Options) -> Resul
     rounds, prompt, tokens = (1, 8, 6) if options.toy else (3, 128, 32)
     processes = beside_base(name, shape, options.device, options.dtype, peer() if name == PUBLISHED else "", drafts)
     try:
-        rows = measure(processes, rounds, prompt, tokens)
+        rows = measure(processes, rounds, prompt, tokens, [1] if options.toy else [1, 8])
     finally:
         for process in processes.values():
             process.end()

@@ -169,3 +169,11 @@ def test_ablations_take_the_rate_of_their_variant(tmp_path: Path) -> None:
     losses(tmp_path, "readout", {1e-3: 1.0, 2e-3: 0.9, 4e-3: 1.0})
     planned = {run for run in missing(tmp_path) if run.method == "readout-zero-state"}
     assert {(run.task, run.seed, run.rate) for run in planned} == {(t, s, 2e-3) for t in CHOOSING for s in plan.SEEDS}
+
+
+def test_the_pages_command_for_one_cell_is_accepted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/quality.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if "benchmarks.quality.run --base smollm2 --method" in line]
+    words = line.partition("--base smollm2 ")[2].split()
+    assert real.main([*words[: words.index("--out")], "--out", str(tmp_path), "--list"]) == 0
+    assert "readout commands 0 0.002" in capsys.readouterr().out
