@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ class ModelInputs:
         cache: the cache that the caller passes; once ready, that of base and backbone, or None.
         use_cache: whether the cache is returned; None leaves it to the base's config.
         extra: whatever else the base's forward takes.
+        adapter_names: the adapter of each row; None for the active one.
     """
 
     input_ids: Tensor | None = None
@@ -32,6 +34,7 @@ class ModelInputs:
     cache: Any = None
     use_cache: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    adapter_names: tuple[str, ...] | None = None
 
     def checked(self) -> ModelInputs:
         """The same inputs.
@@ -64,6 +67,19 @@ class ModelInputs:
         return replace(self, **rest)
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows B."""
+        return next(iter(self.tokens.values())).shape[0]
+
+    def select_rows(self, rows: Sequence[int]) -> ModelInputs:
+        """The same inputs for some rows; what has one row for all, or none, stays."""
+        count = self.num_rows
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        chosen: dict[str, Any] = {name: _rows_of(getattr(self, name), rows, count) for name in names}
+        extra = {name: _rows_of(value, rows, count) for name, value in self.extra.items()}
+        return replace(self, **chosen, extra=extra)
+
+    @property
     def tokens(self) -> dict[str, Tensor]:
         """The tokens as the base takes them."""
         if self.inputs_embeds is not None:
@@ -80,6 +96,18 @@ class ModelInputs:
         if signature.cache_name is not None:
             arguments |= {signature.cache_name: cache, "use_cache": self.use_cache}
         return signature.accepted(arguments)
+
+
+def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
+    """Rows of a tensor `[B, ...]`, or `[n, B, T]` like positions of several kinds; of a dictionary of such; else itself."""
+    if isinstance(value, dict):
+        return {name: _rows_of(entry, rows, count) for name, entry in value.items()}
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    index = torch.tensor(rows, device=value.device)
+    if value.shape[0] == count:
+        return value.index_select(0, index)
+    return value.index_select(1, index) if value.dim() == 3 and value.shape[1] == count else value
 
 
 def positions(attention_mask: Tensor, length: int) -> Tensor:

@@ -24,10 +24,11 @@ VERBS = {
     "classify": "tell the class of a text with a classifier, with or without adapter",
     "export": "write the shadow of an adapter as a standalone model",
     "eval": "score a model or its shadow with lm-evaluation-harness",
+    "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

@@ -7,26 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from shadow_peft.cli.cascade_options import CascadeOptions
+from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.config import ShadowConfig
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
 """The default config of the command line; in Python the default variant is "published"."""
-
-LARGEST_SEED = 2**32 - 1
-
-
-def require(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Refuse a number outside a range; None, which stands for what was not given, lies in every range.
-
-    Raises:
-        ValueError: naming the option, the range and the number.
-    """
-    if value is None or (least <= value <= most and value != math.inf):
-        return
-    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
-    raise ValueError(f"--{name} must be {limits}, got {value}")
 
 
 @dataclass
@@ -340,6 +326,7 @@ OPTIONS: dict[str, list[type]] = {
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
     "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
+    "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
     "export": [ExportOptions],
 }
 
