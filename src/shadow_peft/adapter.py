@@ -173,6 +173,16 @@ class ShadowAdapter(nn.Module):
         return torch.cat([drafted.states, state], dim=1), backbone_cache
 
     def _run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        states, cache = self.backbone_states(inputs)
+        return self.project(states), cache
+
+    def project(self, states: Tensor) -> Tensor:
+        """P of the backbone's states `[B, T, S]`: `[B, T, d]`."""
+        with self._backbone_precision():
+            return self.shadow_hidden_projection(states)
+
+    def backbone_states(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        """backbone(x) `[B, T, S]`, before the projection, and the backbone's cache."""
         cache = None if inputs.cache is None else inputs.cache.shadow
         signature = self._backbone_signature
         arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
@@ -183,7 +193,7 @@ class ShadowAdapter(nn.Module):
                 outputs = checkpoint_except_matmuls(self.shadow_model, tokens, arguments, save_matmuls)
             else:
                 outputs = self.shadow_model(**tokens, **arguments)
-            return self.shadow_hidden_projection(outputs[0]), returned_cache(outputs)
+            return outputs[0], returned_cache(outputs)
 
     def _recomputes(self, inputs: ModelInputs) -> bool:
         """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.

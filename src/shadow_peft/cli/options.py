@@ -113,6 +113,13 @@ class TemplateOptions:
     chat: bool = field(default=False, metadata={"help": "Make prompt and completion turns for the chat template."})
 
 
+#: Options of `shadow-peft pretrain` about a shadow that is cut from the base.
+CUT_OPTIONS = (
+    *("num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_hidden_size"),
+    *("shadow_intermediate_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"),
+)
+
+
 @dataclass
 class PretrainOptions:
     """Options of `shadow-peft pretrain`."""
@@ -125,12 +132,27 @@ class PretrainOptions:
         default=False,
         metadata={"help": "Go on from the newest finished checkpoint in OUTPUT; where there is none, start."},
     )
+    small: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a small model to take as the shadow, instead of a cut of the base."},
+    )
+    align: bool = field(
+        default=False,
+        metadata={"help": "Train the projection of --small alone, by distilling the small model's own head."},
+    )
     num_shadow_layers: int = field(default=2, metadata={"help": "Decoder layers of the shadow."})
-    shadow_init_layers: Literal["first", "even"] = field(
-        default="even", metadata={"help": "Which layers of the base it starts from: the first, or evenly spaced ones."}
+    shadow_init_layers: str = field(
+        default="even",
+        metadata={
+            "help": "Which layers of the base it starts from: first, even (evenly spaced), or numbers such as 0,9,29."
+        },
     )
     shadow_init: Literal["base", "random"] = field(
         default="base", metadata={"help": "Copies of the base's layers, or random weights."}
+    )
+    shadow_hidden_size: int | None = field(
+        default=None,
+        metadata={"help": "Width; another than the base's is found by projecting the base's states, and has a projection."},
     )
     shadow_intermediate_size: int | None = field(
         default=None, metadata={"help": "Neurons of each MLP; by default as many as the base has."}
@@ -141,11 +163,21 @@ class PretrainOptions:
     shadow_num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Key/value heads; by default as many as the base has."}
     )
-    next_token_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the text."})
-    distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the KL divergence from the base's next-token distribution."}
+    next_token_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the cross entropy with the text; by default 1, with --align 0."}
     )
-    top_k: int = field(default=32, metadata={"help": "The base's most likely tokens that this divergence compares."})
+    distillation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL divergence from the teacher's next-token distribution; by default 0, with --align 1."
+        },
+    )
+    top_k: int = field(default=32, metadata={"help": "The teacher's most likely tokens that this divergence compares."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep the base's most likely tokens in: computed once, for every run on the same text."},
+    )
+    data_licence: str | None = field(default=None, metadata={"help": "Licence of the text, for the model card."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     data_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     data_split: str = field(default="train", metadata={"help": "Split of a dataset on the hub."})
@@ -176,8 +208,29 @@ class PretrainOptions:
             require(name, getattr(self, name), 0)
         require("decay_fraction", self.decay_fraction, 0, 1)
         require("seed", self.seed, 0, LARGEST_SEED)
-        if self.next_token_weight + self.distillation_weight == 0:
+        if self.weights == (0, 0):
             raise ValueError("--next_token_weight and --distillation_weight are both 0: nothing would be learned")
+        self._check_stage()
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of the next-token loss and of the distillation."""
+        next_token, distillation = (0.0, 1.0) if self.align else (1.0, 0.0)
+        return (
+            next_token if self.next_token_weight is None else self.next_token_weight,
+            distillation if self.distillation_weight is None else self.distillation_weight,
+        )
+
+    def _check_stage(self) -> None:
+        """Refuse options that would do nothing beside the others."""
+        if self.align and self.small is None:
+            raise ValueError("--align trains the projection of a small model: give it as --small")
+        defaults = {name: PretrainOptions.__dataclass_fields__[name].default for name in CUT_OPTIONS}
+        given = [name for name in CUT_OPTIONS if getattr(self, name) != defaults[name]]
+        if self.small is not None and given:
+            raise ValueError(f"--{given[0]} is about a shadow that is cut from the base, and --small takes another model")
+        if self.teacher_cache is not None and (self.align or self.weights[1] == 0):
+            raise ValueError("--teacher_cache keeps what the base teaches: give --distillation_weight, and no --align")
 
 
 @dataclass
@@ -345,12 +398,9 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pretrain": {
         "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
-        "the cut": (
-            "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_intermediate_size",
-            "shadow_num_attention_heads", "shadow_num_key_value_heads",
-        ),
-        "what it learns": ("next_token_weight", "distillation_weight", "top_k"),
-        "text": ("text_column", "data_name", "data_split", "context", "held_out", "shuffle_buffer"),
+        "the shadow: a cut of the base, or a small model": (*CUT_OPTIONS, "small"),
+        "what it learns": ("align", "next_token_weight", "distillation_weight", "top_k", "teacher_cache"),
+        "text": ("text_column", "data_name", "data_split", "data_licence", "context", "held_out", "shuffle_buffer"),
         "training": (
             "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "decay_fraction",
             "weight_decay", "eval_steps", "save_steps", "logging_steps", "seed", "dtype", "use_cpu", "compile",
