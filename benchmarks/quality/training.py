@@ -7,13 +7,14 @@ float32 on one thread; only the learning rate is the method's own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.quality.tasks import Example
 
@@ -63,7 +64,15 @@ def in_order(rows: list[Row], settings: Settings, seed: int) -> list[Row]:
     return (order * (wanted // len(order) + 1))[:wanted]
 
 
-def train(model: nn.Module, rows: list[Row], settings: Settings, rate: float, seed: int, groups: list[Any]) -> Cost:
+def train(
+    model: nn.Module,
+    rows: list[Any],
+    settings: Settings,
+    rate: float,
+    seed: int,
+    groups: list[Any],
+    collator: Callable[[list[Any]], dict[str, Tensor]] = collate,
+) -> Cost:
     """Train the parameters of the optimizer groups, whose rates belong to `rate`."""
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     arguments = TrainingArguments(
@@ -73,8 +82,9 @@ def train(model: nn.Module, rows: list[Row], settings: Settings, rate: float, se
         train_sampling_strategy="sequential", remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(
-        model, arguments, train_dataset=in_order(rows, settings, seed), data_collator=collate, optimizers=(optimizer, None)
+        model, arguments, train_dataset=in_order(rows, settings, seed), data_collator=collator, optimizers=(optimizer, None)
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # the published packages do not know num_items_in_batch; one step is one batch
     started, cpu = time.perf_counter(), time.process_time()
     trainer.train()

@@ -341,10 +341,15 @@ class ShadowPeftModel(CheckpointMixin):
                 raise
             return getattr(self.base_model, name)
 
-    def export_shadow(self) -> PreTrainedModel:
+    def export_shadow(self, *, fold: bool = False) -> PreTrainedModel:
         """The shadow alone as a self-contained model, see `export.stock`.
 
+        Args:
+            fold: multiply the projection of a shadow of another width into its head. The model is a stock one then, which
+                `AutoModelForCausalLM` loads without this library. False keeps both apart, as `shadow-peft` 0.1.x does: in
+                an `AutoModelForCausalLMWithHiddenProjection`, which can be a shadow again.
+
         Raises:
-            ValueError: parameters are sharded over processes, or the shadow has no form of its own.
+            ValueError: parameters are sharded over processes, or the shadow has no such form; the message says why.
         """
-        return build_standalone_model(self)
+        return build_standalone_model(self, folded=fold)

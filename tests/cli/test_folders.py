@@ -90,7 +90,8 @@ def test_an_old_run_is_refused_and_stays(
 ) -> None:
     before = files(run)
     said = refused(capsys, *places(model_folder, data_folder, run))
-    assert "give another folder, --overwrite to replace that run, or --resume_from_checkpoint last" in said
+    assert "holds an earlier run (all_results.json, checkpoint-1, checkpoint-2, ...); give another folder" in said
+    assert "--overwrite to replace it, or --resume_from_checkpoint last" in said
     elsewhere = run.parent / "elsewhere"
     shutil.copytree(run / "checkpoint-1", elsewhere / "checkpoint-1")
     other = str(elsewhere / "checkpoint-1")
@@ -115,11 +116,9 @@ def test_a_file_of_others_that_would_be_replaced_is_refused(
         mine.mkdir()
     else:
         mine.write_text("mine")
-    said = refused(capsys, *places(model_folder, data_folder, tmp_path / "out"))
-    assert f"holds {name}" in said
-    if name == "shadow":
-        said = refused(capsys, *places(model_folder, data_folder, tmp_path / "out"), "--overwrite", "--export")
-        assert "belongs to no run" in said
+    for more in (["--export"], ["--overwrite", "--export"]):
+        said = refused(capsys, *places(model_folder, data_folder, tmp_path / "out"), *more)
+        assert f"holds {name}, which is of no run and might be replaced; give another folder" in said
 
 
 def test_a_folder_with_a_log_may_be_written_into(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -281,7 +280,7 @@ def test_ctrl_c_says_how_to_resume(model_folder: Path, data_folder: Path, tmp_pa
     *others, line = said.splitlines()  # transformers remarks that its checkpoints are of the same second
     assert all("mtime" in other for other in others)
     assert line.startswith("shadow-peft train: interrupted after step ")
-    program, verb, *resumed = shlex.split(line.partition("go on with: ")[2])
+    program, verb, *resumed = shlex.split(line.partition("resume with: ")[2])
     assert (program, verb) == ("shadow-peft", "train")
     assert "--overwrite" not in resumed
     last, _ = checkpoint_to_resume("last", str(out))

@@ -166,8 +166,10 @@ def test_folders_that_are_something_else(
     assert "it has no config.json" in mistake(capsys, "x", "--model", empty)
     assert "it is a file; give the folder" in mistake(capsys, "x", "--model", str(data_file))
     assert "there is no such folder" in mistake(capsys, "x", "--model", "./nowhere")
-    assert "is a shadow adapter and no model: give it as --adapter" in mistake(capsys, "x", "--model", str(adapter))
-    assert "is no shadow adapter" in mistake(capsys, "x", "--adapter", model)
+    assert "is a shadow adapter and no model; generate and eval take it as --adapter" in mistake(
+        capsys, "x", "--model", str(adapter)
+    )
+    assert "it has neither shadow_config.json nor adapter_config.json" in mistake(capsys, "x", "--adapter", model)
     assert "holds no shadow adapter" in mistake(capsys, "x", "--adapter", model, "--model", model)
     assert "is a file" in mistake(capsys, "x", "--adapter", str(data_file))
 

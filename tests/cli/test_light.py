@@ -28,6 +28,7 @@ MISTYPED = {
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
     "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
+    "export": (["out", "--ouptut", "x"], "--output"),
 }
 
 
@@ -98,6 +99,8 @@ def real_parser(verb: str) -> VerbParser:
     parser = VerbParser(verb, OPTIONS[verb], "", "")
     if verb == "generate":
         parser.add_argument("text", nargs="+")
+    if verb == "export":
+        parser.add_argument("shadow")
     return parser
 
 

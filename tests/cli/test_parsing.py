@@ -12,8 +12,9 @@ import yaml
 from shadow_peft.cli import main
 from shadow_peft.cli.dispatch import VERBS
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.options import OPTIONS, SECTIONS, TEXTS
+from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.sections import SECTIONS, TEXTS
 from shadow_peft.config import ShadowConfig
 from tests.cli.test_light import real_parser
 

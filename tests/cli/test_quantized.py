@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from shadow_peft import ShadowForCausalLM
 from shadow_peft.cli import loading, main
+from shadow_peft.cli.options import QuantizationOptions
 from tests.cli.test_eval import tasks  # noqa: F401 - a fixture
 from tests.quantized_bases import need, save_base
 
@@ -71,6 +73,24 @@ def test_train_resume_export_and_generate(
     assert said == tokenizer.decode(added, skip_special_tokens=True) + "\n"
     exported = AutoModelForCausalLM.from_pretrained(out / "shadow")
     assert all(p.is_floating_point() for p in exported.parameters())
+
+
+def test_lora_on_a_quantized_base_computes_in_the_dtype_of_its_base(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA folder has no config.json to read a dtype from."""
+    need("bitsandbytes 4")
+    from bitsandbytes.nn import Linear4bit
+
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    whole.save_pretrained(base)
+    lora = str(tmp_path / "lora")
+    get_peft_model(whole, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(lora)
+    AutoTokenizer.from_pretrained(base).save_pretrained(lora)
+    loaded = loading.load_base(lora, QuantizationOptions(load_in_4bit=True), dtype="auto")
+    assert {m.compute_dtype for m in loaded.modules() if isinstance(m, Linear4bit)} == {torch.bfloat16}
+    assert main(["generate", "say", "--model", lora, "--load_in_4bit", "--max_new_tokens", "2"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_eval_scores_the_quantized_base(base: Path, tasks: Path, tmp_path: Path) -> None:  # noqa: F811

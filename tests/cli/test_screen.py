@@ -25,6 +25,7 @@ from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Screen
 from shadow_peft.cli.summary import example_prompt, next_command
 
+EVERY_2 = ["--eval_strategy", "steps", "--eval_steps", "2"]
 STEPS = ["--max_steps", "4", "--logging_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -49,7 +50,7 @@ def piped(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("piped")
     rows = [{"prompt": f"say {i}:\n", "completion": f" {i} {i}"} for i in range(16)]
     Dataset.from_list(rows).to_json(folder / "d.jsonl")
-    arguments = trained(model_folder, folder / "d.jsonl", folder / "out", "--eval_fraction", "0.25", "--export")
+    arguments = trained(model_folder, folder / "d.jsonl", folder / "out", "--eval_fraction", "0.25", "--export", *EVERY_2)
     run = subprocess.run([sys.executable, "-m", "shadow_peft.cli", *arguments], capture_output=True, text=True, check=True)
     return run.stdout.splitlines(), run.stderr, folder / "out"
 
@@ -57,23 +58,23 @@ def piped(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_a_pipe_gets_plain_lines(piped: tuple[list[str], str, Path]) -> None:
     lines, errors, _ = piped
     assert errors == ""
-    assert lines[0].startswith("training ShadowPEFT, variant 'readout' (for the other")
+    assert lines[0].startswith("training ShadowPEFT, variant 'readout' (alternative: ")
     assert lines[1] == "train:"
     for name, said in (
         ("base", r".*tiny-base0 \(llama, 56,352 parameters, frozen\)"),
         ("method", "ShadowPEFT, variant 'readout'"),
         ("trained", r"30,848 parameters, 54\.74% of the base's"),
-        ("data", r".*d\.jsonl: 12 rows to learn, 4 to evaluate on"),
-        ("steps", r"4 of 4 rows, 1\.33 passes over the data"),
+        ("data", r".*d\.jsonl: 12 rows for training, 4 for evaluation"),
+        ("steps", r"4 of 4 rows, 1\.33 epochs"),
         ("device", "cpu; base in float32"),
     ):
         assert any(re.fullmatch(rf"  {name} +{said}", line) for line in lines), name
     steps = [line for line in lines if line.startswith("step ")]
     figures = r"loss [\d.]+  base\+shadow [\d.]+  shadow [\d.]+"
-    assert [bool(re.fullmatch(rf"step [24]/4  {figures}  rate [\de.-]+", line)) for line in steps[:2]] == [True, True]
-    assert re.fullmatch(rf"step 4/4  evaluation: {figures}  tokens right [\d.]+%", steps[2])
-    assert len(steps) == 3
-    assert any(line.startswith("  validation") for line in lines)
+    assert [bool(re.fullmatch(rf"step [24]/4  {figures}  lr [\de.-]+", line)) for line in steps[::2]] == [True, True]
+    assert re.fullmatch(rf"step 2/4  eval: {figures}  accuracy [\d.]+%", steps[1])
+    assert len(steps) == 4
+    assert sum(bool(re.fullmatch(rf"  validation +{figures}  accuracy [\d.]+%", line)) for line in lines) == 1
     assert any(line.endswith("shadow_adapter_readout.safetensors, with its tokenizer") for line in lines)
     assert not any("\x1b" in line or "\r" in line or "─" in line or "it/s" in line for line in lines)
 
@@ -136,8 +137,10 @@ def test_a_terminal_gets_panels_and_a_bar(model_folder: Path, data_file: Path, t
     assert "\x1b[" in text
     plain = ANSI.sub("", text)
     assert plain.startswith("training ShadowPEFT, variant 'readout'")
-    assert plain.index("╭─ train ") < plain.index("training ━") < plain.index("evaluation ") < plain.index("╭─ done ")
+    assert plain.index("╭─ train ") < plain.index("training ━") < plain.index("evaluation ━") < plain.index("╭─ done ")
     assert "4/4" in plain
+    bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("training ━")]
+    assert max(map(len, bars)) == 118  # the ^C that a terminal echoes has room
     for noise in ("Tokenizing", "Loading weights", "examples/s", "Warning", "it/s"):
         assert noise not in plain
 
@@ -175,7 +178,7 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_figures_in_words() -> None:
     assert in_words({"eval_loss": 1.0, "eval_mean_token_accuracy": 0.5, "eval_runtime": 3}, "eval_") == (
-        "loss 1  tokens right 50.0%"
+        "loss 1  accuracy 50.0%"
     )
     assert in_words({"loss": "a word", "epoch": 1.0}) == ""
 

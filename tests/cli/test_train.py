@@ -290,15 +290,15 @@ def test_too_long_rows_are_counted_and_all_of_them_are_an_error(
     long = write_lines(tmp_path / "long.jsonl", rows[:1] * 3)
     said = refused(capsys, "--data", str(long), *places)
     assert said.splitlines() == [
-        "shadow-peft train: no row is left to learn: all prompts alone fill --max_length 16 tokens; raise it"
+        "shadow-peft train: no row is left for training: all prompts alone fill --max_length 16 tokens; raise it"
     ]
     both = write_lines(tmp_path / "both.jsonl", rows * 2)
     said = refused(capsys, "--data", str(both), "--eval_data", str(long), *places)
-    assert "no row is left to evaluate on" in said
+    assert "no row is left for evaluation" in said
     assert main(["train", "--data", str(both), *places, "--max_steps", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "2 rows to learn" in shown
-    assert "2 to learn dropped: their prompts alone fill --max_length" in shown
+    assert "2 rows for training" in shown
+    assert "2 for training dropped: their prompts alone fill --max_length" in shown
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

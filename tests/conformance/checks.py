@@ -17,28 +17,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
 from shadow_peft.base.architectures import ARCHITECTURES, Architecture
+from shadow_peft.export.head import CannotFold
 from tests.conformance import base_facts as facts
 from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
-from tests.conformance.tiny import tiny_model
-from tests.tiny_models import zeros_at_the_end
+from tests.conformance.tiny import HIDDEN, tiny_model
+from tests.tiny_models import llama, zeros_at_the_end
 
 VISIBLE = 1e-3
 """The least change of logits that a random adapter must make."""
 
 MODES = ("base_shadow", "shadow_only")
 
+NARROW = HIDDEN // 2
+"""Width of a shadow of another width."""
+
 
 class NotApplicable(Exception):
     """The bare base itself does not do what is checked."""
 
 
+class Refused(Exception):
+    """The library says that it cannot, and why."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one check on one type: "pass", "n/a" or "FAIL", and why."""
+    """What became of one check on one type: "pass", "n/a", "refused" or "FAIL", and why."""
 
     verdict: str
     detail: str = ""
@@ -50,6 +58,8 @@ def outcome(check: Callable[[str], None], model_type: str) -> Outcome:
         check(model_type)
     except NotApplicable as reason:
         return Outcome("n/a", str(reason))
+    except Refused as reason:
+        return Outcome("refused", str(reason))
     except Exception as error:  # whatever goes wrong is the finding
         return Outcome("FAIL", f"{type(error).__name__}: {error}")
     return Outcome("pass")
@@ -321,6 +331,44 @@ def reload(model_type: str) -> None:
         require(facts.reloads(exported), f"{layers} layers")
 
 
+def fold(model_type: str) -> None:
+    """A shadow of half the width, random and of the base's own type, is folded into a stock model, see `folds`."""
+    try:
+        model = adapted(model_type, num_shadow_layers=2, shadow_init="random", shadow_hidden_size=NARROW)
+        both(model, prompt())
+    except Exception as error:  # some types have further widths that must go with it
+        raise NotApplicable(f"hidden_size cannot be halved alone ({type(error).__name__}: {error})") from error
+    folds(model, model_type)
+
+
+def fold_llama(model_type: str) -> None:
+    """A Llama of half the width as the shadow is folded into a stock Llama, see `folds`."""
+    torch.manual_seed(7)
+    base = tiny_model(model_type)
+    shadow = llama(5, hidden_size=NARROW, vocab_size=base.get_input_embeddings().weight.shape[0])
+    peft_model = get_shadow_model(base, settings(), shadow_model=shadow)
+    stir(peft_model)
+    folds(ShadowForCausalLM(peft_model).eval())
+
+
+def folds(model: ShadowForCausalLM, model_type: str = "llama") -> None:
+    """The folded shadow is of a stock class and computes the shadow's logits, also after saving, and with a cache."""
+    expected = both(model, prompt())["shadow_logits"]
+    try:
+        folded = model.export_shadow(fold=True)
+    except CannotFold as reason:
+        raise Refused(str(reason)) from reason
+    assert type(folded).__module__.startswith("transformers.")
+    with tempfile.TemporaryDirectory() as directory:
+        folded.save_pretrained(directory)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for stock, what in ((folded, "logits"), (loaded, "logits after loading")):
+        require(difference(facts.logits(stock, prompt()), expected, EXACT), what)
+    if base_fact(facts.cached, model_type).holds:
+        loaded.generation_config = model.generation_config
+        require(facts.same_generation(facts.greedy(loaded, prompt()), facts.greedy(loaded, prompt(), cached=False)), "cache")
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "attach": attach,
     "identity": identity,
@@ -338,4 +386,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "classification": classification,
     "export": export,
     "export, reloaded": reload,
+    "fold": fold,
+    "fold, Llama": fold_llama,
 }

@@ -130,7 +130,8 @@ def document(rows: dict[str, Row], refused: dict[str, str]) -> str:
         "Every causal language model type of transformers, built tiny with random weights, with an adapter attached. "
         f"{len(passing)} types pass every check that applies to them; {len(rows) - len(passing)} fail one; "
         f"{len(refused)} cannot be adapted (last table). A check does not apply where the bare base itself does not do "
-        "what is checked; this is measured in the same run, and the note says what was seen.",
+        "what is checked; this is measured in the same run, and the note says what was seen. A shadow that is refused by "
+        "`export_shadow(fold=True)` is exported with its projection instead; the note says why.",
         "",
         f"Made by `{COMMAND}` with {', '.join(f'{name} {version(name)}' for name in PACKAGES)} on a CPU, float32, "
         f"variant `{checks.variant}`.",

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -109,17 +117,39 @@ def test_work_side_by_side_runs_in_different_processes() -> None:
     assert len({first, second, os.getpid()}) == 3
 
 
-def test_demo_runs_from_end_to_end(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("ended_by", ["an interrupt", "an error"])
+def test_nothing_goes_on_where_one_fails(ended_by: str, capfd: pytest.CaptureFixture[str]) -> None:
+    started, works = time.monotonic(), [partial(time.sleep, 600)] * 2
+    if ended_by == "an error":
+        with pytest.raises(ValueError, match="got -1"):
+            side_by_side(*works, partial(commands, "train", -1))
+    else:
+        Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(*works)
+    assert time.monotonic() - started < 120
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_demo_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["demo", "--smoke", "--output", str(tmp_path / "race")]) == 0
-    shown = capfd.readouterr().out
+    command = [sys.executable, "-m", "shadow_peft.cli", "demo", "--smoke", "--output", str(tmp_path / "race")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = done.stdout
     results = json.loads((tmp_path / "race" / "results.json").read_text())
     names = [contender["name"] for contender in results["contenders"]]
     assert names[:3] == ["bare base", "base + shadow", "detached shadow"]
     assert names[3].startswith("LoRA")
     assert all(name in shown for name in names)
+    lines = shown.splitlines()
+    for step in (1, 2, 3):
+        assert any(re.fullmatch(rf"base \+ shadow    step {step}/3  loss [\d.]+  detached [\d.]+", line) for line in lines)
+        assert any(re.fullmatch(rf"LoRA             step {step}/3  loss [\d.]+", line) for line in lines)
+    assert "detached shadow  answered 4/4 test commands" in lines
+    assert not any("it/s" in line or "{'" in line for line in lines)
+    assert lines[-2:-1] == ["try it:"]
+    assert main([*shlex.split(lines[-1])[1:], "--max_new_tokens", "2"]) == 0
     check_files(tmp_path / "race", results)
 
 

@@ -44,7 +44,9 @@ def test_completion_loss_is_the_mean_over_completion_tokens() -> None:
 
 def test_score_of_a_model_that_knows_nothing() -> None:
     drawn = commands("test", 3)
-    scores = score(llama(vocab_size=300, eos_token_id=1), tiny_tokenizer(), drawn, "random")
+    lines: list[str] = []
+    scores = score(llama(vocab_size=300, eos_token_id=1), tiny_tokenizer(), drawn, lines.append)
+    assert lines == ["answered 3/3 test commands"]
     assert scores.exact_match == 0.0
     assert scores.fields == 0.0
     assert scores.loss > 4
@@ -57,6 +59,6 @@ def test_score_counts_right_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "shadow_peft.demo.scoring.answer", lambda model, tokenizer, prompts: [right.get(p, "{}") for p in prompts]
     )
-    scores = score(llama(vocab_size=300), tiny_tokenizer(), drawn, "half")
+    scores = score(llama(vocab_size=300), tiny_tokenizer(), drawn, print)
     assert scores.exact_match == 0.5
     assert scores.fields == 0.5

@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, GRPOConfig, RewardConfig, RewardTrainer, SFTConfig
 
 from shadow_peft import ShadowForCausalLM, ShadowForSequenceClassification
@@ -266,3 +272,38 @@ def test_saved_reloaded_resumed_and_exported(kind: str, tmp_path: Path) -> None:
         small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
         assert {type(p) for p in small.parameters()} == {torch.nn.Parameter}
         assert torch.allclose(small(ids).logits, expected.shadow_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 4", "bitsandbytes 8"])
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "SFT"])  # the test above has it
+def test_every_trainer_saves_reloads_resumes_and_exports(name: str, kind: str, tmp_path: Path) -> None:
+    need(kind)
+    is_reward, ids = name == "reward", tokens(length=12)
+    folder = save_base(tmp_path / "base", is_reward)
+    more: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    if name == "GRPO":
+        more["shuffle_dataset"] = False
+
+    def trainer_in(out: str) -> Any:
+        model = wrapped(load(folder, kind, classifier=is_reward))
+        return TRAINERS[name](model, tmp_path / out, callbacks=[], **more, optim="adamw_torch")
+
+    trainer, resumed = trainer_in("out"), trainer_in("again")
+    model = trainer.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer.train()
+    assert all(not torch.equal(value, before[key]) for key, value in model.state_dict().items() if "layers" in key)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    for key, value in resumed.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    base = load(folder, kind, classifier=is_reward)
+    reloaded = type(model).from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    model.eval().export_shadow().save_pretrained(tmp_path / "small")
+    auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    with torch.no_grad():
+        expected = model(ids)
+        assert torch.equal(reloaded(ids).logits, expected.logits)
+        small = auto.from_pretrained(tmp_path / "small")(ids).logits
+        assert torch.allclose(small, expected.shadow_logits, atol=1e-5)

@@ -133,6 +133,9 @@ def _copy_from_base(backbone: PreTrainedModel, decoder: Decoder, config: ShadowC
             source = _counterpart(decoder.backbone, path)
             with materialized(source):
                 copies += _own_pairs(module, source, path, rows)
+    if any(value.is_meta for _, value in copies):
+        backbone.to("meta")  # a base of sizes without numbers gets a shadow of the same kind
+        return
     for target, value in copies:
         target.copy_(value)
 

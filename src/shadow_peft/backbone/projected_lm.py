@@ -46,6 +46,7 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         base_hidden_size: d, the width of the head.
         vocab_size: V.
         final_logit_softcapping: c in logits = c * tanh(logits / c), for heads of models that cap their logits.
+        lm_head_bias: whether the head has a bias.
     """
 
     model_type = MODEL_TYPE
@@ -59,9 +60,11 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
         base_hidden_size: int = 0,
         vocab_size: int = 0,
         final_logit_softcapping: float | None = None,
+        lm_head_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         self.final_logit_softcapping = final_logit_softcapping
+        self.lm_head_bias = lm_head_bias
         self.shadow_model_class = shadow_model_class
         self.shadow_model_config_class = shadow_model_config_class
         self.shadow_model_config = shadow_model_config or {}
@@ -77,7 +80,7 @@ class AutoModelForCausalLMWithHiddenProjectionConfig(PreTrainedConfig):
     def around(cls, backbone: PreTrainedModel, base_hidden_size: int, vocab_size: int) -> Any:
         """The config of a projected model around a backbone, its generation-related ids included."""
         inner = backbone.config
-        ids = {name: getattr(inner, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids: dict[str, Any] = {name: getattr(inner, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(
             shadow_model_class=_qualified(type(backbone)),
             shadow_model_config_class=_qualified(type(inner)),
@@ -113,7 +116,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
     Attributes:
         shadow_model: the backbone.
         shadow_hidden_projection: P, `nn.Linear(S, d, bias=False)`.
-        lm_head: `nn.Linear(d, V, bias=False)`.
+        lm_head: `nn.Linear(d, V)`, without a bias unless the large model's head has one.
     """
 
     config_class = AutoModelForCausalLMWithHiddenProjectionConfig
@@ -132,7 +135,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         self.shadow_model = _random_backbone(inner) if backbone is None else backbone
         width = inner.get_text_config(decoder=True).hidden_size
         self.shadow_hidden_projection = nn.Linear(width, config.base_hidden_size, bias=False)
-        self.lm_head = nn.Linear(config.base_hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.base_hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.train_embed_tokens = False
         if backbone is None:
             self.post_init()
@@ -180,7 +183,7 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         Args:
             shadow_model: the small model; it is copied, and its task head is stripped.
             shadow_hidden_projection: a map from the small width S to the large width d.
-            lm_head: the large model's output embedding `[V, d]`; it is copied.
+            lm_head: the large model's output embedding `[V, d]`; it is copied, with its bias if it has one.
             init_optimal_projection: set the projection to the least-squares solution of
                 min `|lm_head @ P - reference_lm_head|`, so that the projected model starts as the small model itself.
             reference_lm_head: the small model's output embedding `[V, S]`; None takes it from `shadow_model`.
@@ -193,10 +196,13 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         vocab_size, hidden_size = lm_head.weight.shape
         _check_projection(shadow_hidden_projection, backbone, hidden_size)
         config = AutoModelForCausalLMWithHiddenProjectionConfig.around(backbone, hidden_size, vocab_size)
+        config.lm_head_bias = lm_head.bias is not None
         model = cls(config, backbone)
         model.shadow_hidden_projection = copy.deepcopy(shadow_hidden_projection).to(backbone.dtype)
         head = lm_head.weight
         model.lm_head.weight = nn.Parameter(head.detach().to(backbone.dtype, copy=True), requires_grad=head.requires_grad)
+        if lm_head.bias is not None:
+            model.lm_head.bias = nn.Parameter(lm_head.bias.detach().to(backbone.dtype, copy=True), requires_grad=False)
         if init_optimal_projection:
             if reference is None:
                 raise ValueError("init_optimal_projection needs reference_lm_head: shadow_model has no output embedding.")

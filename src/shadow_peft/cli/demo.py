@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from functools import partial
@@ -9,12 +10,15 @@ from pathlib import Path
 
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.screen import Screen
 from shadow_peft.demo.measure import side_by_side
 from shadow_peft.demo.race import SHADOW, Contender, RaceSettings, race_base, race_lora, race_shadow, shadow_size
 from shadow_peft.demo.report import draw_curves, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 
-DESCRIPTION = "Fine-tunes an embedded model on an embedded task, offline, and compares it with PEFT LoRA of the same size."
+DESCRIPTION = """Fine-tunes an embedded model on an embedded task, offline, and compares it with
+PEFT LoRA of the same size."""
 EXAMPLES = """examples:
   shadow-peft demo                          everything; some minutes on two cores
   shadow-peft demo --output /tmp/race       results go to this folder
@@ -35,22 +39,42 @@ def hold_race(settings: RaceSettings, output: Path) -> list[Contender]:
     """Run every contender, print the table and write all files below `output`."""
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    contenders = _contenders(settings, output)
+    screen = Screen()
+    contenders = _contenders(settings, output, screen)
     seconds = time.perf_counter() - started
     save_results(output / "results.json", settings, contenders, seconds)
     draw_curves(output / "curves.png", contenders)
     print(f"\n{table(contenders)}\n")
-    print(examples(contenders, commands("test", settings.test_commands, settings.seed)))
-    print(f"\n{seconds:.0f} s in all; adapter, exported shadow, curves.png and results.json are in {output}/")
+    test = commands("test", settings.test_commands, settings.seed)
+    print(f"{examples(contenders, test)}\n")
+    rows = [
+        ("time", f"{seconds:.0f} s"),
+        ("adapter", f"{output / 'adapter'}, with its tokenizer"),
+        ("shadow", f"{output / 'shadow'}, a standalone model"),
+        ("metrics", f"{output / 'results.json'}, {output / 'curves.png'}"),
+    ]
+    screen.panel("done", rows)
+    prompt = shlex.quote(test[0].prompt.replace("\n", "\\n"))
+    screen.command("try it", f"shadow-peft generate --adapter {shlex.quote(str(output / 'adapter'))} {prompt}")
     return contenders
 
 
-def _contenders(settings: RaceSettings, output: Path) -> list[Contender]:
+def _contenders(settings: RaceSettings, output: Path, screen: Screen) -> list[Contender]:
     """The contenders in the order of the table."""
-    budget = shadow_size(settings)
-    print(f"training base + shadow (ShadowPEFT, variant {SHADOW.variant!r}) and base + LoRA side by side:")
-    print(f"{settings.steps} steps of {settings.batch} commands, {budget:,} trained parameters each")
+    screen.line(f"training ShadowPEFT, variant {SHADOW.variant!r}, and LoRA side by side")
+    with quiet_libraries():
+        budget = shadow_size(settings)
+    rows = [
+        ("base", "embedded (llama, frozen)"),
+        ("trained", f"{budget:,} parameters each"),
+        ("steps", f"{settings.steps} of {settings.batch} commands"),
+        ("device", "cpu; base in float32"),
+    ]
+    screen.panel("demo", rows)
+    report = partial(print, flush=True)
     shadow, lora, bare = side_by_side(
-        partial(race_shadow, settings, output), partial(race_lora, settings, budget), partial(race_base, settings)
+        partial(race_shadow, settings, output, report),
+        partial(race_lora, settings, budget, report),
+        partial(race_base, settings, report),
     )
     return [*bare, *shadow, *lora]

@@ -17,12 +17,13 @@ from shadow_peft.cli.spelling import complaint
 
 #: Verb -> what it does. Each is a module of this package with a function `run(arguments)`.
 VERBS = {
-    "demo": "fine-tune an embedded model on an embedded task, offline, and compare with LoRA",
-    "train": "fine-tune a language model or classifier on your data or a dataset of the hub, with a shadow or LoRA",
-    "pretrain": "train a shadow cut from a base on text, by next-token loss or by distillation, as a model of its own",
+    "demo": "fine-tune an embedded model offline, and compare with LoRA",
+    "train": "fine-tune a language model or classifier with a shadow or LoRA",
+    "pretrain": "train a shadow cut from a base on text, as a standalone model",
     "generate": "continue a text with a model, with or without its shadow adapter",
-    "classify": "tell the class of a text with a classifier, with or without its shadow adapter",
-    "eval": "score a model, its shadow adapter or the shadow alone with lm-evaluation-harness",
+    "classify": "tell the class of a text with a classifier, with or without adapter",
+    "export": "write the shadow of an adapter as a standalone model",
+    "eval": "score a model or its shadow with lm-evaluation-harness",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
@@ -64,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The usage text: the verbs and what they do."""
     lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
-    usage = "usage: shadow-peft VERB [options]   (VERB --help shows the options, --version the version)"
-    return "\n".join([usage, "", *lines])
+    usage = "usage: shadow-peft VERB [options]"
+    more = "shadow-peft VERB --help shows the options, shadow-peft --version the version."
+    return "\n".join([usage, "", *lines, "", more])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -86,6 +88,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _import_and_run(verb: str, arguments: list[str]) -> int:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries draw no bars into a pipe; tqdm reads it when it is imported
     logging.disable(logging.WARNING)  # of what libraries remark while they are imported, such as missing kernels
     try:
         module = import_module(f"shadow_peft.cli.{verb}")

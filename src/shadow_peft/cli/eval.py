@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
+import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
@@ -23,18 +27,21 @@ from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Screen
 from shadow_peft.outputs import InferenceMode
 
-DESCRIPTION = (
-    "Scores a model with lm-evaluation-harness: a base with its shadow adapter in either inference mode, or any other model "
-    "that transformers loads, such as an exported shadow or the folder of a LoRA adapter."
-)
+DESCRIPTION = """Scores a model with lm-evaluation-harness: a base with its shadow adapter in
+either inference mode, or any other model that transformers loads, such as an
+exported shadow or the folder of a LoRA adapter."""
 EXAMPLES = """examples:
   shadow-peft eval --adapter out --tasks gsm8k
-  shadow-peft eval --adapter out --tasks gsm8k mmlu --inference_mode both --output scores.json
-  shadow-peft eval --adapter out --include_path recipes/tasks --tasks amazon_reviews --limit 100
-  shadow-peft eval --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit --use_bnb_nested_quant
+  shadow-peft eval --adapter out --tasks gsm8k mmlu --inference_mode both \\
+      --output scores.json
+  shadow-peft eval --adapter out --include_path recipes/tasks \\
+      --tasks amazon_reviews --limit 100
+  shadow-peft eval --adapter out/gsm8k-4bit --tasks gsm8k --load_in_4bit \\
+      --use_bnb_nested_quant
   shadow-peft eval --model Qwen/Qwen3-0.6B --tasks gsm8k --limit 100
   shadow-peft eval --model out/gsm8k-lora --tasks gsm8k
 """
+evaluator.get_git_commit_hash = lambda: get_commit_from_path(Path.cwd())  # its own calls git, which prints "fatal: ..."
 PACKAGES = ("lm_eval", "shadow-peft", "torch", "transformers")
 
 
@@ -44,16 +51,18 @@ def run(arguments: list[str]) -> None:
     check_quantization(quantization)
     manager = find_tasks(options.tasks, options.include_path)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it remarks that it is handed a model, on every run
     screen = Screen()
     with quiet_libraries():
         model, tokenizer = load_answering(options.model, options.adapter, device, quantization, dtype=options.dtype)
         name = options.model or model.peft_model.base_model.name_or_path
         rows = [("model", name), *([("adapter", options.adapter)] if options.adapter else [])]
-        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}, {model.dtype}")])
+        dtype = str(model.dtype).removeprefix("torch.")
+        screen.panel("eval", [*rows, ("tasks", " ".join(options.tasks)), ("device", f"{device}; model in {dtype}")])
         results = {}
         for mode in _modes(options):
             results[mode] = score(model, tokenizer, mode, options, manager)
-            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}")
+            screen.line(f"{name}{f' with {options.adapter}, {mode}' if options.adapter else ''}", "bold")
             print(make_table(results[mode]))
     if options.output is not None:
         write_results(Path(options.output), results, name, options, arguments)
@@ -65,8 +74,12 @@ def score(
     """The harness's results of a model in one inference mode; "bare" means a model without a shadow."""
     if mode != "bare":
         model.set_inference_mode(mode)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_batch(options.batch_size))
+    if not sys.stderr.isatty():
+        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(harness, request, partial(getattr(harness, request), disable_tqdm=True))
     results = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_batch(options.batch_size)),
+        harness,
         tasks=options.tasks,
         task_manager=manager,
         num_fewshot=options.num_fewshot,

@@ -66,16 +66,18 @@ def check_output(
         if EXPORT in old and not export:
             raise UserError(f"{output / EXPORT} was exported from this run; add --export to renew it, or remove it")
         return
-    if overwrite:
-        if not old and (output / EXPORT).exists() and export:
-            raise UserError(f"{output / EXPORT} is there and belongs to no run; give another --output")
+    if overwrite and old:
         return
-    old += [name for name in (CARD, EXPORT) if (output / name).exists() and name not in old]
     if old:
         named = ", ".join(old[:3]) + (", ..." if len(old) > 3 else "")
         raise UserError(
-            f"--output {output} holds {named}; give another folder, --overwrite to replace that run, "
+            f"--output {output} holds an earlier run ({named}); give another folder, --overwrite to replace it, "
             "or --resume_from_checkpoint last to go on with it"
+        )
+    others = [name for name in (CARD, EXPORT) if (output / name).exists()]
+    if others:
+        raise UserError(
+            f"--output {output} holds {others[0]}, which is of no run and might be replaced; give another folder"
         )
 
 

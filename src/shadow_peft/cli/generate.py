@@ -22,13 +22,16 @@ from shadow_peft.generation.drafting import DraftStatistics
 DESCRIPTION = "Continues one or more texts with a model and prints what it adds."
 EXAMPLES = """examples:
   shadow-peft generate --adapter out "Translate to German: good morning\\n"
-  shadow-peft generate --adapter out "the base from another place" --model Qwen/Qwen3-0.6B
+  shadow-peft generate --adapter out "the base from another place" \\
+      --model Qwen/Qwen3-0.6B
   shadow-peft generate --adapter out "the shadow alone answers" --shadow_only
   shadow-peft generate --adapter out "the shadow drafts, the base verifies" --draft
   shadow-peft generate --adapter out --chat "Hello"
-  shadow-peft generate --adapter out/gsm8k-4bit "as it was trained" --load_in_4bit --use_bnb_nested_quant
-  shadow-peft generate --model out/shadow "the exported shadow is a model like any other"
-  shadow-peft generate --model out/shadow --do_sample --temperature 0.7 --top_p 0.9 --seed 1 "Once upon a time"
+  shadow-peft generate --adapter out/gsm8k-4bit "as it was trained" \\
+      --load_in_4bit --use_bnb_nested_quant
+  shadow-peft generate --model out/shadow "the exported shadow is a stock model"
+  shadow-peft generate --model out/shadow "Once upon a time" \\
+      --do_sample --temperature 0.7 --top_p 0.9 --seed 1
 """
 
 

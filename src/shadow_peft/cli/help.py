@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from shadow_peft.cli.options import SECTIONS
+from shadow_peft.cli.sections import SECTIONS
 
 MOST_CHOICES = 6
 """Of more choices the help says the names below, and not in the line of the option."""

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
@@ -54,7 +55,7 @@ def check_place(name: str) -> None:
         if (path / "config.json").is_file() or (path / peft.CONFIG_FILE).is_file():
             return
         if (path / CONFIG_FILE).is_file():
-            raise UserError(f"{name} is a shadow adapter and no model: give it as --adapter")
+            raise UserError(f"{name} is a shadow adapter and no model; generate and eval take it as --adapter")
         why = "it has no config.json"
     elif path.exists():
         why = "it is a file; give the folder"
@@ -115,6 +116,8 @@ def named_base(adapter: str) -> str:
     try:
         directory = local_directory(adapter)
         native = (directory / CONFIG_FILE).is_file()
+        if not native and not (directory / peft.CONFIG_FILE).is_file():
+            raise ValueError(f"it has neither {CONFIG_FILE} nor {peft.CONFIG_FILE}")
         stored = read_json(directory / (CONFIG_FILE if native else peft.CONFIG_FILE))
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error
@@ -187,11 +190,14 @@ def load_base(name: str, options: Any, auto_class: Any = AutoModelForCausalLM, *
 
 
 def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.dtype:
-    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint."""
+    """The dtype that a model is loaded in, where "auto" leaves it to the checkpoint; of a LoRA adapter, to its base's."""
     if dtype not in (None, "auto"):
         named: torch.dtype = getattr(torch, dtype)
         return named
     try:
+        lora = find_adapter_config_file(name, revision=revision)
+        if lora is not None:
+            name, revision = read_json(Path(lora))["base_model_name_or_path"], None
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
     except Exception as error:  # of a damaged folder it may be of any type
         raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.help import HelpFormat, documented, is_switch, sections
-from shadow_peft.cli.options import TEXTS
+from shadow_peft.cli.sections import TEXTS
 from shadow_peft.cli.spelling import CONFIG, HELP_ALL, nearest
 
 _TRUE_OR_FALSE = ("true", "false")
@@ -30,7 +30,7 @@ class VerbParser(HfArgumentParser):
     are values of a switch only for verbs without positional arguments.
 
     Args:
-        verb: name of the verb, a key of `options.SECTIONS`.
+        verb: name of the verb, a key of `sections.SECTIONS`.
         options: dataclasses.
         description: what the verb does.
         examples: stands below the help.
@@ -70,11 +70,15 @@ class VerbParser(HfArgumentParser):
         formatter = self._get_formatter()
         words = [a for a in self._actions if not a.option_strings]
         required = [a for a in self._actions if a.required and a.option_strings]
-        usage = [*(f"--{a.dest} {a.dest.upper()}" for a in required), "[options]", *(f"{a.dest} ..." for a in words)]
+        usage = [
+            *(f"--{a.dest} {a.dest.upper()}" for a in required),
+            "[options]",
+            *(a.dest + " ..." * (a.nargs == "+") for a in words),
+        ]
         formatter.add_usage(f"%(prog)s {' '.join(usage)}", [], [])
         formatter.add_text(self.description)
         if words:
-            formatter.start_section("text")
+            formatter.start_section(words[0].dest)
             formatter.add_arguments(words)
             formatter.end_section()
         shown = sections(self.verb, self._actions, list(self.dataclass_types), everything)

@@ -40,9 +40,12 @@ folders of them, or a dataset on the hub; they are streamed and need not fit int
 EXAMPLES = """examples:
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000 --resume
-  shadow-peft pretrain --model ./base --data a.jsonl b.txt --output shadow --max_steps 2000 --distillation_weight 1
-  shadow-peft pretrain --model ./base --small ./small --align --data corpus --output aligned --max_steps 500
-  shadow-peft train --model ./base --shadow_model shadow --share_embeddings --data commands.jsonl --output out
+  shadow-peft pretrain --model ./base --data a.jsonl b.txt --output distilled \\
+      --max_steps 2000 --distillation_weight 1
+  shadow-peft pretrain --model ./base --small ./small --align --data corpus \\
+      --output aligned --max_steps 500
+  shadow-peft train --model ./base --shadow_model shadow --share_embeddings \\
+      --data commands.jsonl --output out
 """
 
 TEXT_OF_DIRECTIONS = 32

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from shadow_peft.cli.screen import Row, Screen
@@ -17,10 +18,10 @@ SHOWN: dict[str, tuple[str, str]] = {
     "next_token_loss": ("next token", "{:.4g}"),
     "shadow_loss": ("shadow", "{:.4g}"),
     "distillation_loss": ("distillation", "{:.4g}"),
-    "mean_token_accuracy": ("tokens right", "{:.1%}"),
-    "accuracy": ("right", "{:.1%}"),
-    "shadow_accuracy": ("shadow right", "{:.1%}"),
-    "learning_rate": ("rate", "{:.2g}"),
+    "mean_token_accuracy": ("accuracy", "{:.1%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "shadow_accuracy": ("of the shadow", "{:.1%}"),
+    "learning_rate": ("lr", "{:.2g}"),
 }
 
 
@@ -28,6 +29,28 @@ def in_words(log: Mapping[str, Any], prefix: str = "") -> str:
     """The figures of an entry of the log that are shown, in one line."""
     found = {key: log[f"{prefix}{key}"] for key in SHOWN if isinstance(log.get(f"{prefix}{key}"), (int, float))}
     return "  ".join(f"{SHOWN[key][0]} {SHOWN[key][1].format(value)}" for key, value in found.items())
+
+
+def losses_in_words(log: Mapping[str, Any]) -> str:
+    """The losses of an entry of the log: their sum alone where its parts are not known."""
+    parts = {key: value for key, value in log.items() if key in ("base_loss", "shadow_loss", "distillation_loss")}
+    return in_words(parts or {"loss": log.get("loss")})
+
+
+class _Bars(Progress):
+    """Bars that leave room for the ^C that a terminal echoes; it would begin a new line, and the bar would stay above."""
+
+    def get_renderable(self) -> RenderableType:
+        """The bars, two columns narrower than the terminal."""
+        return _Narrower(super().get_renderable())
+
+
+class _Narrower:
+    def __init__(self, renderable: RenderableType) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.renderable, options.update(width=options.max_width - 2))
 
 
 class TrainingProgress(TrainerCallback):
@@ -48,7 +71,7 @@ class TrainingProgress(TrainerCallback):
         self.screen = screen
         self.bars = bars and screen.is_terminal
         self.step = self.steps = 0
-        self.moved = False
+        self.moved = self._ended = False
         self._head = head
         self._progress: Progress | None = None
         self._training: TaskID | None = None
@@ -70,13 +93,16 @@ class TrainingProgress(TrainerCallback):
             self._progress.update(self._training, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """The losses beside the bar, or in a line of their own; an evaluation always has a line."""
+        """The losses beside the bar, or in a line of their own; an evaluation has a line."""
         evaluated = in_words(logs or {}, "eval_")
         trained = "" if "train_loss" in (logs or {}) else in_words(logs or {})
+        if evaluated and self._ended:
+            return  # the last panel shows it
         if evaluated:
-            self.screen.line(f"step {state.global_step}/{state.max_steps}  evaluation: {evaluated}")
+            total = "" if self.bars else f"/{state.max_steps}"  # which stands beside the bar
+            self.screen.line(f"step {state.global_step}{total}  eval: {evaluated}")
         elif trained and self._progress is not None and self._training is not None:
-            self._progress.update(self._training, said=trained)
+            self._progress.update(self._training, said=losses_in_words(logs))
         elif trained:
             self.screen.line(f"step {state.global_step}/{state.max_steps}  {trained}")
 
@@ -99,6 +125,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The bar of the training stays as it is."""
+        self._ended = True
         self.close()
 
     # ---------------------------------------------------------------- bars
@@ -111,14 +138,14 @@ class TrainingProgress(TrainerCallback):
 
     def _bar(self, name: str, total: int, done: int) -> TaskID:
         if self._progress is None:
-            self._progress = Progress(
+            self._progress = _Bars(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
+                BarColumn(bar_width=None),  # what the others leave
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[said]}"),
                 console=self.screen.console,
+                expand=True,
             )
             self._progress.start()
         return self._progress.add_task(name, total=total, completed=done, said="")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from shadow_peft.cli.errors import one_line
 
@@ -19,17 +20,19 @@ def quiet_libraries() -> Iterator[None]:
 
     The bars of downloads stay: they are huggingface_hub's.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
     datasets = sys.modules.get("datasets")  # not for a verb that works without it
     had_bars = datasets is not None and datasets.are_progress_bars_disabled() is False
-    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    hook = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
     if datasets is not None:
         datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # asked by peft
             warnings.showwarning = _one_line
             yield
     finally:
-        logging.set_tqdm_hook(hook)
+        transformers_logging.set_tqdm_hook(hook)
         if datasets is not None and had_bars:
             datasets.enable_progress_bars()
 

@@ -69,10 +69,10 @@ def make_trainer(
             trainer = _ShadowTrainer(model, sft, shadow_learning_rate_scale=scale, **arguments)
     except (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, OSError) as error:
         raise UserError(f"cannot train with these options: {one_line(error)}") from error
-    for purpose, rows in (("learn", trainer.train_dataset), ("evaluate on", trainer.eval_dataset)):
+    for purpose, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if rows is not None and len(rows) == 0:
             raise UserError(
-                f"no row is left to {purpose}: all prompts alone fill --max_length {sft.max_length} tokens; raise it"
+                f"no row is left for {purpose}: all prompts alone fill --max_length {sft.max_length} tokens; raise it"
             )
     return trainer
 
@@ -114,14 +114,11 @@ def fit(trainer: Any, checkpoint: str | None, progress: TrainingProgress, argume
 def _how_to_go_on(trainer: Any, progress: TrainingProgress, arguments: list[str]) -> str:
     """One line: where the run stopped, and the command that resumes it."""
     where = f"interrupted after step {progress.step} of {progress.steps}"
-    if checkpoint_is_there(Path(trainer.args.output_dir)):
-        return f"{where}; go on with: {_command([*_without_resuming(arguments), '--resume_from_checkpoint', 'last'])}"
+    if any(what_is_missing(folder) is None for folder in checkpoints(Path(trainer.args.output_dir))):
+        resumed = shlex.join([*_without_resuming(arguments), "--resume_from_checkpoint", "last"])
+        launched = "the same launcher and: " if trainer.args.world_size > 1 else ""
+        return f"{where}; resume with: {launched}shadow-peft train {resumed}"
     return f"{where}, before the first checkpoint, so there is nothing to resume; --save_steps N saves one every N steps"
-
-
-def checkpoint_is_there(output: Path) -> bool:
-    """Whether an output folder holds a finished checkpoint."""
-    return any(what_is_missing(folder) is None for folder in checkpoints(output))
 
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export: bool) -> None:
@@ -135,10 +132,6 @@ def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export:
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-
-
-def _command(arguments: list[str]) -> str:
-    return f"shadow-peft train {shlex.join(arguments)}"
 
 
 def _without_resuming(arguments: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from shadow_peft.checkpoint.folder import FILES as ADAPTER_FILES
 from shadow_peft.cli.folders import CARD, EXPORT, checkpoints
 from shadow_peft.cli.options import TrainOptions
-from shadow_peft.cli.progress import in_words
+from shadow_peft.cli.progress import in_words, losses_in_words
 from shadow_peft.cli.screen import Row
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.training.card import PICTURE
@@ -41,9 +41,9 @@ def head(options: TrainOptions, trainer: Any, method: str, dropped: Mapping[str,
     adapted = isinstance(model, ShadowTaskModel)
     base = model.peft_model.base_model if adapted else model
     size = base.num_parameters() - (0 if adapted else trained)
-    rows = f"{len(trainer.train_dataset):,} rows to learn"
+    rows = f"{len(trainer.train_dataset):,} rows for training"
     if trainer.eval_dataset is not None:
-        rows += f", {len(trainer.eval_dataset):,} to evaluate on"
+        rows += f", {len(trainer.eval_dataset):,} for evaluation"
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs = steps * batch / len(trainer.train_dataset)
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
@@ -55,7 +55,7 @@ def head(options: TrainOptions, trainer: Any, method: str, dropped: Mapping[str,
         ("trained", f"{trained:,} parameters, {trained / max(1, size):.2%} of the base's"),
         ("data", f"{options.data}: {rows}"),
         *(("", f"{count:,} {purpose} dropped: their prompts alone fill --max_length") for purpose, count in dropped.items()),
-        ("steps", f"{steps:,} of {batch} rows, {epochs:.3g} passes over the data"),
+        ("steps", f"{steps:,} of {batch} rows, {epochs:.3g} epochs"),
         ("device", f"{device}{processes}; base in {str(base.dtype).removeprefix('torch.')}{computed}"),
     ]
 
@@ -65,7 +65,7 @@ def tail(trainer: Any, output: Path, seconds: float, evaluation: Mapping[str, An
     if evaluation is not None:
         figures = ("validation", in_words(evaluation, "eval_"))
     else:
-        said = [in_words(row) for row in trainer.state.log_history if "train_loss" not in row]
+        said = [losses_in_words(row) for row in trainer.state.log_history if "loss" in row]
         figures = ("training", (said or ["nothing was logged"])[-1])
     weights = sorted(path.name for path in output.iterdir() if path.name in ADAPTER_FILES and path.suffix == ".safetensors")
     results = [str(output / name) for name in ("all_results.json", PICTURE) if (output / name).is_file()]
@@ -74,13 +74,13 @@ def tail(trainer: Any, output: Path, seconds: float, evaluation: Mapping[str, An
         ("time", f"{seconds:.0f} s"),
         ("adapter", f"{output}: {', '.join(weights)}, with its tokenizer"),
         ("model card", str(output / CARD)),
-        ("figures", ", ".join(results)),
+        ("metrics", ", ".join(results)),
     ]
     saved = checkpoints(output)
     if saved:
-        rows.append(("checkpoints", f"{len(saved)}, the newest {saved[-1]}"))
+        rows.append(("checkpoints", f"{len(saved)}, latest {saved[-1]}"))
     if exported:
-        rows.append(("shadow", f"{output / EXPORT}, a model of its own"))
+        rows.append(("shadow", f"{output / EXPORT}, a standalone model"))
     return rows
 
 

@@ -40,26 +40,40 @@ from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 
-DESCRIPTION = """Fine-tunes a causal language model or a classifier with a shadow, or with LoRA as a baseline.
+DESCRIPTION = """Fine-tunes a causal language model or a classifier with a shadow, or with LoRA
+as a baseline.
 
---data is a file (.jsonl, .json, .csv, .parquet), a folder or a dataset of the hub. Its rows are
-  {"prompt": ..., "completion": ...}    the completion is learned
-  {"messages": [...]}                   the last turn is learned; also {"conversations": [...]} of ShareGPT
-  {"text": ...}                         all of it is learned
-or become prompts and completions by the templates --prompt and --completion over their columns. For --task classification:
-  {"text": ..., "label": ...}           the class is learned; --prompt is a template of the text, --class_column the label"""
+--data is a file (.jsonl, .json, .csv, .parquet), a folder or a dataset of the
+hub. Its rows are
+  {"prompt": ..., "completion": ...}    trains on the completion
+  {"messages": [...]}                   trains on the last turn
+  {"conversations": [...]}              the same, in the format of ShareGPT
+  {"text": ...}                         trains on all of it
+or become prompts and completions by the templates --prompt and --completion
+over their columns. With --task classification they are
+  {"text": ..., "label": ...}           trains on the label; --prompt is a
+                                        template of the text, --class_column
+                                        the label"""
 EXAMPLES = """examples:
   shadow-peft train --model Qwen/Qwen3-0.6B --data commands.jsonl --output out
-  shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl --eval_data held-out.jsonl --output out --export
-  shadow-peft train --model ./base --data d.jsonl --output out --num_shadow_layers 2 --learning_rate 5e-4 --max_steps 1000
-  shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B --data d.jsonl --output out
-  shadow-peft train --task classification --model Qwen/Qwen3-0.6B --data mails.jsonl --eval_fraction 0.1 --output out/mails
+  shadow-peft train --model Qwen/Qwen3-0.6B --data chat.jsonl \\
+      --eval_data held-out.jsonl --output out/chat --export
+  shadow-peft train --model ./base --data texts.jsonl --output out/texts \\
+      --num_shadow_layers 2 --learning_rate 5e-4
+  shadow-peft train --model Qwen/Qwen3-8B --shadow_model Qwen/Qwen3-0.6B \\
+      --data commands.jsonl --output out/explicit
+  shadow-peft train --task classification --model Qwen/Qwen3-0.6B \\
+      --data mails.jsonl --eval_fraction 0.1 --output out/mails
   shadow-peft train --config recipes/gsm8k.yaml
-  shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora --output out/dora
-  shadow-peft train --config recipes/gsm8k.yaml --eval_strategy steps --early_stopping_patience 3
   shadow-peft train --config recipes/gsm8k.yaml --resume_from_checkpoint last
-  shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit --use_bnb_nested_quant --output out/gsm8k-4bit
-  accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m shadow_peft.cli train --config recipes/gsm8k.yaml
+  shadow-peft train --config recipes/gsm8k.yaml --overwrite \\
+      --early_stopping_patience 1
+  shadow-peft train --config recipes/gsm8k.yaml --use_peft --use_dora \\
+      --output out/dora
+  shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit \\
+      --use_bnb_nested_quant --output out/gsm8k-4bit
+  accelerate launch --config_file recipes/accelerate/fsdp2.yaml \\
+      -m shadow_peft.cli train --config recipes/gsm8k.yaml
 """
 
 #: Defaults of SFTConfig and ModelConfig that suit an adapter; all others are TRL's. Every part of an adapter gets a gradient
@@ -81,12 +95,12 @@ def run(arguments: list[str]) -> None:
     sft.resume_from_checkpoint, skipped = checkpoint_to_resume(sft.resume_from_checkpoint, options.output)
     check_options(options, shadow, sft, peft)
     _check_folder(options, sft, peft)
-    screen = Screen(silent=sft.process_index != 0)
-    screen.line(method_line(shadow, peft))
-    for line in skipped:
-        print(f"note: {line}", file=sys.stderr)
     for place in filter(None, (options.model, options.shadow_model)):
         check_place(place)
+    screen = Screen(silent=sft.process_index != 0)
+    screen.line(method_line(shadow, peft))
+    for line in skipped if sft.process_index == 0 else ():
+        print(f"note: {line}", file=sys.stderr)
     with quiet_libraries():
         _train(options, templates, shadow, sft, peft, arguments, screen)
 
@@ -176,7 +190,7 @@ def method_line(shadow: ShadowConfig, peft: ModelConfig) -> str:
     if peft.use_peft:
         return f"training {method(shadow, peft)}"
     other = {"readout": "published", "published": "readout", "peft": "published"}[shadow.variant]
-    return f"training {method(shadow, peft)} (for the other mathematics: --variant {other})"
+    return f"training {method(shadow, peft)} (alternative: --variant {other})"
 
 
 def build(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig, tokens: int) -> PreTrainedModel:
@@ -239,7 +253,7 @@ def _dropped(trainer: Any, train_set: Dataset, eval_set: Dataset | None) -> dict
     """What rows were for -> how many TRL dropped since truncation left nothing of them to learn."""
     if trainer.args.packing:
         return {}
-    pairs = {"to learn": (train_set, trainer.train_dataset), "to evaluate on": (eval_set, trainer.eval_dataset)}
+    pairs = {"for training": (train_set, trainer.train_dataset), "for evaluation": (eval_set, trainer.eval_dataset)}
     lost = {purpose: len(given) - len(left) for purpose, (given, left) in pairs.items() if given is not None}
     return {purpose: count for purpose, count in lost.items() if count}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets import disable_progress_bars as disable_bars_of_datasets
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -33,6 +36,9 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 
 #: A curve: steps and losses in nats per token.
 Curve = list[tuple[int, float]]
+
+#: Takes one line about a contender's progress; it must be picklable, since contenders run in processes of their own.
+Report = Callable[[str], object]
 
 #: The adapter around the pretrained shadow, chosen on the dev split (LOG.md).
 SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
@@ -87,7 +93,7 @@ class Contender:
     training: Training | None = None
 
 
-def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
+def race_shadow(settings: RaceSettings, output: Path, report: Report) -> list[Contender]:
     """Train base + shadow, save adapter and exported shadow below `output`, and score both."""
     _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
@@ -96,19 +102,20 @@ def race_shadow(settings: RaceSettings, output: Path) -> list[Contender]:
     model = ShadowForCausalLM(adapted, shadow_loss_weight=settings.shadow_loss_weight)
     scale = settings.shadow_learning_rate_scale
     trainer_class = partial(ShadowSFTTrainer, shadow_learning_rate_scale=scale)
-    training = _train(trainer_class, model, tokenizer, settings, settings.shadow_learning_rate)
+    report_base, report_detached = _named(report, "base + shadow"), _named(report, "detached shadow")
+    training = _train(trainer_class, model, tokenizer, settings, settings.shadow_learning_rate, report_base)
     for folder, part in (("adapter", model), ("shadow", model.export_shadow())):
         part.save_pretrained(output / folder)
         tokenizer.save_pretrained(output / folder)
     detached = AutoModelForCausalLM.from_pretrained(output / "shadow", local_files_only=True)
     test = _test(settings)
     return [
-        Contender("base + shadow", score(model, tokenizer, test, "base + shadow"), training),
-        Contender("detached shadow", score(detached, tokenizer, test, "detached shadow")),
+        Contender("base + shadow", score(model, tokenizer, test, report_base), training),
+        Contender("detached shadow", score(detached, tokenizer, test, report_detached)),
     ]
 
 
-def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
+def race_lora(settings: RaceSettings, budget: int, report: Report) -> list[Contender]:
     """Train LoRA on every linear layer with about `budget` parameters and score it."""
     _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
@@ -116,15 +123,16 @@ def race_lora(settings: RaceSettings, budget: int) -> list[Contender]:
     rank = lora_rank(base, budget)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    training = _train(SFTTrainer, model, tokenizer, settings, settings.lora_learning_rate)
-    return [Contender(f"LoRA (rank {rank})", score(model, tokenizer, _test(settings), "LoRA"), training)]
+    report = _named(report, "LoRA")
+    training = _train(SFTTrainer, model, tokenizer, settings, settings.lora_learning_rate, report)
+    return [Contender(f"LoRA (rank {rank})", score(model, tokenizer, _test(settings), report), training)]
 
 
-def race_base(settings: RaceSettings) -> list[Contender]:
+def race_base(settings: RaceSettings, report: Report) -> list[Contender]:
     """Score the bare base."""
     _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
-    return [Contender("bare base", score(base, tokenizer, _test(settings), "bare base"))]
+    return [Contender("bare base", score(base, tokenizer, _test(settings), _named(report, "bare base")))]
 
 
 def shadow_size(settings: RaceSettings) -> int:
@@ -140,12 +148,42 @@ def lora_rank(base: PreTrainedModel, budget: int) -> int:
     return max(1, round(budget / sum(m.in_features + m.out_features for m in linears)))
 
 
+class _ReportTenths(TrainerCallback):
+    """Report the losses whenever another tenth of the steps is done."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.tenths = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line, unless this log entry is in the same tenth as the last line."""
+        tenths = 10 * state.global_step // state.max_steps
+        if "loss" not in logs or tenths == self.tenths:
+            return
+        self.tenths = tenths
+        losses = f"loss {logs.get('base_loss', logs['loss']):.3f}"
+        if "shadow_loss" in logs:
+            losses += f"  detached {logs['shadow_loss']:.3f}"
+        self.report(f"step {state.global_step}/{state.max_steps}  {losses}")
+
+
+def _named(report: Report, name: str) -> Report:
+    return lambda text: report(f"{name:<15}  {text}")
+
+
 def _train(
-    trainer_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RaceSettings, rate: float
+    trainer_class: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RaceSettings,
+    rate: float,
+    report: Report,
 ) -> Training:
     """Train a contender; only the learning rate and the class of the trainer differ between contenders."""
     data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
     trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ReportTenths(report))
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -162,6 +200,7 @@ def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
         activation_checkpointing=False, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
         logging_steps=max(1, settings.steps // 25), max_length=None, seed=settings.seed, data_seed=settings.seed,
+        disable_tqdm=True,
     )  # fmt: skip
 
 
@@ -179,7 +218,9 @@ def _test(settings: RaceSettings) -> list[Command]:
 
 
 def _limit_threads_and_output() -> None:
-    """Use half of the cores and print progress bars only; peft uses a deprecated name of transformers."""
+    """Use half of the cores; libraries print no bars and no warnings. Peft uses a deprecated name of transformers."""
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_bars_of_datasets()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.demo.robot_commands import Command
@@ -35,12 +34,18 @@ class Scores:
     answers: list[str]
 
 
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, commands: Sequence[Command], name: str) -> Scores:
-    """Generate answers greedily and score them; the progress bar is called `name`."""
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    commands: Sequence[Command],
+    report: Callable[[str], object],
+) -> Scores:
+    """Generate answers greedily and score them; `report` gets a line after each batch."""
     model.eval()
     written: list[str] = []
-    for batch in tqdm(list(_batches(commands)), desc=f"{name}: answering"):
+    for batch in _batches(commands):
         written += answer(model, tokenizer, [command.prompt for command in batch])
+        report(f"answered {len(written)}/{len(commands)} test commands")
     pairs = list(zip(commands, written, strict=True))
     exact = sum(line == command.completion.strip() for command, line in pairs) / len(pairs)
     fields = sum(fields_right(command, line) for command, line in pairs) / len(pairs)

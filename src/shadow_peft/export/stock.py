@@ -3,7 +3,8 @@
     implicit shadow of the base's width                 the base's own task class with fewer layers
     explicit shadow of the base's width                 the causal LM class of its own architecture
     classifier with any other shadow                    the classifier of the shadow's architecture
-    shadow of another width or another vocabulary       AutoModelForCausalLMWithHiddenProjection
+    shadow of another width or another vocabulary       AutoModelForCausalLMWithHiddenProjection, or folded:
+                                                        the causal LM class of its architecture, see `export.folded`
 
 The exported model computes exactly the attached model's `shadow_logits` and shares no tensor with it.
 """
@@ -11,15 +12,13 @@ The exported model computes exactly the attached model's `shadow_logits` and sha
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.dequantize import dequantized_view, float_copy
@@ -32,14 +31,21 @@ from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base.architectures import architecture_of, read_size
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.base.task_head import TaskHead, input_embeddings, path_of
+from shadow_peft.export.folded import fold, stock_causal_lm
+from shadow_peft.export.head import CannotFold, measure_head
 from shadow_peft.storage.sharded import is_sharded
 
 
 @torch.no_grad()
-def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
+def build_standalone_model(model: ShadowAdapter, folded: bool = False) -> PreTrainedModel:
     """The shadow of an adapted model as a self-contained model, in eval mode, in the backbone's dtype.
 
+    Args:
+        model: the adapted model.
+        folded: a stock model in any case: the projection is multiplied into the head.
+
     Raises:
+        CannotFold: no stock class computes what projection and head compute.
         ValueError: parameters are sharded over processes, or no exported form computes what the attached shadow computes.
     """
     if is_sharded(model):
@@ -51,7 +57,7 @@ def build_standalone_model(model: ShadowAdapter) -> PreTrainedModel:
     elif "shadow_classifier_head" in model.task_heads:
         exported = _explicit_classifier(model)
     else:
-        exported = _explicit_causal_lm(model, same_width)
+        exported = _explicit_causal_lm(model, same_width, folded)
     for module in (exported.get_input_embeddings(), exported.get_output_embeddings()):
         if module is not None:
             module.requires_grad_(False)
@@ -170,7 +176,7 @@ def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:
     return exported
 
 
-def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedModel:
+def _explicit_causal_lm(model: ShadowAdapter, same_width: bool, folded: bool) -> PreTrainedModel:
     """A causal LM around an explicit backbone, or around one of another width than the base.
 
     Raises:
@@ -180,65 +186,84 @@ def _explicit_causal_lm(model: ShadowAdapter, same_width: bool) -> PreTrainedMod
     if base.get_output_embeddings() is None:
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
     backbone = _complete_backbone(model)
-    head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else base.get_output_embeddings()
-    with materialized(head):
-        weight, scale = float_copy(head).get_parameter("weight").detach(), _head_scale(model)
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
-    vocab_size = backbone.get_input_embeddings().weight.shape[0]
-    if same_width and stock is not None and vocab_size == weight.shape[0] and softcap_of(base) is None:
-        return _around(backbone, stock, weight * scale)
+    weight, bias, cap = _large_head(model)
+    fits = same_width and cap is None and backbone.get_input_embeddings().weight.shape[0] == weight.shape[0]
+    if fits and not folded:
+        with suppress(CannotFold):
+            return stock_causal_lm(backbone, weight, bias, cap)
+    if folded and same_width:
+        return _with_ids_of(base, stock_causal_lm(backbone, weight, bias, cap))
+    projected = _projected(backbone, weight, bias, cap, None if same_width else model.shadow_hidden_projection)
+    return _with_ids_of(base, fold(projected)) if folded else projected
+
+
+def _projected(
+    backbone: PreTrainedModel, weight: Tensor, bias: Tensor | None, cap: float | None, projection: nn.Module | None
+) -> PreTrainedModel:
+    """The projected model around a backbone; no projection is the identity."""
     config = AutoModelForCausalLMWithHiddenProjectionConfig.around(backbone, weight.shape[1], weight.shape[0])
-    config.final_logit_softcapping = softcap_of(base)
+    config.final_logit_softcapping = cap
+    config.lm_head_bias = bias is not None
     exported = AutoModelForCausalLMWithHiddenProjection(config, backbone)
-    projection: Any = model.shadow_hidden_projection
-    exported.shadow_hidden_projection.weight.copy_(torch.eye(weight.shape[1]) if same_width else projection.weight)
-    exported.lm_head.weight = nn.Parameter(weight * scale, requires_grad=False)
+    own: Any = exported.shadow_hidden_projection
+    own.weight.copy_(torch.eye(weight.shape[1]) if projection is None else projection.get_parameter("weight"))
+    exported.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        exported.lm_head.bias = nn.Parameter(bias, requires_grad=False)
     exported.config.architectures = [type(exported).__name__]
     return exported
 
 
-def _restore_embeddings(backbone: PreTrainedModel, model: ShadowAdapter) -> None:
-    """Give a backbone that was fed by the base a copy of the base's embedding table."""
-    table = model.base_model.get_input_embeddings()
-    with materialized(table):
-        backbone.set_input_embeddings(copy.deepcopy(table).requires_grad_(True))
-    backbone.config.get_text_config(decoder=True).vocab_size = table.weight.shape[0]
+def _large_head(model: ShadowAdapter) -> tuple[Tensor, Tensor | None, float | None]:
+    """Weight `[V, d]`, bias `[V]` and cap of the head that reads the shadow's state, with the factors of the base's class.
+
+    Raises:
+        CannotFold: the logits are not a scaled, possibly capped, linear function.
+    """
+    head: Any = model.task_heads["shadow_lm_head"] if "shadow_lm_head" in model.task_heads else None
+    head = model.base_model.get_output_embeddings() if head is None else head
+    form = measure_head(model.base_model, model.decoder)
+    with materialized(head):
+        plain: Any = float_copy(head)
+        rows = _vocabulary(model, plain)
+    weight, bias = plain.weight.detach()[:rows] * form.scale, plain.bias
+    return weight, None if bias is None else bias.detach()[:rows] * form.bias_scale, form.cap
 
 
-def _around(backbone: PreTrainedModel, stock: type[PreTrainedModel], head: Tensor) -> PreTrainedModel:
-    """A causal LM of the backbone's own architecture with another head."""
-    config = copy.deepcopy(backbone.config)
-    config.tie_word_embeddings = False
-    exported = stock(config)
-    exported.base_model.load_state_dict(backbone.state_dict())
-    exported.get_output_embeddings().weight = nn.Parameter(head)
+def _vocabulary(model: ShadowAdapter, head: nn.Linear) -> int:
+    """Number of tokens that the base's class computes logits for; some classes leave out rows that pad the head."""
+    task_head = TaskHead(model.base_model, model.decoder.head_input_path, head, width=model.decoder.hidden_size)
+    return task_head(head.weight.new_zeros(1, 1, model.decoder.hidden_size)).shape[-1]
+
+
+def _with_ids_of(base: PreTrainedModel, exported: PreTrainedModel) -> PreTrainedModel:
+    """The exported model with the special tokens of the base, whose tokenizer it is used with."""
+    config: Any = base.config.get_text_config(decoder=True)
+    counts_from_padding = architecture_of(exported.config).counts_from_padding
+    for name in ("bos_token_id", "eos_token_id", *(() if counts_from_padding else ("pad_token_id",))):
+        setattr(exported.config, name, getattr(config, name, None))
     return exported
 
 
-def softcap_of(base: PreTrainedModel) -> float | None:
-    """c of logits = c * tanh(logits / c), where the base caps its logits."""
-    cap: float | None = getattr(base.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    return cap
+def _restore_embeddings(backbone: PreTrainedModel, model: ShadowAdapter) -> None:
+    """Give a backbone that was fed by the base a table of its own class that looks up what the base's table does.
 
-
-def _head_scale(model: ShadowAdapter) -> float:
-    """The constant by which the base's class multiplies the result of its output embedding.
+    The classes of some types multiply what they look up.
 
     Raises:
-        ValueError: its logits are not a scaled, possibly capped, linear function.
+        ValueError: the backbone's class computes embeddings in another way.
     """
-    head, cap = model.base_model.get_output_embeddings(), softcap_of(model.base_model)
-    kind, width = head.weight.dtype, model.decoder.hidden_size
-    dtype = kind if kind.is_floating_point else model.base_model.dtype  # integers: a quantized head
-    x = torch.randn(1, 8, width, dtype=dtype, device=head.weight.device)
-    task_head = TaskHead(model.base_model, model.decoder.head_input_path, width=model.decoder.hidden_size)
-    plain, full = head(x).double(), task_head(x).double()
-    if cap is not None:
-        full = torch.atanh(full / cap) * cap
-    scale = float((plain * full).sum() / plain.square().sum())
-    if not torch.allclose(plain * scale, full, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
+    table = model.base_model.get_input_embeddings()
+    with materialized(table):
+        rows, width = table.weight.shape
+        states = table(torch.arange(rows, device=table.weight.device))
+    backbone.config.get_text_config(decoder=True).vocab_size = rows
+    own = type(backbone)(backbone.config).get_input_embeddings().to(states)
+    own.weight.fill_(1.0)
+    factor = own(torch.zeros(1, dtype=torch.long, device=states.device))
+    if own.weight.shape != (rows, width) or not (factor == factor[0, 0]).all():
         raise ValueError(
-            f"{type(model.base_model).__name__} computes its logits with more than one linear layer, which the "
-            "exported form of this shadow cannot represent."
+            f"The embeddings of {type(backbone).__name__} cannot be a copy of the base's, so it is not exported."
         )
-    return 1.0 if abs(scale - 1.0) < 1e-3 else scale
+    own.weight.copy_(states / factor[0, 0])
+    backbone.set_input_embeddings(own.requires_grad_(True))

@@ -35,6 +35,7 @@ class _AutoShadowModel:
         cls,
         pretrained_shadow_path: str | Path,
         *,
+        base_model: str | Path | None = None,
         is_trainable: bool = False,
         inference_mode: InferenceMode = "base_shadow",
         shadow_model: PreTrainedModel | None = None,
@@ -45,6 +46,7 @@ class _AutoShadowModel:
 
         Args:
             pretrained_shadow_path: a directory, or a hub repository `repo_id` or `repo_id@revision`, of either dialect.
+            base_model: folder or hub id of the base; None is the one that the adapter names.
             is_trainable: False freezes the adapter.
             inference_mode: "base_shadow" or "shadow_only".
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
@@ -59,7 +61,8 @@ class _AutoShadowModel:
             OSError: the base cannot be found.
         """
         stored = store.read(pretrained_shadow_path)
-        base = cls.base_class.from_pretrained(base_of(stored), **{**cls._base_settings(stored), **base_kwargs})
+        name = base_of(stored) if base_model is None else base_model
+        base = cls.base_class.from_pretrained(name, **{**cls._base_settings(stored), **base_kwargs})
         return cls.task_class.from_pretrained(
             base,
             pretrained_shadow_path,

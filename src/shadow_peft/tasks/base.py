@@ -251,9 +251,9 @@ class ShadowTaskModel(PreTrainedModel):
         """Print how many parameters are trained."""
         self.peft_model.print_trainable_parameters()
 
-    def export_shadow(self) -> PreTrainedModel:
+    def export_shadow(self, *, fold: bool = False) -> PreTrainedModel:
         """The shadow alone as a self-contained model, see `ShadowPeftModel.export_shadow`."""
-        return self.peft_model.export_shadow()
+        return self.peft_model.export_shadow(fold=fold)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the adapter, the trained heads and the factors of the loss.

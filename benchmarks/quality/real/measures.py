@@ -1,0 +1,90 @@
+"""What a method costs: bytes kept for the backward pass, peak memory of a training, and decoding beside the bare base."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROMPTS, MOST_TOKENS, REPEATS = 6, 40, 2
+
+
+def bytes_saved(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Bytes of the storages that a forward pass keeps for its backward pass, parameters and inputs left out."""
+    model.train()
+    others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs.values())}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            kept[storage.data_ptr()] = tensor  # held, so that no other storage takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.backward()
+    model.zero_grad()
+    return size
+
+
+def reset_peak() -> float:
+    """Forget the peak of this process's resident memory so far; the present size in MB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> float:
+    """MB of this process's memory: now (VmRSS), or at most since the last reset (VmHWM)."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+@torch.no_grad()
+def decoding(model: Any, base: Any, prompts: list[list[int]]) -> dict[str, float]:
+    """Greedy decoding of the first prompts at batch 1, drafted and undrafted, beside the bare base, taking turns.
+
+    Returns:
+        `tokens_per_pass`, `acceptance`: of drafting. `drafted_time`, `undrafted_time`: seconds per new token over the bare
+        base's, of medians over prompts and repeats; the bare base writes as many tokens as the adapted one did.
+    """
+    model.eval()
+    seconds: dict[str, list[float]] = {"bare": [], "undrafted": [], "drafted": []}
+    passes = accepted = drafted = 0
+    for prompt in prompts[:PROMPTS]:
+        ids = torch.tensor([prompt])
+        for repeat in range(REPEATS + 1):
+            took, output = _timed(model, ids, MOST_TOKENS, use_shadow_draft=True)
+            new = output.sequences.shape[1] - ids.shape[1]
+            plain, _ = _timed(model, ids, MOST_TOKENS)
+            bare, _ = _timed(base, ids, new, min_new_tokens=new)
+            if repeat:  # the first round warms up
+                for name, value in (("drafted", took), ("undrafted", plain), ("bare", bare)):
+                    seconds[name].append(value / new)
+        statistic = output.draft_statistics
+        passes += statistic.base_passes
+        accepted += statistic.accepted
+        drafted += statistic.drafted
+    times = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "tokens_per_pass": (accepted + passes) / passes, "acceptance": accepted / max(1, drafted),
+        "drafted_time": times["drafted"] / times["bare"], "undrafted_time": times["undrafted"] / times["bare"],
+        "bare_seconds_per_token": times["bare"],
+    }  # fmt: skip
+
+
+def _timed(model: Any, ids: Tensor, tokens: int, **options: Any) -> tuple[float, Any]:
+    """Processor seconds of a generation, the prompt's pass included, and its output."""
+    started = time.process_time()
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return time.process_time() - started, output

@@ -1,0 +1,105 @@
+"""Writes an exported shadow as a folder of transformers: model, tokenizer with chat template, generation config, card."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadow_peft.storage.atomic import all_or_none
+
+CARD = "README.md"
+MARK = "shadow-peft export"
+"""Stands in every card of an export, so that a later one knows it."""
+
+_PACKAGES = ("shadow-peft", "torch", "transformers")
+_WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
+    r"|tokenizer\.model|chat_template\.jinja|model\b.*\.safetensors(\.index\.json)?|README\.md"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an exported shadow comes from.
+
+    Attributes:
+        adapter: folder or hub id of the adapter, or of the model that was folded.
+        base: folder or hub id of the base, or None where it is not known.
+        variant: of the adapter, or None.
+        base_parameters: number of parameters of the base, or None.
+    """
+
+    adapter: str
+    base: str | None = None
+    variant: str | None = None
+    base_parameters: int | None = None
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, origin: Origin) -> None:
+    """Write all files or none; those of an earlier export in the folder are replaced."""
+    old = [path.name for path in folder.iterdir() if _WRITTEN.fullmatch(path.name)] if folder.is_dir() else []
+    with all_or_none(folder, removing=old) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        card(model, origin, folder.name).save(staging / CARD)
+
+
+def what_else_is_in(folder: Path) -> str | None:
+    """The name of something in a folder that no export has written; None where there is nothing but an export."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    found = folder / CARD
+    if not found.is_file() or MARK not in found.read_text(encoding="utf-8", errors="replace"):
+        return sorted(path.name for path in folder.iterdir())[0]
+    return next((path.name for path in sorted(folder.iterdir()) if not _WRITTEN.fullmatch(path.name)), None)
+
+
+def card(model: PreTrainedModel, origin: Origin, name: str) -> ModelCard:
+    """The model card: what it is, how it is used, where it comes from."""
+    is_classifier = model.get_output_embeddings() is None
+    task = "text-classification" if is_classifier else "text-generation"
+    base = None if origin.base is None or Path(origin.base).exists() else origin.base
+    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag=task, tags=["shadowpeft"])
+    base_name = None if origin.base is None else Path(origin.base).name
+    adapter = Path(origin.adapter).name
+    rows = {
+        "class": f"`{type(model).__name__}`",
+        "parameters": f"{model.num_parameters():,}",
+        "parameters of the base": None if origin.base_parameters is None else f"{origin.base_parameters:,}",
+        "base": None if base_name is None else f"`{base or base_name}`",
+        "variant": None if origin.variant is None else f"`{origin.variant}`",
+        "python": platform.python_version(),
+        **{package: version(package) for package in _PACKAGES},
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)])
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {f'Shadow of {base_name}' if base_name else name}\n\n"
+        f"A small model that was trained as the shadow of {f'`{base_name}`' if base_name else 'a larger one'} by ShadowPEFT "
+        f"and detached from it. It is a stock `{type(model).__name__}` of transformers; no other package is needed.\n\n"
+        f"## Use\n\n```python\n{_usage(is_classifier, name)}\n```\n\n"
+        f"## Provenance\n\nMade by `{MARK} {adapter}`.\n\n{table}\n"
+    )
+
+
+def _usage(is_classifier: bool, name: str) -> str:
+    auto, ending = ("AutoModelForCausalLM", _GENERATE)
+    if is_classifier:
+        auto, ending = ("AutoModelForSequenceClassification", _CLASSIFY)
+    return f"""from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)
+{ending}"""
+
+
+_GENERATE = """output = model.generate(**inputs, max_new_tokens=50)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+_CLASSIFY = "print(model.config.id2label[int(model(**inputs).logits.argmax())])"
