@@ -1,4 +1,4 @@
-"""Pretrain the shadow: initialise it from the base, train it on text like any model, and use it as the shadow.
+"""Pretrain the shadow: a cut of the base that learns its distribution, then serves as the shadow of an adapter.
 
 python examples/pretrained_shadow.py
 """
@@ -6,27 +6,31 @@ python examples/pretrained_shadow.py
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
+from shadow_peft.pretraining.cut import cut_shadow
+from shadow_peft.pretraining.student import Objective, Student
+from shadow_peft.pretraining.trainer import finished
 
-base, input_ids = causal_lm(), token_ids()
-shape = ShadowConfig(num_shadow_layers=2, shadow_init_layers="even", shadow_intermediate_size=32)
+base, text = causal_lm(), token_ids(rows=16)
+cut = ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="0,3", shadow_intermediate_size=32)
 
-small = get_shadow_model(base, shape).export_shadow()  # a stock model, with copies of the base's embeddings and head
-for table in (small.get_input_embeddings(), small.get_output_embeddings()):
-    table.requires_grad_(False)  # both stay equal to the base's
-text = [{"input_ids": row, "labels": row} for row in token_ids(rows=16)]
+student = Student(cut_shadow(base, cut), Objective(next_token=0.0, distillation=1.0)).train()
+optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-2)  # the shadow's layers; embeddings and head are the base's
+for _ in range(10):
+    loss = student(text)["loss"]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
+small = finished(student).eval()  # a stock model of its own
 with tempfile.TemporaryDirectory() as directory:
-    args = TrainingArguments(directory, max_steps=4, learning_rate=1e-2, report_to="none", save_strategy="no")
-    Trainer(small, args, train_dataset=text).train()
     small.save_pretrained(directory)
     shadow = prepare_shadow_model(AutoModelForCausalLM.from_pretrained(directory), remove_embed_tokens=True)
 
 model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(), shadow_model=shadow)).eval()
 with torch.no_grad():
-    logits = model(input_ids=input_ids).shadow_logits
-    assert torch.allclose(logits, small.eval()(input_ids=input_ids).logits, atol=1e-5)
-print("the adapter starts from the pretrained shadow:", f"{sum(p.numel() for p in shadow.parameters()):,} parameters")
+    assert torch.allclose(model(input_ids=text).shadow_logits, small(input_ids=text).logits, atol=1e-5)
+print(f"KL(base || shadow) {loss:.4f} nats; {sum(p.numel() for p in shadow.parameters()):,} parameters start the adapter")

@@ -42,8 +42,8 @@ EXAMPLES = """examples:
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000 --resume
   shadow-peft pretrain --model ./base --data a.jsonl b.txt --output distilled \\
       --max_steps 2000 --distillation_weight 1
-  shadow-peft pretrain --model ./base --small ./small --align --data corpus \\
-      --output aligned --max_steps 500
+  shadow-peft pretrain --model Qwen/Qwen3-8B --small Qwen/Qwen3-0.6B --align \\
+      --data corpus --output aligned --max_steps 500
   shadow-peft train --model ./base --shadow_model shadow --share_embeddings \\
       --data commands.jsonl --output out
 """
