@@ -17,6 +17,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"shadow-peft {version}"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

@@ -4,23 +4,27 @@ python examples/draft.py
 """
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _tiny import causal_lm, token_ids
-from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH  # a base, a pretrained shadow
 
-# A fresh shadow with copies of all layers is its base, so it guesses right. A trained one guesses as well as it has learned.
-model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig(num_shadow_layers=4, shadow_init="base"))).eval()
-prompt = token_ids(rows=1, length=6)
-settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 24, "do_sample": False}
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+small = AutoModelForCausalLM.from_pretrained(SHADOW_PATH, dtype="float32")
+shadow = prepare_shadow_model(small, remove_embed_tokens=True)  # it is fed the base's embeddings
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(), shadow_model=shadow)).eval()
 
-expected = model.generate(prompt, **settings)
-# By default a draft ends where the shadow is unsure. Random models always are, so this example fixes the length.
-fixed = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
-output = model.generate(prompt, **settings, use_shadow_draft=True, return_dict_in_generate=True, **fixed)
+tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
+inputs = tokenizer("The function returns", return_tensors="pt")
+settings = {"max_new_tokens": 40, "do_sample": False}
+
+expected = model.generate(**inputs, **settings)
+output = model.generate(**inputs, **settings, use_shadow_draft=True, return_dict_in_generate=True)
 assert torch.equal(output.sequences, expected)
 
+print(tokenizer.decode(expected[0]))
 statistics = output.draft_statistics
 print(
-    f"{statistics.base_passes} passes of the base for {expected.shape[1] - prompt.shape[1]} tokens, "
+    f"{statistics.base_passes} passes of the base for {expected.shape[1] - inputs['input_ids'].shape[1]} tokens, "
     f"{statistics.acceptance_rate:.0%} of the drafted ones accepted"
 )

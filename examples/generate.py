@@ -4,19 +4,23 @@ python examples/generate.py
 """
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 
-model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()), inference_mode="base_shadow").eval()
-prompt = token_ids(rows=1, length=6)
-settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig()), inference_mode="base_shadow").eval()
 
-adapted = model.generate(prompt, **settings)
-assert torch.equal(adapted, model.generate(prompt, **settings, use_cache=False))
-print("adapted base:", adapted[0, 6:].tolist())
+inputs = tokenizer("The function returns", return_tensors="pt")
+settings = {"max_new_tokens": 16, "do_sample": False}
+
+adapted = model.generate(**inputs, **settings)
+assert torch.equal(adapted, model.generate(**inputs, **settings, use_cache=False))
+print("adapted base:", tokenizer.decode(adapted[0]))
 
 model.set_inference_mode("shadow_only")  # no layer of the base runs
-alone = model.generate(prompt, **settings)
-assert torch.equal(alone, model.generate(prompt, **settings, use_cache=False))
-print("shadow alone:", alone[0, 6:].tolist())
+alone = model.generate(**inputs, **settings)
+assert torch.equal(alone, model.generate(**inputs, **settings, use_cache=False))
+print("shadow alone, untrained:", tokenizer.decode(alone[0]))

@@ -6,19 +6,21 @@ python examples/pretrained_shadow.py
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _tiny import causal_lm, token_ids
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 from shadow_peft.pretraining.cut import cut_shadow
 from shadow_peft.pretraining.student import Objective, Student
 from shadow_peft.pretraining.trainer import finished
 
-base, text = causal_lm(), token_ids(rows=16)
-cut = ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="0,3", shadow_intermediate_size=32)
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
+text = tokenizer(["Here stands a long text of your own."] * 8, return_tensors="pt")["input_ids"]
+cut = ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="0,3", shadow_intermediate_size=128)
 
 student = Student(cut_shadow(base, cut), Objective(next_token=0.0, distillation=1.0)).train()
-optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-2)  # the shadow's layers; embeddings and head are the base's
+optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-3)  # the shadow's layers; embeddings and head are the base's
 for _ in range(10):
     loss = student(text)["loss"]
     loss.backward()
@@ -32,5 +34,5 @@ with tempfile.TemporaryDirectory() as directory:
 
 model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(), shadow_model=shadow)).eval()
 with torch.no_grad():
-    assert torch.allclose(model(input_ids=text).shadow_logits, small(input_ids=text).logits, atol=1e-5)
+    assert torch.allclose(model(input_ids=text).shadow_logits, small(input_ids=text).logits, atol=1e-4)
 print(f"KL(base || shadow) {loss:.4f} nats; {sum(p.numel() for p in shadow.parameters()):,} parameters start the adapter")

@@ -7,11 +7,13 @@ import os
 import tempfile
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _tiny import causal_lm, token_ids
-from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft import AutoShadowModelForCausalLM, ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 
-model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig(modules_to_save=["lm_head"]))).eval()
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(modules_to_save=["lm_head"]))).eval()
 with torch.no_grad():  # as if it had been trained
     model.shadow_injection_model.injection_ups.normal_(std=0.1)
     model.get_output_embeddings().weight.mul_(1.1)
@@ -19,11 +21,15 @@ with torch.no_grad():  # as if it had been trained
 with tempfile.TemporaryDirectory() as directory:
     model.save_pretrained(directory)
     print(sorted(os.listdir(directory)))
-    loaded = ShadowForCausalLM.from_pretrained(causal_lm(), directory)
-    trainable = ShadowForCausalLM.from_pretrained(causal_lm(), directory, is_trainable=True)
+    another = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+    loaded = ShadowForCausalLM.from_pretrained(another, directory)
+    # the shortest way: the adapter names its base, which is loaded too
+    trainable = AutoShadowModelForCausalLM.from_pretrained(directory, dtype="float32", is_trainable=True)
 
-input_ids = token_ids()
+inputs = AutoTokenizer.from_pretrained(BASE_PATH)("Open the door.", return_tensors="pt")
 with torch.no_grad():
-    assert torch.equal(model(input_ids=input_ids).logits, loaded(input_ids=input_ids).logits)
+    expected = model(**inputs).logits
+    assert torch.equal(expected, loaded(**inputs).logits)
+    assert torch.equal(expected, trainable.eval()(**inputs).logits)
 loaded.print_trainable_parameters()
 trainable.print_trainable_parameters()

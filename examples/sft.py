@@ -6,31 +6,27 @@ python examples/sft.py
 import tempfile
 
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from _tiny import causal_lm, tokenizer
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
 from shadow_peft.training import ShadowSFTTrainer
 
 data = Dataset.from_list([{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(8) for b in range(8)])
-model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig()), shadow_loss_weight=0.5)
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig()), shadow_loss_weight=0.5)
 
 with tempfile.TemporaryDirectory() as directory:
     args = SFTConfig(
-        directory,
-        max_steps=60,
-        learning_rate=1e-2,
-        packing=True,
-        max_length=64,
-        logging_steps=15,
-        report_to="none",
-        bf16=False,
-    )
+        directory, max_steps=30, learning_rate=3e-3, packing=True, max_length=64, logging_steps=10,
+        report_to="none", bf16=False,
+    )  # fmt: skip
     trainer = ShadowSFTTrainer(
         model,
         args,
         train_dataset=data,
-        processing_class=tokenizer(),
+        processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
         shadow_learning_rate_scale=0.5,  # about 0.05 for a backbone that is pretrained
     )
     trainer.train()

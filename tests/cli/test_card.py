@@ -52,6 +52,15 @@ def test_the_header_names_base_and_data_of_the_hub(tmp_path: Path) -> None:
     assert 'ShadowForCausalLM.from_pretrained(base, "me/robot")' in written.text
 
 
+def test_the_card_says_what_the_shadow_can_do(tmp_path: Path) -> None:
+    exported = replace(FACTS, arguments=(*FACTS.arguments, "--export"))
+    alone, with_export, lora = (
+        card(facts, tmp_path).text for facts in (FACTS, exported, replace(FACTS, method="LoRA", variant=None))
+    )
+    assert ["--shadow_only" in text for text in (alone, with_export, lora)] == [True, True, False]
+    assert ["The folder `shadow`" in text for text in (alone, with_export, lora)] == [False, True, False]
+
+
 def test_lora_is_loaded_by_peft(tmp_path: Path) -> None:
     written = card(replace(FACTS, method="LoRA", variant=None), tmp_path)
     assert written.data.library_name == "peft"

@@ -208,7 +208,7 @@ class CheckpointMixin(ShadowAdapter):
         base, origin = peft_adapters.unwrap_base(model), stored.provenance
         if shadow_model is None:
             with malformed(f"{stored.directory}: shadow_model_config"):
-                shadow_model = build_stored_shadow(origin)
+                shadow_model = build_stored_shadow(origin) or store.mirror_with_table(base, stored)
         with restored_on_failure(base) as record:
             injected = _inject_adapters(base, stored, record)
             peft_model = cls(

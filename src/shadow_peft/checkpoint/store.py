@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.implicit import backbone_with_table
 from shadow_peft.base import peft_adapters
+from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.task_head import path_of
 from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.arguments import check_arguments
 from shadow_peft.checkpoint.folder import FILES, INDEX_FILE, STATE_FILE, check_target, is_trainer_folder
@@ -298,6 +302,19 @@ def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
         logger.warning("The base carries PEFT adapters that %s was not made with.", checkpoint.directory)
         below = {}
     fill({**views, **heads, **below}, {**known, **checkpoint.heads, **checkpoint.base_adapters}, str(checkpoint.directory))
+
+
+def mirror_with_table(base: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """The backbone of an adapter of peft's that reads a table of its own, though it is as wide as the base; else None."""
+    config = checkpoint.config
+    if checkpoint.dialect != "peft" or not config.train_shadow_embeddings:
+        return None
+    decoder = find_decoder(base)
+    same_width = config.shadow_hidden_size in (None, decoder.hidden_size)
+    table = path_of(decoder.backbone, decoder.backbone.get_input_embeddings())
+    if not same_width or not peft.holds(checkpoint.tensors, f"{table}.weight"):
+        return None
+    return backbone_with_table(decoder, config)
 
 
 def _require_same_base(model: ShadowAdapter, checkpoint: Checkpoint) -> None:

@@ -188,7 +188,16 @@ output = model.generate(**inputs, max_new_tokens=50)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
     options = " ".join(filter(None, (place, facts.quantization, "--chat" * facts.chat)))
     command = f'shadow-peft generate {options} "Hello"'
-    return f"```python\n{python}\n```\n\n```bash\n{command}\n```"
+    return f"```python\n{python}\n```\n\n```bash\n{command}\n```{_of_the_shadow(facts)}"
+
+
+def _of_the_shadow(facts: RunFacts) -> str:
+    """What a shadow can do beside correcting its base; nothing of another adapter."""
+    if facts.method != "ShadowPEFT":
+        return ""
+    alone = "With `--draft` the shadow drafts for its base (`use_shadow_draft=True`); with `--shadow_only` it answers alone."
+    exported = "The folder `shadow` holds it as a model of its own, which needs no base."
+    return f"\n\n{alone}" + (f"\n{exported}" if "--export" in facts.arguments else "")
 
 
 def _classifier_usage(facts: RunFacts) -> str:
