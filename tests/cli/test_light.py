@@ -29,6 +29,7 @@ MISTYPED = {
     "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
     "export": (["out", "--ouptut", "x"], "--output"),
+    "convert": (["out", "--modle", "x"], "--model"),
 }
 
 
@@ -101,6 +102,8 @@ def real_parser(verb: str) -> VerbParser:
         parser.add_argument("text", nargs="+")
     if verb == "export":
         parser.add_argument("shadow")
+    if verb == "convert":
+        parser.add_argument("adapter")
     return parser
 
 

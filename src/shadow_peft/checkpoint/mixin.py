@@ -206,6 +206,11 @@ class CheckpointMixin(ShadowAdapter):
             make_task: makes the task model around the adapted one, which is returned in its place.
         """
         base, origin = peft_adapters.unwrap_base(model), stored.provenance
+        if shadow_model is None and stored.shadow_place is not None:
+            raise ValueError(
+                f"The shadow of {stored.directory} is made from the model {stored.shadow_place!r}: load that and pass it as "
+                "shadow_model, or write the adapter anew with `shadow-peft convert --to native`."
+            )
         if shadow_model is None:
             with malformed(f"{stored.directory}: shadow_model_config"):
                 shadow_model = build_stored_shadow(origin) or store.mirror_with_table(base, stored)

@@ -104,8 +104,9 @@ def config_from_peft(data: dict[str, Any], ours: dict[str, Any]) -> ShadowConfig
     if data.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{CONFIG_FILE} has peft_type {data.get('peft_type')!r}; only {PEFT_TYPE!r} is a shadow adapter.")
     values = {name: data[theirs] for theirs, name in _FIELDS.items() if data.get(theirs) is not None}
+    if is_mirror(data) or not ours:
+        values["num_shadow_layers"] = data.get("shadow_num_hidden_layers") or 1
     values |= {
-        "num_shadow_layers": data.get("shadow_num_hidden_layers") or 1,
         "gate_hidden_size": data.get("update_hidden_size") or data["r"],
         "variant": "peft",
     }

@@ -46,10 +46,11 @@ class Checkpoint:
         dialect: dialect of the files.
         tensors: name -> tensor of the adapter.
         heads: name -> tensor of the trained heads.
-        base_adapters: name -> tensor of the PEFT adapters that the base carried.
         provenance: where the adapter comes from, as stored in the file; empty if nothing is stored.
         directory: directory that it was read from.
         training: stored factors of the loss, under the names of the task models' arguments.
+        base_adapters: name -> tensor of the PEFT adapters that the base carried.
+        shadow_place: folder or hub id of the model that a shadow of peft's is made from; None where it is made otherwise.
     """
 
     config: ShadowConfig
@@ -60,6 +61,7 @@ class Checkpoint:
     directory: Path
     training: dict[str, float] = field(default_factory=dict)
     base_adapters: dict[str, Tensor] = field(default_factory=dict)
+    shadow_place: str | None = None
 
     @property
     def head_names(self) -> list[str]:
@@ -127,7 +129,9 @@ def _read_peft(directory: Path, files: Mapping[str, Path]) -> Checkpoint:
         origin = stored_provenance(data, FILES)
         config = peft.config_from_peft(data, origin.get("shadow_config", {}))
         training = {_PEFT_WEIGHT[1]: float(data.get(_PEFT_WEIGHT[0], 0.05)), **origin.get("training", {})}
-    return _with_tensors(Checkpoint(config, "peft", {}, {}, origin, directory, training), peft.ADAPTER_FILE, files)
+        place = None if origin or peft.is_mirror(data) else str(data["shadow_model"])
+    checkpoint = Checkpoint(config, "peft", {}, {}, origin, directory, training, shadow_place=place)
+    return _with_tensors(checkpoint, peft.ADAPTER_FILE, files)
 
 
 def _with_tensors(checkpoint: Checkpoint, adapter_file: str, files: Mapping[str, Path]) -> Checkpoint:

@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continue a text with a model, with or without its shadow adapter",
     "classify": "tell the class of a text with a classifier, with or without adapter",
     "export": "write the shadow of an adapter as a standalone model",
+    "convert": "write an adapter for peft, or one of peft's for this library",
     "eval": "score a model or its shadow with lm-evaluation-harness",
 }
 

@@ -385,6 +385,17 @@ class ExportOptions:
         require("check_tokens", self.check_tokens, 1)
 
 
+@dataclass
+class ConvertOptions:
+    """Options of `shadow-peft convert`."""
+
+    to: Literal["peft", "native"] = field(metadata={"help": "Whose files to write: those of peft, or this library's."})
+    output: str = field(metadata={"help": "Folder to write into, new or empty."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
+    )
+
+
 #: Verb -> the dataclasses of this package whose fields are its options.
 OPTIONS: dict[str, list[type]] = {
     "demo": [DemoOptions],
@@ -394,6 +405,7 @@ OPTIONS: dict[str, list[type]] = {
     "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
     "export": [ExportOptions],
+    "convert": [ConvertOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

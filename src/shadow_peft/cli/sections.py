@@ -57,6 +57,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "log_samples",
         ),
     },
+    "convert": {"what is written": ("to", "output", "model", "config")},
     "export": {
         "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
