@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.generation.draft_length import DEVICE_COSTS, AcceptanceEstimate, DraftLength, drafting_cost
+from shadow_peft.generation.pass_times import CPU_PRIOR, Costs, PassTimes, prior_costs
 from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens, with_nonzero_weights
 
 LONG = {"max_new_tokens": 24, "do_sample": False}
@@ -70,8 +72,14 @@ def sure(agreement: str) -> ShadowForCausalLM:
     return model
 
 
+def set_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafted token costs a fifth of a base pass, whatever the clock says."""
+    times = PassTimes(Costs(draft=0.15, verify=0.05), measures=False)
+    monkeypatch.setattr("shadow_peft.generation.mixin.pass_times", lambda model, rows: times)
+
+
 def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shadow_peft.generation.draft_length.drafting_cost", lambda model, rows: 0.2)
+    set_costs(monkeypatch)
     ids, settings = tokens(1, 7), {"max_new_tokens": 60, "do_sample": False}
     adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
     right, wrong = sure("always"), sure("never")
@@ -81,49 +89,18 @@ def test_drafts_adapt_to_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> No
     output = wrong.generate(ids, **settings, **adaptive)
     assert torch.equal(output.sequences, wrong.generate(ids, **settings))
     wasted = output.draft_statistics.drafted * 0.2
-    assert 0 < wasted <= 0.1 * 60  # given up, tried again now and then, never at more than a tenth of the base passes
+    assert 0 < wasted <= 0.05 * 60  # given up, tried again now and then
 
 
-def test_an_estimate_follows_what_is_judged() -> None:
-    estimate = AcceptanceEstimate()
-    assert estimate.trust == 0.9
-    for _ in range(50):
-        estimate.update([0.5, 0.5, 0.5], 3)
-    assert estimate.trust == pytest.approx(2.0, abs=0.02)
-    for _ in range(50):
-        estimate.update([0.9, 0.9], 0)
-    low = estimate.trust
-    assert low < 0.05
-    for _ in range(40):
-        estimate.update([], 0)
-    assert low < estimate.trust < 0.3
-
-
-@pytest.mark.parametrize(("chance", "cost"), [(0.5, 0.2), (0.8, 0.16), (0.9, 0.05), (0.99, 0.3), (0.3, 0.4)])
-def test_a_draft_ends_where_its_rate_is_best(chance: float, cost: float) -> None:
-    """Against every length: tokens won per base pass, counted out."""
-    rates = [sum(chance**i for i in range(n + 1)) / (1 + n * cost) for n in range(60)]
-    length, grown = DraftLength(cost, AcceptanceEstimate(1.0, 1.0)), 0
-    while length.grows(torch.tensor([chance])):
-        grown += 1
-    assert rates[grown] == pytest.approx(max(rates))
-
-
-def test_a_draft_that_cannot_pay_is_not_begun() -> None:
-    assert DraftLength(0.3, AcceptanceEstimate(1.0, 0.31)).may_begin
-    assert not DraftLength(0.3, AcceptanceEstimate(1.0, 0.29)).may_begin
-
-
-def test_what_a_draft_costs() -> None:
-    device = DEVICE_COSTS["cpu"]
+def test_what_is_believed_of_costs_before_they_are_measured() -> None:
     own = agreeing("always")  # the base is its own shadow: a draft is a pass, and verifying adds a token to another
     base = weights_read(own.peft_model.base_model)
     for rows in (1, 8):
-        verifying = base * rows / device.saturation / device.of_pass(base, 4, rows)
-        assert drafting_cost(own, rows) == pytest.approx(1.0 + verifying)
+        verifying = base * rows / CPU_PRIOR.saturation / CPU_PRIOR.of_pass(base, 4, rows)
+        assert prior_costs(own, rows) == pytest.approx((1.0, verifying))
     thin = causal_lm(llama())
-    assert 0.25 < drafting_cost(thin) < 0.26  # as small as that, dispatching a layer of four is all that counts
-    assert device.of_pass(10**9, 4, 8) / device.of_pass(10**9, 4, 1) == pytest.approx(2.6 / 1.2, rel=1e-2)
+    assert 0.25 < sum(prior_costs(thin, rows=1)) < 0.26  # as small as that, dispatching a layer of four is all that counts
+    assert CPU_PRIOR.of_pass(10**9, 4, 8) / CPU_PRIOR.of_pass(10**9, 4, 1) == pytest.approx(2.6 / 1.2, rel=1e-2)
 
 
 def weights_read(model: PreTrainedModel) -> int:
@@ -249,6 +226,42 @@ def test_sampling_keeps_the_bases_distribution(agreement: str) -> None:
     output = model.generate(prompt, max_new_tokens=401, return_dict_in_generate=True, **SAMPLED, **DRAFT)
     assert 0.2 < output.draft_statistics.acceptance_rate < 0.95
     assert sampling_bias(model, output.sequences, start=4) < CHANCE  # the first token was not drafted
+
+
+def test_sampling_keeps_the_bases_distribution_where_lengths_adapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides on a token's draft and verification, confidence and what was accepted before, does not know the token."""
+    set_costs(monkeypatch)
+    model, prompt = sharp("sometimes"), torch.tensor([[3, 4, 5]])
+    adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
+    output = model.generate(prompt, max_new_tokens=401, **SAMPLED, **adaptive)
+    assert len(output.draft_statistics.drafted_at) > 2
+    assert output.draft_statistics.drafted > 150
+    assert sampling_bias(model, output.sequences, start=4) < CHANCE
+
+
+def test_times_are_measured_in_a_running_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes without drafts, then drafts; all passes but the prompt's and the last have a time, and no other."""
+    model, seconds, passes = agreeing("always"), count(), []
+    monkeypatch.setattr("shadow_peft.generation.pass_times.clock", lambda: float(next(seconds)))
+    monkeypatch.setattr(PassTimes, "add_pass", lambda times, drafted, seconds: passes.append((drafted, seconds)))
+    monkeypatch.setattr(PassTimes, "knows_base", property(lambda times: len(passes) > 1))
+    monkeypatch.setattr(PassTimes, "costs", lambda times: Costs(0.1, 0.1))
+    adaptive = {"use_shadow_draft": True, "return_dict_in_generate": True}
+    statistics = model.generate(tokens(1, 7), **LONG, **adaptive).draft_statistics
+    assert passes[:2] == [(0, 1.0), (0, 1.0)]
+    assert len(passes) == statistics.base_passes - 2
+    assert all(drafted > 0 for drafted, _ in passes[2:])
+
+
+def test_no_confidence_is_too_low_where_lengths_adapt_and_nobody_names_a_threshold() -> None:
+    model, ids = agreeing("always"), tokens(1, 7)
+    cases = (({}, 0.0), ({"num_assistant_tokens_schedule": "constant"}, 0.4), ({"assistant_confidence_threshold": 0.3}, 0.3))
+    for given, threshold in cases:
+        prepared = model._prepare_generation_config(None, use_shadow_draft=True, **given)[0]
+        assert prepared.assistant_confidence_threshold == threshold
+    model.generation_config.assistant_confidence_threshold = 0.2
+    assert model._prepare_generation_config(None, use_shadow_draft=True)[0].assistant_confidence_threshold == 0.2
+    assert torch.equal(model.generate(ids, use_shadow_draft=True, **LONG), model.generate(ids, **LONG))
 
 
 def test_the_switch_can_be_stored() -> None:

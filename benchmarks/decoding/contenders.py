@@ -7,11 +7,12 @@ needs when it is made.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 WIDTH, LAYERS, VOCABULARY, INTERMEDIATE = 512, 12, 8192, 1536
 BACKBONE: dict[str, int] = {
@@ -19,14 +20,32 @@ BACKBONE: dict[str, int] = {
 }  # fmt: skip
 """One layer with half the heads and a thin MLP: every contender then trains about 1.17 M parameters, 2.5 % of the base."""
 PUBLISHED_SIZES: dict[str, Any] = {**BACKBONE, "injection_hidden_size": 16, "gate_hidden_size": 10, "dropout": 0.0}
+REAL_PUBLISHED_SIZES: dict[str, Any] = {"injection_hidden_size": 64, "gate_hidden_size": 16, "alpha": 1.0, "dropout": 0.0}
+"""On SmolLM2-135M the published variant with these, "readout" with its defaults and LoRA of rank 22 train 6.7 to 6.8 M."""
 OUR_SIZES: dict[str, Any] = {
     **BACKBONE, "injection_hidden_size": 20, "output_hidden_size": 10, "readout_hidden_size": 16
 }  # fmt: skip
 
 
-def random_base() -> PreTrainedModel:
-    """A Llama of 46 M parameters with random weights that never ends a text."""
+@dataclass
+class Source:
+    """Folders of a real base and of an adapter for it; None is a random base, and a fresh adapter."""
+
+    base: str | None = None
+    adapter: str | None = None
+
+
+SOURCE = Source()
+"""What this process measures."""
+
+
+def make_base() -> PreTrainedModel:
+    """A base that never ends a text: the one of `SOURCE` in bfloat16, or a random Llama of 46 M parameters in float32."""
     torch.manual_seed(0)
+    if SOURCE.base is not None:
+        base = AutoModelForCausalLM.from_pretrained(SOURCE.base, dtype=torch.bfloat16).eval()
+        base.generation_config.eos_token_id = None
+        return base
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
@@ -37,15 +56,16 @@ def random_base() -> PreTrainedModel:
 
 def bare() -> nn.Module:
     """The base itself."""
-    return random_base()
+    return make_base()
 
 
 def lora(**options: Any) -> nn.Module:
     """Unmerged LoRA on every linear layer but the head, as large as the shadow."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **{"r": 10, **options})
-    return get_peft_model(random_base(), config).eval()
+    rank = 10 if SOURCE.base is None else 22
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **{"r": rank, **options})
+    return get_peft_model(make_base(), config).eval()
 
 
 def dora() -> nn.Module:
@@ -57,7 +77,7 @@ def published() -> nn.Module:
     """`shadow-peft` 0.1.1."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**PUBLISHED_SIZES))).eval()
+    return ShadowForCausalLM(get_shadow_model(make_base(), ShadowConfig(**PUBLISHED_SIZES))).eval()
 
 
 def tuner() -> nn.Module:
@@ -68,20 +88,23 @@ def tuner() -> nn.Module:
         r=12, update_hidden_size=10, shadow_num_hidden_layers=1, shadow_intermediate_size=160,
         shadow_num_attention_heads=4, shadow_dropout=0.0, task_type="CAUSAL_LM",
     )  # fmt: skip
-    return get_peft_model(random_base(), config).eval()
+    return get_peft_model(make_base(), config).eval()
 
 
 def ours(**config: Any) -> nn.Module:
     """This library, its variant "readout" unless `config` says otherwise."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    config = {"variant": "readout", **(config or OUR_SIZES)}
-    return ShadowForCausalLM(get_shadow_model(random_base(), ShadowConfig(**config, shadow_init="random"))).eval()
+    if SOURCE.adapter is not None:
+        return ShadowForCausalLM.from_pretrained(make_base(), SOURCE.adapter)
+    config = {"variant": "readout", **(config or ({} if SOURCE.base else OUR_SIZES))}
+    init = "base" if SOURCE.base else "random"
+    return ShadowForCausalLM(get_shadow_model(make_base(), ShadowConfig(**config, shadow_init=init))).eval()
 
 
 def ours_published() -> nn.Module:
     """This library with the published mathematics, as `shadow-peft` 0.1.x has it."""
-    return ours(**PUBLISHED_SIZES, variant="published")
+    return ours(**(REAL_PUBLISHED_SIZES if SOURCE.base else PUBLISHED_SIZES), variant="published")
 
 
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
@@ -108,7 +131,7 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
         acceptance: in [0, 1].
         seed: of what is proposed wrongly.
     """
-    from shadow_peft.generation import batched, candidate_generator
+    from shadow_peft.generation import batched, candidate_generator, mixin
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -119,21 +142,11 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
         return torch.full_like(logits, -30.0).scatter(1, ((right + wrong.long()) % logits.shape[-1])[:, None], 0.0)
 
     class Oracle(candidate_generator.ShadowCandidateGenerator):
-        def _logits(self, sequence: Tensor, state: Tensor) -> Tensor:
-            return propose(super()._logits(sequence, state), torch.tensor([sequence.shape[1]]))
+        def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
+            return propose(super().processed_logits(state, ahead), torch.tensor([self._text.shape[1]]))
 
     class BatchedOracle(batched.BatchedDrafting):
-        def _draft(self) -> batched.Draft:
-            self._drafts = True
-            try:
-                return super()._draft()
-            finally:
-                self._drafts = False
+        def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
+            return propose(super().processed_logits(state, ahead), self._texts.lengths + ahead)
 
-        def _processed(self, logits: Tensor, ahead: int) -> Tensor:
-            logits = super()._processed(logits, ahead)
-            return propose(logits, self._texts.lengths + ahead) if getattr(self, "_drafts", False) else logits
-
-    from shadow_peft.tasks import causal_lm
-
-    causal_lm.ShadowCandidateGenerator, causal_lm.BatchedDrafting = Oracle, BatchedOracle  # type: ignore[misc]
+    mixin.ShadowCandidateGenerator, mixin.BatchedDrafting = Oracle, BatchedOracle  # type: ignore[misc]

@@ -2,11 +2,14 @@
 
     python -m benchmarks.decoding.run                    makes an environment of the peers first (some minutes)
     python -m benchmarks.decoding.run --peer PYTHON      uses the interpreter of one that is there already
+    python -m benchmarks.decoding.run --base DIR [--adapter DIR --text FILE] --output FILE
+                                                         a real base in bfloat16 and a trained adapter, without the peers
 
 On a random base of 46 M parameters (12 layers of width 512) all contenders train about 1.17 M parameters. Drafting
 there is an oracle's, right with a given probability: the ceiling. How well a trained shadow drafts is measured by
-`benchmarks.decoding.demo`. Every contender has a process and one thread; each measurement stands between two of the bare
-base, its ratio is that to their mean, and the median of the rounds counts. Machines are noisy: compare ratios, not seconds.
+`benchmarks.decoding.demo`, and with a real base by prompts from a text. Every contender has a process and one thread;
+each measurement stands between two of the bare base, its ratio is that to their mean, and the median of the rounds
+counts. Machines are noisy: compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from tests.compat.run import make_environment
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "decoding.json"
 ORACLES = (0.0, 0.5, 0.7, 0.8, 0.9)
+REAL_ORACLES = (0.0, 0.85)
 BASE = "bare base"
 SLOW = {"DoRA": 8}
 """Tokens at most, where a token takes seven times as long."""
@@ -37,8 +41,8 @@ SLOW = {"DoRA": 8}
 class Process:
     """A worker that answers one request at a time."""
 
-    def __init__(self, python: str, name: str, acceptance: float | None = None) -> None:
-        command = [python, "-m", "benchmarks.decoding.worker", name, *([] if acceptance is None else [str(acceptance)])]
+    def __init__(self, python: str, name: str, **options: Any) -> None:
+        command = [python, "-m", "benchmarks.decoding.worker", name, json.dumps(options)]
         ours = name != PUBLISHED
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}" if ours else str(ROOT)}
         self._process = subprocess.Popen(
@@ -62,17 +66,32 @@ class Process:
 
 
 def start(peer: str) -> dict[str, Process]:
-    """A worker for every contender, drafting ones included."""
+    """A worker for every contender on the random base, drafting ones included."""
     processes = {name: Process(peer if name == PUBLISHED else sys.executable, name) for name in CONTENDERS}
     for acceptance in ORACLES:
-        processes[f"ours, drafts right {acceptance:.0%}"] = Process(sys.executable, "ours", acceptance)
+        processes[f"ours, drafts right {acceptance:.0%}"] = Process(sys.executable, "ours", drafts=str(acceptance))
     return processes
 
 
-def measure(processes: dict[str, Process], rounds: int, prompt: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Contender -> median ratios to the bare base at batch 1 and 8, and counts."""
+def start_real(base: str, adapter: str | None, text: str | None) -> dict[str, Process]:
+    """A worker for every contender on a real base."""
+    source = {"base": base, "text": text}
+    processes = {name: Process(sys.executable, name, **source) for name in (BASE, "LoRA", "ours, variant published")}
+    processes["ours"] = Process(sys.executable, "ours", adapter=adapter, **source)
+    for acceptance in REAL_ORACLES:
+        name = f"ours, drafts right {acceptance:.0%}"
+        processes[name] = Process(sys.executable, "ours", adapter=adapter, drafts=str(acceptance), **source)
+    if adapter is not None:
+        processes["ours, its own drafts"] = Process(sys.executable, "ours", adapter=adapter, drafts="own", **source)
+    return processes
+
+
+def measure(
+    processes: dict[str, Process], rounds: int, prompt: int, tokens: int, batches: list[int]
+) -> dict[str, dict[str, float]]:
+    """Contender -> median ratios to the bare base for each number of rows, and counts."""
     rows: dict[str, dict[str, float]] = {name: {} for name in processes}
-    for batch in (1, 8):
+    for batch in batches:
 
         def seconds(name: str, batch: int = batch) -> dict[str, float]:
             length = min(tokens if batch > 1 else 3 * tokens, SLOW.get(name, 3 * tokens))
@@ -119,16 +138,28 @@ def main() -> None:
     """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with shadow-peft 0.1.1")
+    parser.add_argument("--base", help="Folder of a real base; the published shadows and DoRA are left out then.")
+    parser.add_argument("--adapter", help="Folder of an adapter for it, whose own drafts are measured too.")
+    parser.add_argument("--text", help="A text file: its pieces are the prompts.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32, help="Tokens to write at batch 8; three times as many at batch 1.")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Numbers of rows.")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.base is None and (args.adapter or args.text):
+        parser.error("--adapter and --text need the --base that they belong to.")
+    if args.base is not None and args.output == RESULTS:
+        parser.error("Name the --output of a real base; the default one is that of the random base.")
     with tempfile.TemporaryDirectory() as folder:
-        peer = args.peer or make_environment(Path(folder) / "peer")
-        rows = measure(start(peer), args.rounds, args.prompt, args.tokens)
+        if args.base is not None:
+            processes = start_real(args.base, args.adapter, args.text)
+        else:
+            processes = start(args.peer or make_environment(Path(folder) / "peer"))
+        rows = measure(processes, args.rounds, args.prompt, args.tokens, args.batches)
     print(table(rows))
     settings = {"rounds": args.rounds, "prompt": args.prompt, "tokens": args.tokens, "threads": 1}
+    settings |= {name: Path(given).name for name in ("base", "adapter", "text") if (given := getattr(args, name))}
     args.output.write_text(json.dumps({"settings": settings, "machine": machine(), "rows": rows}, indent=1) + "\n")
 
 

@@ -1,10 +1,11 @@
 """One contender in a process of its own: it reads requests as lines of JSON and answers each with a line.
 
-    {"do": "time", "batch": 8, "prompt": 128, "tokens": 32}     -> {"prefill": seconds, "decode": seconds per step}
+    {"do": "time", "batch": 8, "prompt": 128, "tokens": 32}     -> {"prefill": seconds, "decode": seconds per token}
     {"do": "operations", "batch": 1}                            -> {"operations": of one decoding step, views apart}
     {"do": "statistics"}                                        -> what became of the drafts so far
 
-Prefill is `generate` of one token; a decoding step is what every further token adds to that.
+Prefill is `generate` of one token; a decoding step is what every further token adds to that. Seconds are those of the
+processor, without what is spent waiting for other programs. Prompts are random tokens, or successive pieces of a text.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import logging
+from transformers import AutoTokenizer, logging
 
-from benchmarks.decoding.contenders import CONTENDERS, VOCABULARY, draft_with_oracle
+from benchmarks.decoding.contenders import CONTENDERS, SOURCE, VOCABULARY, draft_with_oracle
 
 VIEWS = ("view", "t.", "transpose", "slice", "split", "chunk", "expand", "unbind", "select", "_unsafe_view", "detach",
          "alias", "unsqueeze", "squeeze", "permute", "as_strided", "unflatten", "reshape")  # fmt: skip
@@ -38,32 +40,49 @@ class Operations(TorchDispatchMode):
 
 
 class Worker:
-    """A contender and what it is asked."""
+    """A contender and what it is asked.
 
-    def __init__(self, name: str, acceptance: float | None) -> None:
-        self.model, self.acceptance = CONTENDERS[name](), acceptance
+    Args:
+        name: the contender.
+        drafts: None for none, "own" for the shadow's own, or how often an oracle is right.
+        text: a text whose pieces are the prompts, read with the base's tokenizer; None for random tokens.
+    """
+
+    def __init__(self, name: str, drafts: str | None = None, text: str | None = None) -> None:
+        self.model, self.drafts_by = CONTENDERS[name](), drafts
+        self.ids = None
+        if text is not None:
+            tokenizer = AutoTokenizer.from_pretrained(SOURCE.base)
+            self.ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
         self.settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
         self.statistics: list[Any] = []
         self.written: dict[tuple[int, int, int], Tensor] = {}
 
     def time(self, batch: int, prompt: int, tokens: int) -> dict[str, float]:
         """Seconds of the prompt's pass, and of every step behind it."""
-        ids = torch.randint(1, VOCABULARY, (batch, prompt), generator=torch.Generator().manual_seed(batch))
+        ids = self._prompts(batch, prompt)
         drafting = dict(self.settings)
-        if self.acceptance is not None:
+        if self.drafts_by not in (None, "own"):
             if (batch, prompt, tokens) not in self.written:
                 written = self.model.generate(input_ids=ids, max_new_tokens=tokens, **self.settings)
                 self.written[batch, prompt, tokens] = written
-            draft_with_oracle(self.written[batch, prompt, tokens], self.acceptance, seed=len(self.statistics))
+            draft_with_oracle(self.written[batch, prompt, tokens], float(self.drafts_by), seed=len(self.statistics))
+        if self.drafts_by is not None:
             drafting |= {"use_shadow_draft": True, "return_dict_in_generate": True}
         prefill = min(self._seconds(ids, 1, self.settings) for _ in range(2))
         whole = self._seconds(ids, tokens, drafting)
         return {"prefill": prefill, "decode": (whole - prefill) / (tokens - 1)}
 
+    def _prompts(self, batch: int, length: int) -> Tensor:
+        """The same prompts `[B, T]` for every contender."""
+        if self.ids is None:
+            return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))
+        return self.ids[: batch * length].view(batch, length)
+
     def _seconds(self, ids: Tensor, tokens: int, settings: dict[str, Any]) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         output = self.model.generate(input_ids=ids, max_new_tokens=tokens, **settings)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         if "return_dict_in_generate" in settings:
             self.statistics.append(output.draft_statistics)
         return seconds
@@ -98,11 +117,14 @@ def unique(model: nn.Module) -> list[Tensor]:
     return list({id(p): p for p in model.parameters()}.values())
 
 
-def main(name: str, acceptance: str | None = None) -> None:
-    """Answer requests until there are no more."""
+def main(name: str, options: str) -> None:
+    """Answer requests until there are no more; options are what a `Worker` takes, and where base and adapter are."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
-    worker = Worker(name, None if acceptance is None else float(acceptance))
+    given = json.loads(options)
+    SOURCE.base, SOURCE.adapter = given.pop("base", None), given.pop("adapter", None)
+    worker = Worker(name, **given)
     print(json.dumps({"ready": name}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.backbone.cast_weights import with_cast_weights
 from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
 from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
@@ -178,8 +179,11 @@ class ShadowAdapter(nn.Module):
 
     def project(self, states: Tensor) -> Tensor:
         """P of the backbone's states `[B, T, S]`: `[B, T, d]`."""
-        with self._backbone_precision():
-            return self.shadow_hidden_projection(states)
+        projection: nn.Module = self.shadow_hidden_projection
+        with self._backbone_precision() as autocast:
+            if autocast is not None:
+                projection = with_cast_weights(projection, self.base_model.dtype)
+            return projection(states)
 
     def backbone_states(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """backbone(x) `[B, T, S]`, before the projection, and the backbone's cache."""
@@ -187,12 +191,15 @@ class ShadowAdapter(nn.Module):
         signature = self._backbone_signature
         arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
         tokens = self._backbone_tokens(inputs)
-        with self._backbone_precision():
+        backbone: nn.Module = self.shadow_model
+        with self._backbone_precision() as autocast:
+            if autocast is not None:
+                backbone = with_cast_weights(backbone, self.base_model.dtype)
             if self._recomputes(inputs):
                 save_matmuls = not architecture_of(self.shadow_model.config).modifies_outputs_in_place
                 outputs = checkpoint_except_matmuls(self.shadow_model, tokens, arguments, save_matmuls)
             else:
-                outputs = self.shadow_model(**tokens, **arguments)
+                outputs = backbone(**tokens, **arguments)
             return outputs[0], returned_cache(outputs)
 
     def _recomputes(self, inputs: ModelInputs) -> bool:

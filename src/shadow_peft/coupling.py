@@ -119,11 +119,12 @@ class StaticStateCoupling(Coupling):
         self._readout = readout
         self._output_weights = output.weights(self._dtype)
         self._state = self._stream.expand(state)
+        self._aligned: Tensor | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
-        wide, state = self._align(self._state, h)
+        wide, state = self._aligned_once(h)
         down, up = self._weights_at(h, self._injection_weights[index])
         with _no_autocast(h):
             corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
@@ -139,6 +140,15 @@ class StaticStateCoupling(Coupling):
             h_in, delta = (tensor.to(h.device, h.dtype) for tensor in (h_in, delta))
             corrected = correct_output(h.view_as(delta), delta, h_in, down, up)
         return corrected if corrected.shape == h.shape else corrected.view_as(h)  # a view would trouble FSDP
+
+    def _aligned_once(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state and shadow state in one shape; without gradients the state is aligned once for all layers alike."""
+        if self._aligned is not None and not torch.is_grad_enabled():
+            wide, state = self._stream.split(h, self._state.shape[-1]), self._aligned
+            if (state.shape, state.dtype, state.device) == (wide.shape, h.dtype, h.device):
+                return wide, state
+        wide, self._aligned = self._align(self._state, h)
+        return wide, self._aligned
 
     def _read_out(self, h: Tensor) -> Tensor:
         """The final hidden state after the read-out."""

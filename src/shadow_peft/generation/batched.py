@@ -24,7 +24,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shadow_peft.cache import ShadowCache
-from shadow_peft.generation.draft_length import AcceptanceEstimate, DraftLength
+from shadow_peft.generation.draft_length import DraftLength
 from shadow_peft.generation.drafting import (
     Draft,
     DraftedGenerateOutput,
@@ -110,8 +110,7 @@ class BatchedDrafting:
         self._texts = RowTexts(prompts)
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._estimate = AcceptanceEstimate()
-        self._cost = model.adaptive_cost(config, rows=len(prompts))
+        self._length = DraftLength(model.pass_times(config, rows=len(prompts)))
         self._written: list[DecodedStep] = []
 
     def run(self) -> Any:
@@ -163,8 +162,7 @@ class BatchedDrafting:
         """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
         config, texts = self._config, self._texts
         room = int((config.max_length - texts.lengths[self._live]).max()) - 1
-        length = DraftLength(self._cost, self._estimate)
-        draft = grow_draft(self, self._cache, config, length, min(int(config.num_assistant_tokens), room))
+        draft = grow_draft(self, self._cache, config, self._length, min(int(config.num_assistant_tokens), room))
         if draft is None:
             return Draft.empty(len(texts.lengths), 1, texts.tokens.device)
         return draft
@@ -226,10 +224,10 @@ class BatchedDrafting:
         self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, processed, logits))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
-        for row in live.nonzero()[:, 0].tolist():
-            kept = int(taken[row]) - 1
-            self._config.statistics.record(count, kept)
-            self._estimate.update(draft.confidences[row].tolist(), kept)
+        kept = (taken[live] - 1).tolist()
+        for number in kept:
+            self._config.statistics.record(count, number)
+        self._length.update(draft.confidences[live].tolist(), kept)
         texts.lengths = texts.lengths + taken * live
         return taken
 

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
 from shadow_peft.cache import ShadowCache
-from shadow_peft.generation.draft_length import AcceptanceEstimate, DraftLength
+from shadow_peft.generation.draft_length import DraftLength
 from shadow_peft.generation.drafting import Drafter, DraftingGenerationConfig, grow_draft
 
 
@@ -50,10 +50,9 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._config = config
         self._processor = logits_processor
         self._kwargs = model_kwargs
-        self._length = int(config.num_assistant_tokens)
+        self._most = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
-        self._estimate = AcceptanceEstimate()
-        self._cost = drafter.adaptive_cost(config, rows=1)
+        self._length = DraftLength(drafter.pass_times(config, rows=1))
         self._prompt_is_read = False
         self._confidences: list[float] = []
         self._text: Tensor = torch.empty(1, 0)
@@ -64,11 +63,12 @@ class ShadowCandidateGenerator(CandidateGenerator):
         The first pass of the base reads the prompt and has nothing to verify.
         """
         self._confidences, self._config.max_length = [], self._max_length
+        if not self._prompt_is_read:
+            self._prompt_is_read = True
+            return input_ids, None
+        self._text = input_ids
         room = self._max_length - input_ids.shape[1] - 1
-        steps = min(self._length, room) if self._prompt_is_read else 0
-        self._prompt_is_read, self._text = True, input_ids
-        length = DraftLength(self._cost, self._estimate)
-        draft = grow_draft(self, self._cache, self._config, length, steps)
+        draft = grow_draft(self, self._cache, self._config, self._length, min(self._most, room))
         if draft is None:
             return input_ids, None
         self._confidences = draft.confidences[0].tolist()
@@ -78,7 +78,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
         """Update the statistics and the acceptance estimate with what the base accepted."""
         accepted = min(int(num_matches), len(self._confidences))
         self._config.statistics.record(len(self._confidences), accepted)
-        self._estimate.update(self._confidences, accepted)
+        self._length.update([self._confidences], [accepted])
 
     # ---------------------------------------------------------------- what `grow_draft` asks
 

@@ -1,115 +1,110 @@
 """How many tokens a draft gets: another one while it is expected to win more tokens per cost than the pass so far.
 
-A pass of the base and n drafted tokens cost 1 + n c, in base passes, and are expected to win 1 + a_1 + .. + a_n tokens, a_i
-being the chance that the base accepts all of the first i. So a shadow that is seldom accepted costs little, and one that
-never is costs nothing. With the schedule "constant", drafts end only at `num_assistant_tokens` or below
-`assistant_confidence_threshold`.
+A pass of the base and a draft of n tokens cost 1 + n (d + v), in base passes, and are expected to win 1 + a_1 + .. + a_n
+tokens, a_i being the chance that the base accepts all of the first i. Costs are measured (see `pass_times`), chances are
+learned (see `acceptance`). A token is decided on twice: before the shadow computes it, by how often the shadow is right, and
+before it is drawn, by the shadow's confidence, since verifying costs v more. Neither decision sees the token, so sampling
+stays unbiased.
+
+Drafts have an account, in base passes: what they won, less what they cost. It starts with a credit of 2, and no draft risks
+more than half of what is there. While nothing is drafted, every pass sets 1/64 aside, which pays for a token that tries
+again; a try that wins is followed by another. So a shadow that is never right costs no more than 2 base passes and 1/64 of
+decoding without drafts, at any batch size.
+
+With the schedule "constant", drafts end only at `num_assistant_tokens` or below `assistant_confidence_threshold`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from torch import Tensor
 
-from torch import Tensor, nn
+from shadow_peft.generation import pass_times
+from shadow_peft.generation.acceptance import AcceptanceEstimate
+from shadow_peft.generation.pass_times import Costs, PassTimes
 
-from shadow_peft.adapter import ShadowAdapter
-from shadow_peft.base.task_head import input_embeddings
-
-
-@dataclass
-class AcceptanceEstimate:
-    """How far the shadow's confidence can be trusted, from what the base accepted of recent drafts.
-
-    Attributes:
-        confident: decaying sum of the confidences of the tokens that were verified.
-        accepted: decaying number of them that were accepted; both start as if two tokens had been verified, right by 9/10.
-    """
-
-    confident: float = 2.0
-    accepted: float = 1.8
-
-    @property
-    def trust(self) -> float:
-        """How many times as likely as the shadow is sure the base accepts its token."""
-        return self.accepted / self.confident
-
-    def update(self, confidences: list[float], accepted: int) -> None:
-        """Count one pass; tokens behind the first rejected one were not verified. Without a draft, trust slowly returns."""
-        if not confidences:
-            self.accepted += (self.confident - self.accepted) / 400
-            return
-        self.confident = 0.9 * self.confident + sum(confidences[: accepted + 1])
-        self.accepted = 0.9 * self.accepted + accepted
+CREDIT, RISKED, SET_ASIDE = 2.0, 0.5, 1 / 64
 
 
 class DraftLength:
-    """Whether the draft of one pass is worth another token, for one row or the mean of several.
-
-    Another token is worth it while a / c exceeds the ratio of tokens won to cost so far, which is largest then.
+    """The lengths of one generation's drafts, for one row or the mean of several.
 
     Args:
-        cost: c, see `drafting_cost`; 0 for drafts that do not adapt.
-        estimate: how far to trust the shadow.
+        times: what passes take; None for drafts that do not adapt.
     """
 
-    def __init__(self, cost: float, estimate: AcceptanceEstimate) -> None:
-        self._cost, self._trust = cost, estimate.trust
+    def __init__(self, times: PassTimes | None) -> None:
+        self._times, self._estimate = times, AcceptanceEstimate()
+        self._account, self._saved = CREDIT, 0.0
+        self._costs = Costs(0.0, 0.0)
         self._chances: Tensor | float = 1.0
-        self._won = self._spent = 1.0
+        self._chance = self._won = self._spent = 1.0
+        self._steps = self._tokens = 0
+        self._tries = False
+        self._began: float | None = None
+        self._ended: float | None = None
 
-    @property
-    def may_begin(self) -> bool:
-        """False if no confidence whatever would make a first token worth its cost."""
-        return self._trust >= self._cost
+    def begin(self) -> None:
+        """The draft of another pass begins, and the pass before it, if there was one, has ended."""
+        if self._times is None:
+            return
+        self._began = pass_times.clock()
+        if self._ended is not None:
+            self._times.add_pass(self._tokens, self._began - self._ended)
+        self._costs = self._times.costs()
+        self._chances = self._chance = self._won = self._spent = 1.0
+        self._steps = self._tokens = 0
+        self._tries = False
 
-    def grows(self, confidence: Tensor) -> bool:
-        """Whether the token that is about to be drafted is worth it, by the shadow's confidence `[B]` in it."""
-        self._chances = self._chances * (confidence * self._trust).clamp(max=1.0)
+    def end(self) -> None:
+        """The draft has ended, and the pass that verifies it begins."""
+        if self._times is None or self._began is None:
+            return
+        self._ended = pass_times.clock()
+        if self._steps:
+            self._times.add_draft(self._steps, self._ended - self._began)
+
+    def drafts(self) -> bool:
+        """Whether to draft the next token, by how often the shadow is right."""
+        if self._times is None:
+            return True
+        if not self._times.knows_base:
+            return False
+        cost = sum(self._costs)
+        pays = self._chance * self._estimate.rate * self._spent >= cost * self._won
+        affordable = self._spent - 1 + cost <= RISKED * self._account
+        if self._steps == 0:
+            self._tries = self._saved >= cost and not (pays and affordable)
+        drafts = self._steps == 0 if self._tries else pays and affordable
+        if drafts:
+            self._steps += 1
+            self._spent += self._costs.draft
+        return drafts
+
+    def verifies(self, confidence: Tensor) -> bool:
+        """Whether the token that is about to be drawn is worth verifying, by the shadow's confidence `[B]` in it."""
+        if self._times is None:
+            return True
+        chances = self._estimate.chances(confidence)
+        self._chances = self._chances * chances
         chance = float(self._chances.mean())
-        worth = chance * self._spent >= self._cost * self._won
-        self._won, self._spent = self._won + chance, self._spent + self._cost
-        return worth
+        if not self._tries and chance * self._spent < self._costs.verify * self._won:
+            self._estimate.count_expected(float(chances.mean()))
+            return False
+        self._chance = chance
+        self._won += chance
+        self._spent += self._costs.verify
+        self._tokens += 1
+        return True
 
-
-class DeviceCosts(NamedTuple):
-    """What a forward pass takes on a device, in the time of reading one weight.
-
-    Attributes:
-        saturation: tokens whose arithmetic takes as long as reading the weights.
-        layer: what it takes to dispatch the operations of a decoder layer.
-    """
-
-    saturation: float
-    layer: float
-
-    def of_pass(self, weights: int, layers: int, tokens: int) -> float:
-        """A pass of a model over so many tokens."""
-        return weights * (1 + tokens / self.saturation) + layers * self.layer
-
-
-DEVICE_COSTS = {"cpu": DeviceCosts(saturation=5, layer=6e5)}
-"""A CPU core as measured on a base of 3 M and one of 46 M parameters, see LOG.md."""
-
-ACCELERATOR_COSTS = DeviceCosts(saturation=256, layer=3e8)
-"""Estimates: a layer's forty kernels take some 0.3 ms to launch, in which 2 TB/s read 3e8 weights of two bytes."""
-
-
-def drafting_cost(adapter: ShadowAdapter, rows: int = 1) -> float:
-    """Cost of drafting a token for every row and verifying it, as a share of a base pass over one token per row.
-
-    Drafting is a pass of backbone and head; verifying adds tokens to a pass that is made anyway.
-    """
-    base_model, decoder, backbone = adapter.base_model, adapter.decoder, adapter.shadow_model
-    device = DEVICE_COSTS.get(base_model.device.type, ACCELERATOR_COSTS)
-    head = _num_weights(base_model.get_output_embeddings())
-    draft_weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone)) + head
-    base_weights = _num_weights(decoder.backbone) - _num_weights(input_embeddings(decoder.backbone)) + head
-    drafting = device.of_pass(draft_weights, getattr(backbone.config, "num_hidden_layers", 1), rows)
-    verifying = base_weights * rows / device.saturation
-    return (drafting + verifying) / device.of_pass(base_weights, len(decoder.layers), rows)
-
-
-def _num_weights(module: nn.Module | None) -> int:
-    """Number of parameters of a module, if there is one."""
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    def update(self, confidences: list[list[float]], accepted: list[int]) -> None:
+        """Book what the base accepted of every row's draft."""
+        if self._times is None:
+            return
+        self._estimate.update(confidences, accepted)
+        lost = self._spent - 1 - sum(accepted) / max(1, len(accepted))
+        if self._steps == 0:
+            self._saved += SET_ASIDE
+        elif self._tries and lost > 0:
+            self._saved = 0.0
+        else:
+            self._account -= lost

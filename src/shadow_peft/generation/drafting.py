@@ -19,6 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from shadow_peft.cache import DraftedStates, ShadowCache
 from shadow_peft.generation.draft_length import DraftLength
+from shadow_peft.generation.pass_times import PassTimes
 
 SWITCH = "use_shadow_draft"
 """The generation flag that turns drafting on."""
@@ -35,8 +36,8 @@ class Drafter(Protocol):
     def shadow_logits(self, state: Tensor) -> Tensor:
         """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
 
-    def adaptive_cost(self, config: GenerationConfig, rows: int) -> float:
-        """What a drafted token costs, in base passes; 0 where the length of drafts does not adapt."""
+    def pass_times(self, config: GenerationConfig, rows: int) -> PassTimes | None:
+        """What passes over so many rows take; None where the length of drafts does not adapt."""
 
 
 class DraftingGenerationConfig(GenerationConfig):
@@ -168,7 +169,7 @@ def grow_draft(
         texts: the rows.
         cache: takes the states of the tokens that the backbone has read ahead of the base.
         config: `do_sample` and `assistant_confidence_threshold`.
-        length: decides whether another token is worth its cost.
+        length: decides whether another token is worth its cost, and takes the time.
         max_steps: the most tokens to draft.
 
     Returns:
@@ -176,17 +177,21 @@ def grow_draft(
     """
     states: list[Tensor] = []
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for ahead in range(max_steps if length.may_begin else 0):
+    length.begin()
+    for ahead in range(max_steps):
+        if not length.drafts():
+            break
         states.append(texts.state_of_last(ahead))
         logits = texts.processed_logits(states[-1], ahead)
         confidence = logits.softmax(-1).amax(-1)
         counted = confidence[texts.going_on]
-        if not length.grows(counted):  # decided before a token is drawn, or sampling would be biased
+        if not length.verifies(counted):  # decided before a token is drawn, or sampling would be biased
             break
         token = choose(logits, bool(config.do_sample))
         columns.append((token, logits, confidence))
         if not texts.append(token, ahead) or float(counted.max()) < (config.assistant_confidence_threshold or 0.0):
             break
+    length.end()
     cache.drafted = DraftedStates(torch.cat(states, dim=1)) if states else None
     return Draft(*(torch.stack(column, 1) for column in zip(*columns, strict=True))) if columns else None
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from shadow_peft.cache import num_uncached_tokens, select_cache
-from shadow_peft.generation import draft_length
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
+from shadow_peft.generation.pass_times import PassTimes, pass_times
+from shadow_peft.layers.casts import cast_once
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.outputs import InferenceMode
 
@@ -41,8 +42,9 @@ class ShadowGenerationMixin(GenerationMixin):
             use_shadow_draft: let the shadow draft tokens that the adapted base then verifies: the same text, or the same
                 distribution when sampling, in fewer base passes. None follows the generation config.
             **kwargs: further arguments of transformers' `generate`. `num_assistant_tokens`,
-                `num_assistant_tokens_schedule` ("heuristic" adapts to acceptance, "constant" does not) and
-                `assistant_confidence_threshold` control the drafts.
+                `num_assistant_tokens_schedule` and `assistant_confidence_threshold` control the drafts. The schedule
+                "heuristic" adapts their length to what is accepted and to the time that passes take, so what is sampled with
+                the same seed may differ from run to run; with "constant" it does not.
 
         Returns:
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
@@ -52,7 +54,8 @@ class ShadowGenerationMixin(GenerationMixin):
         """
         if use_shadow_draft is not None:
             kwargs["use_shadow_draft"] = use_shadow_draft
-        return super().generate(inputs, *args, **kwargs)
+        with cast_once():
+            return super().generate(inputs, *args, **kwargs)
 
     # ---------------------------------------------------------------- both caches
 
@@ -103,24 +106,28 @@ class ShadowGenerationMixin(GenerationMixin):
         """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
         raise NotImplementedError
 
-    def adaptive_cost(self, config: GenerationConfig, rows: int) -> float:
-        """What a drafted token costs, in base passes; 0 where the length of drafts does not adapt."""
+    def pass_times(self, config: GenerationConfig, rows: int) -> PassTimes | None:
+        """What passes over so many rows take; None where the length of drafts does not adapt."""
         constant = config.num_assistant_tokens_schedule == "constant"
-        return 0.0 if constant else draft_length.drafting_cost(self.peft_model, rows)
+        return None if constant else pass_times(self.peft_model, rows)
 
     def _prepare_generation_config(
         self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Takes `use_shadow_draft` beside transformers' own flags, as an argument or from a stored generation config.
 
-        Where nobody says how the length of drafts changes, it is "heuristic": it adapts.
+        Where nobody says how the length of drafts changes, it is "heuristic": it adapts; and then no confidence is too low
+        where nobody names a threshold.
         """
-        schedule = "num_assistant_tokens_schedule"
-        given = [kwargs.get(schedule), *(getattr(c, schedule, None) for c in (generation_config, self.generation_config))]
+        asked = (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config))
+        schedule, threshold = "num_assistant_tokens_schedule", "assistant_confidence_threshold"
+        given = {name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold)}
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
-        prepared.num_assistant_tokens_schedule = next(filter(None, given), "heuristic")
+        prepared.num_assistant_tokens_schedule = next(iter(given[schedule]), "heuristic")
+        if getattr(prepared, SWITCH, None) and prepared.num_assistant_tokens_schedule != "constant" and not given[threshold]:
+            prepared.assistant_confidence_threshold = 0.0
         if getattr(prepared, SWITCH, None) and prepared.guidance_scale not in (None, 1):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
         return DraftingGenerationConfig.of(prepared), model_kwargs

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from shadow_peft.layers.casts import cast
 from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 
@@ -100,7 +101,7 @@ class ShadowOutputModel(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(E, V) of every injected layer in the dtype of the computation."""
-        return list(zip(self.output_downs.to(dtype).unbind(0), self.output_ups.to(dtype).unbind(0), strict=True))
+        return list(zip(cast(self.output_downs, dtype).unbind(0), cast(self.output_ups, dtype).unbind(0), strict=True))
 
 
 def _delta(z: Tensor, up: Tensor, alpha: float) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from shadow_peft.layers.casts import cast
+
 
 class ReadoutWeights(NamedTuple):
     """A, B and b of the gate, F and G of the map."""
@@ -102,5 +104,5 @@ class ShadowReadoutModel(nn.Module):
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h' `[B, T, d]`, in dtype and on the device of `h`."""
-        weights = (getattr(self, name).to(h.device, h.dtype) for name in ReadoutWeights._fields)
+        weights = (cast(getattr(self, name), h.dtype, h.device) for name in ReadoutWeights._fields)
         return read_out(h, s.to(h.device, h.dtype), ReadoutWeights(*weights))

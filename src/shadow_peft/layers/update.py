@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shadow_peft.layers.casts import cast
 from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 NORM_EPS = 1e-5
@@ -104,7 +105,7 @@ class StackedUpdateWeights(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The weights of every layer in the dtype of the computation, with one cast and one split for all layers."""
-        return _rows({name: decoder.to(dtype) for name, decoder in self.named_parameters()})
+        return _rows({name: cast(decoder, dtype) for name, decoder in self.named_parameters()})
 
     def views(self) -> list[UpdateWeights]:
         """The weights of every layer as detached views of the parameters."""
@@ -146,7 +147,7 @@ class ShadowUpdateModel(nn.Module):
         """The shared LayerNorm in the dtype of the computation; None in the variant "peft"."""
         if self.hidden_norm is None:
             return None
-        return Norm(self.hidden_norm.weight.to(dtype), self.hidden_norm.bias.to(dtype))
+        return Norm(cast(self.hidden_norm.weight, dtype), cast(self.hidden_norm.bias, dtype))
 
 
 def _rows(stacks: dict[str, Tensor]) -> list[UpdateWeights]:
