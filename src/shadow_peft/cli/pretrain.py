@@ -15,8 +15,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from shadow_peft.backbone.projection import Reconstruction
 from shadow_peft.cli.errors import InterruptedRunError, UserError, one_line
 from shadow_peft.cli.loading import load_model, load_tokenizer
-from shadow_peft.cli.options import OPTIONS, PretrainOptions
+from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
+from shadow_peft.cli.pretrain_options import PretrainOptions
 from shadow_peft.cli.progress import TrainingProgress, in_words
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Row, Screen
