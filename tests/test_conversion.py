@@ -85,6 +85,11 @@ def test_an_explicit_shadow_is_written_beside(width: int, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "ours")
     to_peft(llama(), tmp_path / "ours", tmp_path / "theirs")
     same(by_peft(tmp_path / "theirs", llama()), logits_of(model))
+    for place in ("ours", "theirs"):
+        loaded = ShadowPeftModel.from_pretrained(llama(), tmp_path / place, is_trainable=True)
+        assert loaded.shadow_config == model.shadow_config
+        assert not loaded.shadow_model.get_input_embeddings().weight.requires_grad
+        same(logits_of(loaded), logits_of(model))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"shadow_num_hidden_layers": 2}, {"shadow_hidden_size": 16}], ids=str)

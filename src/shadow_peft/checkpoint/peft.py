@@ -110,7 +110,7 @@ def config_from_peft(data: dict[str, Any], ours: dict[str, Any]) -> ShadowConfig
         "gate_hidden_size": data.get("update_hidden_size") or data["r"],
         "variant": "peft",
     }
-    if is_mirror(data) and not data.get("share_embeddings", True):
+    if is_mirror(data) and not data.get("share_embeddings", True) and not ours:
         values["train_shadow_embeddings"] = True
     return ShadowConfig.from_dict({"shadow_init": "random", **ours, **values})
 
