@@ -76,6 +76,7 @@ def make_place(folder: Path) -> None:
     shutil.copytree(folder / "Qwen" / "Qwen3-0.6B", folder / "base")
     for name in ("commands.jsonl", "data.jsonl", "d.jsonl"):
         write_lines(folder / name, [c.row() for c in commands("train", 16)])
+    write_lines(folder / "unseen.jsonl", [c.row() for c in commands("test", 100)])
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]
     for name in ("chat.jsonl", "held-out.jsonl"):
         write_lines(folder / name, [{"messages": talk}] * 8)

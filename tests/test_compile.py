@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +85,17 @@ def test_decoding_with_a_static_cache(name: str, backend: Counted) -> None:
             sequence = torch.cat([sequence, last], 1)
     assert torch.equal(sequence, expected)
     assert backend.graphs == 2
+
+
+def test_weights_are_swapped_without_recompiling(backend: Counted, tmp_path: Path) -> None:
+    model, ids = causal_lm(llama(), num_shadow_layers=2), tokens(2, 9)
+    other = causal_lm(llama(), num_shadow_layers=2, seed=5)
+    other.save_pretrained(tmp_path)
+    run = compiled(model, backend)
+    with torch.no_grad():
+        before = run(ids, use_cache=False).logits
+        model.hotswap_adapter(tmp_path)
+        after = run(ids, use_cache=False).logits
+        torch.testing.assert_close(after, other(ids).logits, rtol=0, atol=2e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert backend.graphs == 1

@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_formula(
 
 
 def test_what_a_head_is_shows_in_a_trial() -> None:
-    kinds = {kind: model_with(kind)._base_head for kind in HEADS}
+    kinds = {kind: (model := model_with(kind))._heads.of(model.peft_model).base for kind in HEADS}
     assert {kind: head.is_linear for kind, head in kinds.items()} == {kind: kind == "linear" for kind in HEADS}
     assert {k: head.reads_states for k, head in kinds.items()} == {k: k != "of several layers" for k in HEADS}
 

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shadow_peft import ShadowForCausalLM, ShadowForSequenceClassification
+from tests.test_named_adapters import several
 from tests.tiny_models import adapted, causal_lm, classifier, llama, qwen3_classifier, tokens
 
 
@@ -204,3 +205,44 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def with_readout() -> ShadowForCausalLM:
+    """Two adapters, of which the second is active."""
+    model = several(names=("readout",))
+    model.set_adapter("readout")
+    return model
+
+
+def test_the_active_adapter_is_trained_and_resumed(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    model = with_readout()
+    waiting = {name: p.clone() for name, p in model.peft_model.adapter("default").named_parameters()}
+    Trainer(model, arguments(tmp_path, **settings), train_dataset=rows(), data_collator=collate).train()
+    resumed = with_readout()
+    trainer = Trainer(resumed, arguments(tmp_path, **settings), train_dataset=rows(), data_collator=collate)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
+    assert not torch.equal(
+        model.state_dict()["shadow_readout_model.up"], with_readout().state_dict()["shadow_readout_model.up"]
+    )
+    still = dict(model.peft_model.adapter("default").named_parameters())
+    assert all(torch.equal(still[name], p) for name, p in waiting.items())
+
+
+def test_batches_of_several_adapters_are_trained(tmp_path: Path) -> None:
+    """A column `adapter_names` of the dataset says whose each row is."""
+    data = [{**row, "adapter_names": ("default", "readout", "__base__")[i % 3]} for i, row in enumerate(rows(6))]
+    gradients = Gradients()
+    model = with_readout()
+    model.peft_model.set_requires_grad(["default", "readout"])
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, per_device_train_batch_size=6, max_grad_norm=0),
+        train_dataset=data,
+        data_collator=lambda batch: {**collate(batch), "adapter_names": [row["adapter_names"] for row in batch]},
+        callbacks=[gradients],
+    )
+    trainer.train()
+    assert {name.split(".")[1] for name in gradients.last} >= {"shadow_readout_model", "other_adapters"}

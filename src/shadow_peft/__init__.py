@@ -24,8 +24,11 @@ if TYPE_CHECKING:
         AutoModelForCausalLMWithHiddenProjectionConfig,
     )
     from shadow_peft.cache import ShadowCache
+    from shadow_peft.cascade.cascade import ShadowCascade
+    from shadow_peft.cascade.remote import RemoteModel
     from shadow_peft.config import ShadowConfig
     from shadow_peft.model import ShadowPeftModel, get_shadow_model
+    from shadow_peft.multi_adapter.pool import AdapterPool
     from shadow_peft.tasks.auto import AutoShadowModelForCausalLM, AutoShadowModelForSequenceClassification
     from shadow_peft.tasks.causal_lm import ShadowCausalLMOutputWithPast, ShadowForCausalLM
     from shadow_peft.tasks.sequence_classification import (
@@ -36,11 +39,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AdapterPool",
     "AutoModelForCausalLMWithHiddenProjection",
     "AutoModelForCausalLMWithHiddenProjectionConfig",
     "AutoShadowModelForCausalLM",
     "AutoShadowModelForSequenceClassification",
+    "RemoteModel",
     "ShadowCache",
+    "ShadowCascade",
     "ShadowCausalLMOutputWithPast",
     "ShadowConfig",
     "ShadowForCausalLM",
@@ -52,11 +58,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdapterPool": "multi_adapter.pool",
     "AutoModelForCausalLMWithHiddenProjection": "backbone.projected_lm",
     "AutoModelForCausalLMWithHiddenProjectionConfig": "backbone.projected_lm",
     "AutoShadowModelForCausalLM": "tasks.auto",
     "AutoShadowModelForSequenceClassification": "tasks.auto",
+    "RemoteModel": "cascade.remote",
     "ShadowCache": "cache",
+    "ShadowCascade": "cascade.cascade",
     "ShadowCausalLMOutputWithPast": "tasks.causal_lm",
     "ShadowConfig": "config",
     "ShadowForCausalLM": "tasks.causal_lm",

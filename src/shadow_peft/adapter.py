@@ -5,7 +5,6 @@ s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft.backbone.cast_weights import with_cast_weights
-from shadow_peft.backbone.explicit import prepare_shadow_model, trains_embeddings
+from shadow_peft.backbone.explicit import check_vocabularies, prepare_shadow_model, trains_embeddings
 from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
 from shadow_peft.backbone.recompute import checkpoint_except_matmuls
@@ -25,17 +24,24 @@ from shadow_peft.base.decoder import find_decoder
 from shadow_peft.base.quantization import num_weights
 from shadow_peft.base.signature import Signature, returned_cache
 from shadow_peft.base.task_head import input_embeddings
-from shadow_peft.cache import ShadowCache
 from shadow_peft.config import ShadowConfig
 from shadow_peft.coupling import Coupling, EvolvingStateCoupling, StaticStateCoupling
-from shadow_peft.inputs import ModelInputs
+from shadow_peft.inputs import ModelInputs, with_drafted
 from shadow_peft.layers.injection import ShadowInjectionModel
 from shadow_peft.layers.output_correction import ShadowOutputModel
 from shadow_peft.layers.readout import ShadowReadoutModel
 from shadow_peft.layers.update import ShadowUpdateModel
 from shadow_peft.storage.sharded import is_sharded
 
-logger = logging.getLogger(__name__)
+PARTS = (
+    "shadow_model",
+    "shadow_hidden_projection",
+    "shadow_injection_model",
+    "shadow_update_model",
+    "shadow_output_model",
+    "shadow_readout_model",
+)
+"""Names of the modules that make up an adapter; each variant has some of them."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -104,6 +110,7 @@ class ShadowAdapter(nn.Module):
         self._embedding_map: Tensor | None = None
         self._embedding_map_of: list[tuple[int, int]] = []
         self._checkpointing = False
+        self._paused: frozenset[str] | None = None  # names of what is trained once the adapter is active again
         self.recompute_backbone = True
         self._configure_embeddings(shadow_model)
         self._place(master_dtype(base_model.dtype) if autocast_adapter_dtype else base_model.dtype)
@@ -132,7 +139,7 @@ class ShadowAdapter(nn.Module):
             made_here = shadow_model is None and self.shared_table_name is None
             trained = self.shadow_config.train_shadow_embeddings or trains_embeddings(shadow_model)
             own.requires_grad_(trained or made_here)
-            _check_vocabularies(own.get_parameter("weight").shape[0], base.weight.shape[0])
+            check_vocabularies(own.get_parameter("weight").shape[0], base.weight.shape[0])
         elif shadow_model is not None and base.weight.shape[1] != self.shadow_hidden_size:
             raise ValueError(
                 f"The shadow has no embeddings of its own and reads states {self.shadow_hidden_size} wide, but "
@@ -146,8 +153,8 @@ class ShadowAdapter(nn.Module):
             part.to(device, dtype)
 
     def parts(self) -> dict[str, nn.Module]:
-        """The adapter's own modules by name, without the base and the trained heads."""
-        return {name: part for name, part in self.named_children() if name not in ("base_model", "task_heads")}
+        """The adapter's own modules by name, without the base, the trained heads and other adapters."""
+        return {name: part for name, part in self.named_children() if name in PARTS}
 
     @property
     def shadow_hidden_size(self) -> int:
@@ -163,17 +170,10 @@ class ShadowAdapter(nn.Module):
 
     def initial_state(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """s = P(backbone(x)) `[B, T, d]`, and the backbone's cache; states that drafting computed are reused."""
-        cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
-        if cache is None or cache.drafted is None:
-            return self._run_backbone(inputs)
-        drafted, cache.drafted = cache.drafted, None
-        rest = inputs.without_first(drafted.states.shape[1])
-        if rest.length == 0:
-            return drafted.states, cache.shadow
-        state, backbone_cache = self._run_backbone(rest)
-        return torch.cat([drafted.states, state], dim=1), backbone_cache
+        return with_drafted(inputs, self.run_backbone)
 
-    def _run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+    def run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        """s `[B, T, d]` of all tokens of a call, and the backbone's cache."""
         states, cache = self.backbone_states(inputs)
         return self.project(states), cache
 
@@ -262,15 +262,24 @@ class ShadowAdapter(nn.Module):
             for module in layer.modules():
                 if "gradient_checkpointing" in module.__dict__:  # nothing below the first injection needs a gradient
                     vars(module)["gradient_checkpointing"] = False
-        if self.shadow_model.supports_gradient_checkpointing:
-            self.shadow_model.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-        self._checkpointing = True
+        self.checkpoint_backbone(gradient_checkpointing_kwargs, kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Save all activations of base and backbone again."""
-        for model in (self.base_model, self.shadow_model):
-            model.activation_checkpointing_disable()
-            model.disable_input_require_grads()
+        self.base_model.activation_checkpointing_disable()
+        self.base_model.disable_input_require_grads()
+        self.save_backbone()
+
+    def checkpoint_backbone(self, arguments: dict[str, Any] | None, others: dict[str, Any]) -> None:
+        """Recompute the backbone's layers in the backward pass; the arguments are those of the method for both."""
+        if self.shadow_model.supports_gradient_checkpointing:
+            self.shadow_model.activation_checkpointing_enable(arguments, **others)
+        self._checkpointing = True
+
+    def save_backbone(self) -> None:
+        """Save the backbone's activations again."""
+        self.shadow_model.activation_checkpointing_disable()
+        self.shadow_model.disable_input_require_grads()
         self._checkpointing = False
 
     def activation_checkpointing_enable(
@@ -289,6 +298,7 @@ class ShadowAdapter(nn.Module):
         """The coupling of one forward pass of the base, of the adapter's variant, from an initial state s `[B, T, d]`."""
         config = self.shadow_config
         settings: dict[str, Any] = {
+            "first_layer": config.first_injected_layer,
             "alpha": config.alpha,
             "dropout": config.dropout if self.training else 0.0,
             "residual_stream": self.decoder.residual_stream,
@@ -325,19 +335,6 @@ class ShadowAdapter(nn.Module):
             f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
             f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
         )
-
-
-def _check_vocabularies(shadow: int, base: int) -> None:
-    """Check that a shadow with its own table knows the base's tokens; tables are padded, so the last per cent may differ.
-
-    Raises:
-        ValueError: its table is smaller by more.
-    """
-    if shadow >= base:
-        return
-    if shadow < 0.99 * base:
-        raise ValueError(f"The shadow's embedding table has {shadow} tokens, the base's {base}: they differ in vocabulary.")
-    logger.warning("The shadow's embedding table has %d rows, the base's %d; tokens beyond would fail.", shadow, base)
 
 
 def execution_device(module: nn.Module) -> torch.device:

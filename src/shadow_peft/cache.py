@@ -7,6 +7,7 @@ cache, or by the backbone's where the base does not run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,12 +37,14 @@ class ShadowCache(Cache):
 
     Attributes:
         drafted: the states of tokens that the backbone's cache holds ahead of the base's; None if there are none.
+        adapter_name: the adapter whose tokens it holds, where all rows have one.
     """
 
     def __init__(self, base: Cache | None, shadow: Cache) -> None:
         self.base = base
         self.shadow = shadow
         self.drafted: DraftedStates | None = None
+        self.adapter_name: str | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -55,6 +58,25 @@ class ShadowCache(Cache):
         if recurrent and not any(any(layer.has_previous_state.values()) for layer in held.layers):
             return 0
         return held.get_seq_length(layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was, `[B]`."""
+        for part in self._parts:
+            part.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        for part in self._parts:
+            part.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in their order."""
+        for part in self._parts:
+            part.batch_select_indices(indices)
+
+    @property
+    def _parts(self) -> list[Cache]:
+        return [part for part in (self.base, self.shadow) if part is not None]
 
     def __repr__(self) -> str:
         return f"ShadowCache(base={self.base!r}, shadow={self.shadow!r})"
@@ -81,8 +103,12 @@ def make_shadow_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     return DynamicCache(config=config, offloading=cache is not None and cache.offloading)
 
 
-def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCache | StatePair | None:
+def with_shadow_cache(cache: Any, counterpart: Callable[[Cache], Cache]) -> ShadowCache | StatePair | None:
     """The cache of both networks for a cache that a caller passes: an empty one gets an empty counterpart.
+
+    Args:
+        cache: what a caller passes, or None.
+        counterpart: makes an empty cache for the shadow beside the base's.
 
     Raises:
         ValueError: no transformers cache, or one with tokens that the shadow has not seen.
@@ -96,7 +122,7 @@ def with_shadow_cache(cache: Any, backbone_config: PreTrainedConfig) -> ShadowCa
             f"This {type(cache).__name__} holds {cache.get_seq_length()} tokens that the shadow has not seen. Continue "
             "with the past_key_values that this model returned, or start with an empty cache."
         )
-    return ShadowCache(cache, make_shadow_cache(cache, backbone_config))
+    return ShadowCache(cache, counterpart(cache))
 
 
 def check_in_step(cache: Any) -> None:

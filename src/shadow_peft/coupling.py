@@ -32,6 +32,7 @@ class Coupling:
     Args:
         state: initial shadow state s, `[B, T, d]`.
         injection: the injection weights of the adapted layers.
+        first_layer: index of the first adapted layer of the base.
         alpha: factor of the injected correction.
         dropout: probability of dropping; 0 outside training.
         residual_stream: how the base's residual stream is laid out.
@@ -44,6 +45,7 @@ class Coupling:
         state: Tensor,
         injection: ShadowInjectionModel,
         *,
+        first_layer: int,
         alpha: float,
         dropout: float,
         residual_stream: ResidualStream,
@@ -52,6 +54,7 @@ class Coupling:
     ) -> None:
         self.head_input: Tensor | None = None
         self._initial = state
+        self._first_layer = first_layer
         self._injection_weights = injection.weights(dtype)
         self._alpha = alpha
         self._dropout = dropout
@@ -60,12 +63,20 @@ class Coupling:
         self._device = injection.injection_downs.device
         self._keep_head_input = keep_head_input
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
+    def pre_layer(self, layer: int, h: Tensor) -> Tensor:
+        """The corrected input of a layer of the base, in the shape and dtype of `h`; `h` itself where it is not adapted."""
+        return h if layer < self._first_layer else self._pre_layer(layer - self._first_layer, h)
+
+    def post_layer(self, layer: int, h: Tensor) -> Tensor | None:
+        """Process the output of a layer of the base; its replacement, or None."""
+        return None if layer < self._first_layer else self._post_layer(layer - self._first_layer, h)
+
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
+        """The corrected input of adapted layer `index`."""
         raise NotImplementedError
 
-    def post_layer(self, index: int, h: Tensor) -> Tensor | None:
-        """Process the output of adapted layer `index`; its replacement, or None."""
+    def _post_layer(self, index: int, h: Tensor) -> Tensor | None:
+        """Process the output of adapted layer `index`."""
         raise NotImplementedError
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
@@ -90,12 +101,6 @@ class Coupling:
         """A pair of weights on the device and in the dtype of `h`."""
         down, up = weights
         return weights if self._same_placement(h) else (down.to(h.device, h.dtype), up.to(h.device, h.dtype))
-
-    def _align(self, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
-        wide = self._stream.split(h, state.shape[-1])
-        state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
-        return wide, state.to(h.device, h.dtype).expand_as(wide)
 
 
 class StaticStateCoupling(Coupling):
@@ -122,21 +127,21 @@ class StaticStateCoupling(Coupling):
         self._aligned: Tensor | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         wide, state = self._aligned_once(h)
         down, up = self._weights_at(h, self._injection_weights[index])
-        with _no_autocast(h):
+        with no_autocast(h):
             corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
         self._pending = wide, delta
         return corrected.view_as(h)
 
-    def post_layer(self, index: int, h: Tensor) -> Tensor:
+    def _post_layer(self, index: int, h: Tensor) -> Tensor:
         """The output of adapted layer `index` without the injected correction, and corrected itself."""
         assert self._pending is not None
         (h_in, delta), self._pending = self._pending, None
         down, up = self._weights_at(h, self._output_weights[index])
-        with _no_autocast(h):
+        with no_autocast(h):
             h_in, delta = (tensor.to(h.device, h.dtype) for tensor in (h_in, delta))
             corrected = correct_output(h.view_as(delta), delta, h_in, down, up)
         return corrected if corrected.shape == h.shape else corrected.view_as(h)  # a view would trouble FSDP
@@ -147,13 +152,13 @@ class StaticStateCoupling(Coupling):
             wide, state = self._stream.split(h, self._state.shape[-1]), self._aligned
             if (state.shape, state.dtype, state.device) == (wide.shape, h.dtype, h.device):
                 return wide, state
-        wide, self._aligned = self._align(self._state, h)
+        wide, self._aligned = align(self._stream, self._state, h)
         return wide, self._aligned
 
     def _read_out(self, h: Tensor) -> Tensor:
         """The final hidden state after the read-out."""
         state = self._initial[..., -h.shape[-2] :, :]
-        with _no_autocast(h):
+        with no_autocast(h):
             return self._readout(h, state)
 
 
@@ -185,7 +190,7 @@ class EvolvingStateCoupling(Coupling):
         self._norm = updating.norm(self._dtype)
         self._dropout_before_down = dropout_before_down
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
+    def _pre_layer(self, index: int, h: Tensor) -> Tensor:
         """The corrected input of adapted layer `index`, in the shape and dtype of `h`."""
         fused = self._is_untouched(h)
         if self._deferred is not None and not fused:
@@ -194,14 +199,14 @@ class EvolvingStateCoupling(Coupling):
         wide, state = self._align_state(h)
         down, up = self._weights_at(h, self._injection_weights[index])
         settings = (self._alpha, self._dropout, self._dropout_before_down)
-        with _no_autocast(h):
+        with no_autocast(h):
             if not torch.is_grad_enabled():
                 return inject(wide, state, down, up, *settings).view_as(h)
             weights, norm = self._updating(index - 1, h) if fused else (None, None)
             corrected, self.state = fused_update_injection(wide, state, down, up, *settings, weights, norm)
             return corrected.view_as(h)
 
-    def post_layer(self, index: int, h: Tensor) -> None:
+    def _post_layer(self, index: int, h: Tensor) -> None:
         """Update the shadow state with the output of adapted layer `index`, now or fused with the next injection."""
         if torch.is_grad_enabled():
             self._deferred = h, _version(h)
@@ -213,7 +218,7 @@ class EvolvingStateCoupling(Coupling):
             return
         wide, state = self._align_state(h)
         weights, norm = self._updating(index, h)
-        with _no_autocast(h):
+        with no_autocast(h):
             self.state = update(wide, state, weights, norm, self._dropout)
 
     def _updating(self, index: int, h: Tensor) -> tuple[UpdateWeights, Norm | None]:
@@ -227,12 +232,19 @@ class EvolvingStateCoupling(Coupling):
 
     def _align_state(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state and shadow state in one shape."""
-        wide, state = self._align(self.state, h)
+        wide, state = align(self._stream, self.state, h)
         self.state = self.state[..., -wide.shape[-2] :, :]
         return wide, state
 
 
-def _no_autocast(h: Tensor) -> AbstractContextManager[object]:
+def align(stream: ResidualStream, state: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden state and shadow state in one shape; Gemma 4 drops all but the last tokens midway if it needs no others."""
+    wide = stream.split(h, state.shape[-1])
+    state = state[..., -wide.shape[-2] :, :] if wide.shape[-2] < state.shape[-2] else state
+    return wide, state.to(h.device, h.dtype).expand_as(wide)
+
+
+def no_autocast(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shadow_peft.base.signature import Signature
+from shadow_peft.cache import ShadowCache
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ModelInputs:
         cache: the cache that the caller passes; once ready, that of base and backbone, or None.
         use_cache: whether the cache is returned; None leaves it to the base's config.
         extra: whatever else the base's forward takes.
+        adapter_names: the adapter of each row; None for the active one.
     """
 
     input_ids: Tensor | None = None
@@ -32,6 +35,7 @@ class ModelInputs:
     cache: Any = None
     use_cache: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    adapter_names: tuple[str, ...] | None = None
 
     def checked(self) -> ModelInputs:
         """The same inputs.
@@ -64,6 +68,19 @@ class ModelInputs:
         return replace(self, **rest)
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows B."""
+        return next(iter(self.tokens.values())).shape[0]
+
+    def select_rows(self, rows: Sequence[int]) -> ModelInputs:
+        """The same inputs for some rows; what has one row for all, or none, stays."""
+        count = self.num_rows
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        chosen: dict[str, Any] = {name: _rows_of(getattr(self, name), rows, count) for name in names}
+        extra = {name: _rows_of(value, rows, count) for name, value in self.extra.items()}
+        return replace(self, **chosen, extra=extra)
+
+    @property
     def tokens(self) -> dict[str, Tensor]:
         """The tokens as the base takes them."""
         if self.inputs_embeds is not None:
@@ -82,6 +99,18 @@ class ModelInputs:
         return signature.accepted(arguments)
 
 
+def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
+    """Rows of a tensor `[B, ...]`, or `[n, B, T]` like positions of several kinds; of a dictionary of such; else itself."""
+    if isinstance(value, dict):
+        return {name: _rows_of(entry, rows, count) for name, entry in value.items()}
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    index = torch.tensor(rows, device=value.device)
+    if value.shape[0] == count:
+        return value.index_select(0, index)
+    return value.index_select(1, index) if value.dim() == 3 and value.shape[1] == count else value
+
+
 def positions(attention_mask: Tensor, length: int) -> Tensor:
     """Positions `[B, T]` of the last `length` tokens, counted from the first token that is no padding.
 
@@ -92,3 +121,21 @@ def positions(attention_mask: Tensor, length: int) -> Tensor:
     order = torch.arange(real.shape[1], device=real.device)
     numbered = torch.where(real, real.long().cumsum(-1) - 1, order - real.long().argmax(-1, keepdim=True))
     return numbered.clamp(min=0)[:, -length:]
+
+
+def with_drafted(inputs: ModelInputs, run: Callable[[ModelInputs], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Shadow states `[B, T, d]` of a call and the backbones' cache, where drafting may have computed the first states.
+
+    Args:
+        inputs: the arguments of the call.
+        run: runs the backbones on tokens that they have not read yet.
+    """
+    cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
+    if cache is None or cache.drafted is None:
+        return run(inputs)
+    drafted, cache.drafted = cache.drafted, None
+    rest = inputs.without_first(drafted.states.shape[1])
+    if rest.length == 0:
+        return drafted.states, cache.shadow
+    state, backbone_cache = run(rest)
+    return torch.cat([drafted.states, state], dim=1), backbone_cache

@@ -6,8 +6,7 @@ embeddings -> backbone -> s;   base layers, injected and updated between them ->
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
@@ -29,12 +29,13 @@ from shadow_peft.cache import (
     combine_caches,
     holds_tokens,
     shadow_only_cache,
-    with_shadow_cache,
 )
-from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.config import ShadowConfig
 from shadow_peft.export.stock import build_standalone_model
 from shadow_peft.inputs import ModelInputs
+from shadow_peft.multi_adapter.batches import MixedBatchesMixin
+from shadow_peft.multi_adapter.mixed import MixedAdapters
+from shadow_peft.multi_adapter.named import DEFAULT
 from shadow_peft.outputs import AdaptedOutput, Mode
 
 
@@ -44,12 +45,14 @@ def get_shadow_model(
     *,
     shadow_model: PreTrainedModel | None = None,
     autocast_adapter_dtype: bool = True,
+    adapter_name: str = DEFAULT,
 ) -> ShadowPeftModel:
     """Attach a fresh shadow adapter to a base model; the arguments are those of `ShadowPeftModel`."""
-    return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, autocast_adapter_dtype=autocast_adapter_dtype)
+    settings: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "adapter_name": adapter_name}
+    return ShadowPeftModel(model, shadow_config, shadow_model=shadow_model, **settings)
 
 
-class ShadowPeftModel(CheckpointMixin):
+class ShadowPeftModel(MixedBatchesMixin):
     """A frozen base model with a shadow adapter attached.
 
     The base keeps its class, module names, state dict and behaviour: a call of the base itself is the bare base, a call of
@@ -63,8 +66,9 @@ class ShadowPeftModel(CheckpointMixin):
         shadow_model: an explicit shadow; None builds an implicit one from the base (see `backbone.implicit`).
         autocast_adapter_dtype: keep adapter parameters in float32, beside a float64 base in float64, whatever the base's
             dtype; False casts them to it.
+        adapter_name: name of this adapter; others can be added beside it, see `multi_adapter.named`.
 
-    Attributes: those of `ShadowAdapter`.
+    Attributes: those of `ShadowAdapter`, which are those of the active adapter; `active_adapter`, its name.
 
     Raises:
         TypeError: the base or the shadow is no transformers model.
@@ -79,6 +83,7 @@ class ShadowPeftModel(CheckpointMixin):
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
         init_from_base: bool = True,
+        adapter_name: str = DEFAULT,
     ) -> None:
         super().__init__(
             base_model,
@@ -87,6 +92,7 @@ class ShadowPeftModel(CheckpointMixin):
             autocast_adapter_dtype=autocast_adapter_dtype,
             init_from_base=init_from_base,
         )
+        self._name_adapters(adapter_name)
         self._given = (base_model,)  # in a tuple, or it would be a part of this model
         base, decoder = self.base_model, self.decoder
         self._base_signature, self._decoder_signature = Signature.of(base), Signature.of(decoder.backbone)
@@ -105,9 +111,8 @@ class ShadowPeftModel(CheckpointMixin):
         record = next((other.record for other in attachments_of(base)), record)
         peft_adapters.freeze(base, but_adapters=config.train_base_adapters or record.trains_adapters)
         record.trains_adapters |= config.train_base_adapters
-        layers = decoder.layers[config.first_injected_layer :]
-        head = base.get_output_embeddings()
-        return Attachment(layers, decoder.layer_input_name, decoder.output_module, head, record)
+        first, head = config.first_injected_layer, base.get_output_embeddings()
+        return Attachment(decoder.layers, first, decoder.layer_input_name, decoder.output_module, head, record)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -128,6 +133,7 @@ class ShadowPeftModel(CheckpointMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Tensor | None]:
         """Run backbone and base together.
@@ -141,6 +147,7 @@ class ShadowPeftModel(CheckpointMixin):
             inputs_embeds: embeddings `[B, T, d]` instead of token ids.
             use_cache: return the cache of both networks in `past_key_values`; None follows the base's config in
                 inference and is False in training.
+            adapter_names: the adapter of each row, "__base__" for the bare base; None uses the active adapter for all.
             **kwargs: whatever else the base's forward takes.
 
         Returns:
@@ -151,7 +158,8 @@ class ShadowPeftModel(CheckpointMixin):
             RuntimeError: the adapter was unloaded.
         """
         inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
-        output = self.run(inputs)
+        names = self.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
+        output = self.run(replace(inputs, adapter_names=names))
         return output.base, output.shadow_state
 
     def run(
@@ -184,14 +192,19 @@ class ShadowPeftModel(CheckpointMixin):
             return AdaptedOutput(outputs, cache=returned_cache(outputs))
         if mode == "base_shadow":
             check_in_step(inputs.cache)
-        state, backbone_cache = self.initial_state(inputs)
+        names = inputs.adapter_names
+        adapter: ShadowAdapter | MixedAdapters = self if names is None else self.mixed(names, mode == "shadow_only")
+        state, backbone_cache = adapter.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
-            return AdaptedOutput(shadow_state=state, cache=shadow_only_cache(own_cache))
-        coupling = self.make_coupling(state, keep_head_input)
+            cache = self.with_shadow_cache(shadow_only_cache(own_cache), names)
+            return AdaptedOutput(shadow_state=state, cache=cache)
+        coupling = adapter.make_coupling(state, keep_head_input)
         with attachment.active(coupling):
             outputs = self._run_base(inputs, skip_head)
-        cache = combine_caches(returned_cache(outputs), backbone_cache) if inputs.cache is None else inputs.cache
+        cache = inputs.cache
+        if cache is None:
+            cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache), names)
         replace_cache(outputs, cache)
         return AdaptedOutput(outputs, state, coupling.head_input, cache)
 
@@ -203,7 +216,7 @@ class ShadowPeftModel(CheckpointMixin):
             extra = {name: value for name, value in extra.items() if name != self.cache_name}
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
-        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache)
+        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names)
         if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
             raise ValueError(
                 "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
@@ -224,12 +237,10 @@ class ShadowPeftModel(CheckpointMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: ShadowCache
     ) -> Tensor:
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
-        inputs = ModelInputs(input_ids, None, attention_mask, position_ids, cache, True)
-        return self.initial_state(self._ready(inputs, "shadow_only"))[0]
-
-    def with_shadow_cache(self, cache: Any) -> Any:
-        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`."""
-        return with_shadow_cache(cache, self.shadow_model.config)
+        names = self.row_names(None, cache, len(input_ids))
+        inputs = ModelInputs(input_ids, None, attention_mask, position_ids, cache, True, adapter_names=names)
+        adapter = self if names is None else self.mixed(names)
+        return adapter.initial_state(self._ready(inputs, "shadow_only"))[0]
 
     @property
     def cache_name(self) -> str | None:
@@ -255,16 +266,13 @@ class ShadowPeftModel(CheckpointMixin):
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a 4 bit base whose adapter is trained stays on kernels that pass gradients."""
+        self._trained_parts_changed()
+        return super().train(mode)
+
+    def _trained_parts_changed(self) -> None:
         if self._attachment is not None:
             trained = any(parameter.requires_grad for parameter in self.parameters())
             (self._kernels.hold if trained else self._kernels.release)()
-        return super().train(mode)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the context, in this thread, the model is its bare base."""
-        with self.attachment.disabled():
-            yield
 
     def unload(self) -> PreTrainedModel:
         """Remove the adapter and give back what was wrapped as it was: trainable parameters and training mode included.
@@ -283,28 +291,15 @@ class ShadowPeftModel(CheckpointMixin):
         given: PreTrainedModel = self._given[0]
         return given
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Refuse what PEFT does for adapters that are a change of weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "A shadow adapter cannot be merged: its correction depends on the shadow's state of every token, so it is no "
-            "change of the base's weights. Keep it attached, take it off with unload(), or detach the shadow with "
-            "export_shadow()."
-        )
-
-    merge_adapter = unmerge_adapter = merge_and_unload
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
-        own = input_embeddings(self.shadow_model)
         embeddings: nn.Module = self.base_model.resize_token_embeddings(*args, **kwargs)
-        if isinstance(own, SharedEmbedding):
-            object.__setattr__(own, "table", embeddings)
-        elif own is not None:
-            self.shadow_model.resize_token_embeddings(*args, **kwargs)
+        for adapter in map(self.adapter, self.adapter_configs):
+            own = input_embeddings(adapter.shadow_model)
+            if isinstance(own, SharedEmbedding):
+                object.__setattr__(own, "table", embeddings)
+            elif own is not None:
+                adapter.shadow_model.resize_token_embeddings(*args, **kwargs)
         self.attachment.hook_head(self.base_model.get_output_embeddings())
         embeddings.requires_grad_(False)
         return embeddings

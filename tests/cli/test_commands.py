@@ -48,6 +48,7 @@ SMALL = {
     "classify": [],
     "export": [],
     "convert": [],
+    "cascade": ["--max_new_tokens", "2"],
 }  # fmt: skip
 MAILS = [{"text": f"mail {i}", "label": i % 2} for i in range(20)]
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}
@@ -145,7 +146,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (world / repository).parent.mkdir(exist_ok=True)
         (world / repository).symlink_to(made)
     rows: list[object] = [c.row() for c in commands("train", 12)]
-    files = {"commands": rows, "data": rows, "texts": [{"text": "once upon a time"}] * 8}
+    files = {
+        "commands": rows,
+        "data": rows,
+        "unseen": [c.row() for c in commands("test", 100)],
+        "texts": [{"text": "once upon a time"}] * 8,
+    }
     files |= {
         "a": [{"text": "once upon a time " * 20}] * 8,
         "mails": [{"text": f"mail {i}", "label": i % 2} for i in range(20)],

@@ -28,6 +28,7 @@ MISTYPED = {
     "generate": (["say:", "--temprature", "0.7"], "--temperature"),
     "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
+    "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
     "export": (["out", "--ouptut", "x"], "--output"),
     "convert": (["out", "--modle", "x"], "--model"),
 }
@@ -98,8 +99,8 @@ def real_parser(verb: str) -> VerbParser:
 
         return make_train_parser()
     parser = VerbParser(verb, OPTIONS[verb], "", "")
-    if verb == "generate":
-        parser.add_argument("text", nargs="+")
+    if verb in ("generate", "cascade"):
+        parser.add_argument("text", nargs="+" if verb == "generate" else "*")
     if verb == "export":
         parser.add_argument("shadow")
     if verb == "convert":

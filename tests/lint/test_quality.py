@@ -26,7 +26,7 @@ def test_nothing_to_complain_about(command: tuple[str, ...]) -> None:
 
 def test_the_library_needs_its_core_dependencies_only() -> None:
     """Trainers, plots and peft belong to extras; no public name may reach for them."""
-    extras = ("accelerate", "datasets", "trl", "matplotlib", "peft")
+    extras = ("accelerate", "datasets", "trl", "matplotlib", "peft", "openai", "scipy", "sklearn")
     code = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); from shadow_peft import *; import shadow_peft.cli"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -5,6 +5,7 @@ Its task head is stripped. It keeps its own embeddings unless they are removed; 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -14,6 +15,8 @@ from shadow_peft.backbone.projection import carried_projection, carry_projection
 from shadow_peft.base.decoder import find_decoder
 from shadow_peft.base.quantization import quantization_method
 from shadow_peft.base.task_head import input_embeddings, path_of
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: bool = False) -> PreTrainedModel:
@@ -94,6 +97,19 @@ def registered_config(data: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"The stored shadow has model_type {model_type!r}, which transformers does not know.")
     config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(data)
     return config
+
+
+def check_vocabularies(shadow: int, base: int) -> None:
+    """Check that a shadow with its own table knows the base's tokens; tables are padded, so the last per cent may differ.
+
+    Raises:
+        ValueError: its table is smaller by more.
+    """
+    if shadow >= base:
+        return
+    if shadow < 0.99 * base:
+        raise ValueError(f"The shadow's embedding table has {shadow} tokens, the base's {base}: they differ in vocabulary.")
+    logger.warning("The shadow's embedding table has %d rows, the base's %d; tokens beyond would fail.", shadow, base)
 
 
 def _without_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,6 +25,11 @@ class ResidualStream:
     copies_dim: int | None = None
     folded: bool = False
 
+    @property
+    def rows_dim(self) -> int:
+        """The dimension of the rows of a batch in the stream."""
+        return 1 if self.copies_dim == 0 else 0
+
     def expand(self, state: Tensor) -> Tensor:
         """The shadow state `[B, T, d]` in the layout of the stream, one copy."""
         if self.folded:

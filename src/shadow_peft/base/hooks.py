@@ -28,13 +28,13 @@ from shadow_peft.base.record import BaseRecord
 
 
 class LayerCallbacks(Protocol):
-    """What one forward pass does at the adapted layers; `coupling.Coupling` implements it."""
+    """What one forward pass does at the decoder layers, counted from 0; `coupling.Coupling` implements it."""
 
-    def pre_layer(self, index: int, h: Tensor) -> Tensor:
-        """The corrected input `[B, T, d]` of layer `index`."""
+    def pre_layer(self, layer: int, h: Tensor) -> Tensor:
+        """The corrected input `[B, T, d]` of a layer; `h` itself where it is not adapted."""
 
-    def post_layer(self, index: int, h: Tensor) -> Tensor | None:
-        """Replacement of the output `[B, T, d]` of layer `index`, or None."""
+    def post_layer(self, layer: int, h: Tensor) -> Tensor | None:
+        """Replacement of the output `[B, T, d]` of a layer, or None."""
 
     def final_hidden(self, h: Tensor) -> Tensor | None:
         """Replacement of the final hidden state `[B, T, d]`, or None."""
@@ -44,10 +44,11 @@ class LayerCallbacks(Protocol):
 
 
 class Attachment:
-    """The hooks of one adapter on one base, and the coupling that is active in each thread.
+    """The hooks of one model on one base, and the coupling that is active in each thread.
 
     Args:
-        layers: decoder layers to adapt, in order; `LayerCallbacks` methods are called with their index here.
+        layers: all decoder layers, in order.
+        first_layer: index of the first layer to hook.
         layer_input_name: keyword of the hidden state in a call of a layer.
         output_module: the model whose first output is the final hidden state.
         head: the base's output embedding, when its input is wanted too.
@@ -57,6 +58,7 @@ class Attachment:
     def __init__(
         self,
         layers: Sequence[nn.Module],
+        first_layer: int,
         layer_input_name: str,
         output_module: nn.Module,
         head: nn.Module | None,
@@ -65,12 +67,18 @@ class Attachment:
         self._thread = threading.local()
         self.record = record
         self._holder: Any = None
-        self._hooked = [*layers, output_module]
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_PreLayer(self, index, layer_input_name), with_kwargs=True)
-            layer.register_forward_hook(_PostLayer(self, index))
+        self._hooked = [output_module]
+        self.hook_layers(layers, first_layer, layer_input_name)
         output_module.register_forward_hook(_FinalHidden(self))
         self.hook_head(head)
+
+    def hook_layers(self, layers: Sequence[nn.Module], first_layer: int, layer_input_name: str) -> None:
+        """Hook the decoder layers from `first_layer` on that have no hooks yet."""
+        for index, layer in enumerate(layers):
+            if index >= first_layer and layer not in self._hooked:
+                self._hooked.append(layer)
+                layer.register_forward_pre_hook(_PreLayer(self, index, layer_input_name), with_kwargs=True)
+                layer.register_forward_hook(_PostLayer(self, index))
 
     def hook_head(self, head: nn.Module | None) -> None:
         """Hook the base's output embedding, which may have been replaced since."""

@@ -15,7 +15,6 @@ _POSSIBLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "distributed_checkpoint": ((False, None), "an adapter is one file; gather it and pass state_dict"),
     "save_peft_format": ((True, None), "the names of the tensors are those of the file format"),
     "save_embedding_layers": (("auto", False, None), "embeddings of the base are not part of an adapter"),
-    "selected_adapters": ((None, ["default"]), "a model has one shadow adapter"),
     "path_initial_model_for_weight_conversion": ((None,), "a shadow adapter cannot be converted to LoRA"),
 }
 """Name -> values that change nothing, and why the others cannot be had."""

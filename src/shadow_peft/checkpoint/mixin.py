@@ -107,17 +107,8 @@ class CheckpointMixin(ShadowAdapter):
     # ---------------------------------------------------------------- files
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapter and the trained heads; an interrupted save leaves what was there before.
-
-        Args:
-            save_directory: created when it is missing.
-            **kwargs: `include_shared_embeddings=True` also stores the base's embedding table where shadow-peft 0.1.x needs
-                one; `is_main_process=False` writes nothing; `state_dict` is the gathered `state_dict()` of a sharded model.
-
-        Raises:
-            ValueError: the parameters are sharded over processes, and `state_dict` does not have all of them.
-        """
-        store.save(self, save_directory, **kwargs)
+        """Save the adapters, see `multi_adapter.named`."""
+        raise NotImplementedError
 
     def push_to_hub(
         self,
@@ -164,6 +155,7 @@ class CheckpointMixin(ShadowAdapter):
         is_trainable: bool = False,
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
+        adapter_name: str = "default",
     ) -> Self:
         """Attach a stored adapter to a base. Stored heads belong to the task models and are left out.
 
@@ -173,6 +165,7 @@ class CheckpointMixin(ShadowAdapter):
             is_trainable: False freezes the adapter.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
             autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
+            adapter_name: its name in this model.
 
         Raises:
             ValueError: there is no adapter, a file is damaged, or the adapter does not fit the base; the base is not
@@ -184,6 +177,7 @@ class CheckpointMixin(ShadowAdapter):
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            adapter_name=adapter_name,
         )
         return loaded
 
@@ -196,6 +190,7 @@ class CheckpointMixin(ShadowAdapter):
         is_trainable: bool = False,
         shadow_model: PreTrainedModel | None = None,
         autocast_adapter_dtype: bool = True,
+        adapter_name: str = "default",
         make_head: Callable[[Any, str], nn.Module] | None = None,
         make_task: Callable[[Any], Any] | None = None,
     ) -> Any:
@@ -206,6 +201,7 @@ class CheckpointMixin(ShadowAdapter):
             make_task: makes the task model around the adapted one, which is returned in its place.
         """
         base, origin = peft_adapters.unwrap_base(model), stored.provenance
+        attach: Any = cls
         if shadow_model is None and stored.shadow_place is not None:
             raise ValueError(
                 f"The shadow of {stored.directory} is made from the model {stored.shadow_place!r}: load that and pass it as "
@@ -216,12 +212,13 @@ class CheckpointMixin(ShadowAdapter):
                 shadow_model = build_stored_shadow(origin) or store.mirror_with_table(base, stored)
         with restored_on_failure(base) as record:
             injected = _inject_adapters(base, stored, record)
-            peft_model = cls(
+            peft_model = attach(
                 model,
                 stored.config,
                 shadow_model=shadow_model,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 init_from_base=False,
+                adapter_name=adapter_name,
             )
             if injected:
                 record.trains_adapters = stored.config.train_base_adapters

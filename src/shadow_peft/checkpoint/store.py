@@ -205,6 +205,23 @@ def save(
     _write(model, Path(save_directory), contents, training, overwrite)
 
 
+def check_save(
+    model: ShadowAdapter,
+    save_directory: str | Path,
+    *,
+    dialect: Dialect | None = None,
+    overwrite: bool = False,
+    **others: Any,
+) -> None:
+    """Check a folder as `save` does before it writes, where several adapters are to be saved; the arguments are the same.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    names = [file for file, tensors in _contents(model, dialect).items() if tensors]
+    check_target(Path(save_directory), [*names, peft.CONFIG_FILE if peft.ADAPTER_FILE in names else CONFIG_FILE], overwrite)
+
+
 def _contents(model: ShadowAdapter, dialect: Dialect | None) -> dict[str, dict[str, Tensor]]:
     """File -> name -> tensor of the model."""
     if (dialect or _dialect_of(model)) == "peft":

@@ -25,10 +25,11 @@ VERBS = {
     "export": "write the shadow of an adapter as a standalone model",
     "convert": "write an adapter for peft, or one of peft's for this library",
     "eval": "score a model or its shadow with lm-evaluation-harness",
+    "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

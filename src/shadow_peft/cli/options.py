@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shadow_peft.cli.option_values import LARGEST_SEED, Dtype, require
+from shadow_peft.cli.cascade_options import CascadeOptions
 from shadow_peft.cli.pretrain_options import PretrainOptions
+from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.config import ShadowConfig
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
@@ -270,6 +271,7 @@ OPTIONS: dict[str, list[type]] = {
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
     "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
+    "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
     "export": [ExportOptions],
     "convert": [ConvertOptions],
 }

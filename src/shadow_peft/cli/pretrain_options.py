@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shadow_peft.cli.option_values import LARGEST_SEED, Dtype, require
+from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 
 #: Options of `shadow-peft pretrain` about a shadow that is cut from the base.
 CUT_OPTIONS = (

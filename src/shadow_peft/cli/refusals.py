@@ -13,8 +13,8 @@ from trl import ModelConfig, SFTConfig
 
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.loading import check_quantization
-from shadow_peft.cli.option_values import LARGEST_SEED, require
 from shadow_peft.cli.options import DEFAULT_SHADOW, TrainOptions
+from shadow_peft.cli.ranges import LARGEST_SEED, require
 from shadow_peft.config import ShadowConfig
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 

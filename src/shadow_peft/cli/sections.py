@@ -58,6 +58,16 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "convert": {"what is written": ("to", "output", "model", "config")},
+    "cascade": {
+        "who answers": (
+            "adapter", "model", "remote_url", "remote_model", "timeout", "threshold", "takeover", "chat", "dtype",
+            *QUANTIZATION, "config",
+        ),
+        "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output", "data", "batch_size"),
+        "how they answer (what is not given stays as the model's own file has it)": (
+            "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
+        ),
+    },
     "export": {
         "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),

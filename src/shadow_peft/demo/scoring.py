@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from shadow_peft.cascade.outcomes import json_fields
 from shadow_peft.demo.robot_commands import Command
 from shadow_peft.losses.language_modeling import next_token_loss, shifted
 from shadow_peft.losses.reduction import IGNORE_INDEX
@@ -63,14 +63,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
 
 def fields_right(command: Command, line: str) -> float:
     """Share of the command's four fields that are right in an answer; 0 if it is no JSON object."""
-    expected = json.loads(command.completion)
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError:
-        return 0.0
-    if not isinstance(given, dict):
-        return 0.0
-    return sum(key in given and given[key] == value for key, value in expected.items()) / len(expected)
+    return json_fields(line, command.completion)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ from shadow_peft.generation.drafting import (
     grow_draft,
 )
 from shadow_peft.generation.row_texts import RowTexts, for_rows
+from shadow_peft.multi_adapter.row_caches import RowCaches
+from shadow_peft.multi_adapter.rows import select_rows
 
 
 class BatchDrafter(Drafter, Protocol):
@@ -110,7 +112,8 @@ class BatchedDrafting:
         self._texts = RowTexts(prompts)
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._length = DraftLength(model.pass_times(config, rows=len(prompts)))
+        self._length = DraftLength(model.pass_times(config, len(prompts), self._cache))
+        self._drafting_rows = model.drafting_rows(self._cache)
         self._written: list[DecodedStep] = []
 
     def run(self) -> Any:
@@ -162,15 +165,20 @@ class BatchedDrafting:
         """Up to `num_assistant_tokens` tokens for every row, while they are worth their cost."""
         config, texts = self._config, self._texts
         room = int((config.max_length - texts.lengths[self._live]).max()) - 1
-        draft = grow_draft(self, self._cache, config, self._length, min(int(config.num_assistant_tokens), room))
+        most = min(int(config.num_assistant_tokens), room) if bool(self.going_on.any()) else 0
+        draft = grow_draft(self, self._cache, config, self._length, most)
         if draft is None:
             return Draft.empty(len(texts.lengths), 1, texts.tokens.device)
         return draft
 
     @property
     def going_on(self) -> Tensor:
-        """Rows `[B]` that have not ended."""
-        return self._live
+        """Rows `[B]` that have not ended and have a shadow; what the others draft is a guess that the base rejects."""
+        if self._drafting_rows is None:
+            return self._live
+        drafts = torch.zeros_like(self._live)
+        drafts[self._drafting_rows] = True
+        return self._live & drafts
 
     def state_of_last(self, ahead: int) -> Tensor:
         """s `[B, 1, d]` of each row's last token, `ahead` tokens being drafted already."""
@@ -179,7 +187,7 @@ class BatchedDrafting:
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[B, V]` of the next token."""
-        return self._processed(self._model.shadow_logits(state)[:, -1], ahead)
+        return self._processed(self._model.shadow_logits(state, self._cache)[:, -1], ahead)
 
     def append(self, tokens: Tensor, ahead: int) -> bool:
         """Write a drafted token `[B]` behind each row's text; what ends a row is decided when it is verified."""
@@ -224,10 +232,11 @@ class BatchedDrafting:
         self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, processed, logits))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
-        kept = (taken[live] - 1).tolist()
-        for number in kept:
-            self._config.statistics.record(count, number)
-        self._length.update(draft.confidences[live].tolist(), kept)
+        drafting, kept = self.going_on, taken - 1
+        for row in live.nonzero()[:, 0].tolist():
+            number = int(kept[row])
+            self._config.statistics.record(count if drafting[row] else number, number)
+        self._length.update(draft.confidences[drafting].tolist(), kept[drafting].tolist())
         texts.lengths = texts.lengths + taken * live
         return taken
 
@@ -303,11 +312,19 @@ def require_shiftable(cache: Any) -> ShadowCache:
     raise ValueError(f"use_shadow_draft for a batch needs a dynamic cache of attention layers alone, this is {cache!r}.")
 
 
-def shift_rows(cache: Cache, lost: Tensor) -> None:
+def shift_rows(cache: ShadowCache, lost: Tensor) -> None:
     """Shift the rows of a cache to the right by `lost` `[B]` tokens each; what falls off the end is gone."""
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = shifted(layer.keys, lost, -2), shifted(layer.values, lost, -2)
+    assert cache.base is not None
+    parts: list[tuple[Cache, list[int] | None]] = [(cache.base, None)]
+    if isinstance(cache.shadow, RowCaches):
+        parts += [(part, cache.shadow.rows[name]) for name, part in cache.shadow.parts.items()]
+    else:
+        parts.append((cache.shadow, None))
+    for part, rows in parts:
+        own = select_rows(lost, rows)
+        for layer in part.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = shifted(layer.keys, own, -2), shifted(layer.values, own, -2)
 
 
 def shifted(tensor: Tensor, lost: Tensor, dim: int = -1) -> Tensor:

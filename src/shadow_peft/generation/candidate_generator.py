@@ -52,7 +52,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._kwargs = model_kwargs
         self._most = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
-        self._length = DraftLength(drafter.pass_times(config, rows=1))
+        self._length = DraftLength(drafter.pass_times(config, 1, cache))
         self._prompt_is_read = False
         self._confidences: list[float] = []
         self._text: Tensor = torch.empty(1, 0)
@@ -100,7 +100,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[1, V]` of the next token."""
-        logits = self._drafter.shadow_logits(state)[:, -1].to(torch.float32)
+        logits = self._drafter.shadow_logits(state, self._cache)[:, -1].to(torch.float32)
         return self._processor(self._text, logits)
 
     def append(self, tokens: Tensor, ahead: int) -> bool:

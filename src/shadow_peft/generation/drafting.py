@@ -33,11 +33,14 @@ class Drafter(Protocol):
     ) -> Tensor:
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
 
-    def shadow_logits(self, state: Tensor) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
+    def shadow_logits(self, state: Tensor, cache: ShadowCache) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache."""
 
-    def pass_times(self, config: GenerationConfig, rows: int) -> PassTimes | None:
-        """What passes over so many rows take; None where the length of drafts does not adapt."""
+    def pass_times(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> PassTimes | None:
+        """What passes over so many rows, those of a cache, take; None where the length of drafts does not adapt."""
+
+    def drafting_rows(self, cache: ShadowCache) -> list[int] | None:
+        """The rows of a cache that have a shadow; None for all."""
 
 
 class DraftingGenerationConfig(GenerationConfig):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from shadow_peft.cache import num_uncached_tokens, select_cache
+from shadow_peft.cache import ShadowCache, num_uncached_tokens, select_cache
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
 from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
 from shadow_peft.generation.pass_times import PassTimes, pass_times
 from shadow_peft.layers.casts import cast_once
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.multi_adapter.mixed import BASE
+from shadow_peft.multi_adapter.row_caches import RowCaches
 from shadow_peft.outputs import InferenceMode
+
+_NAMES = "adapter_names"
+"""What travels with a generation whose rows belong to different adapters."""
 
 
 class ShadowGenerationMixin(GenerationMixin):
@@ -33,7 +39,14 @@ class ShadowGenerationMixin(GenerationMixin):
         """Always: a causal LM generates."""
         return True
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, use_shadow_draft: bool | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        use_shadow_draft: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' `generate`, with the shadow as draft model on request.
 
         Args:
@@ -41,6 +54,7 @@ class ShadowGenerationMixin(GenerationMixin):
             *args: further arguments of transformers' `generate`.
             use_shadow_draft: let the shadow draft tokens that the adapted base then verifies: the same text, or the same
                 distribution when sampling, in fewer base passes. None follows the generation config.
+            adapter_names: the adapter of each prompt, "__base__" for the bare base; None uses the active adapter for all.
             **kwargs: further arguments of transformers' `generate`. `num_assistant_tokens`,
                 `num_assistant_tokens_schedule` and `assistant_confidence_threshold` control the drafts. The schedule
                 "heuristic" adapts their length to what is accepted and to the time that passes take, so what is sampled with
@@ -50,8 +64,11 @@ class ShadowGenerationMixin(GenerationMixin):
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
 
         Raises:
-            ValueError: drafting with beams, guidance, or a cache that cannot be cropped.
+            ValueError: drafting with beams, guidance, or a cache that cannot be cropped; an unknown adapter;
+                guidance for rows of several adapters.
         """
+        if adapter_names is not None:
+            kwargs[_NAMES] = self.peft_model.row_names(adapter_names, None, len(adapter_names))
         if use_shadow_draft is not None:
             kwargs["use_shadow_draft"] = use_shadow_draft
         with cast_once():
@@ -61,14 +78,21 @@ class ShadowGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Whatever the base's `generate` takes is taken; only the base knows which names those are."""
-        self.peft_model.base_model._validate_model_kwargs(dict(model_kwargs))
+        self.peft_model.base_model._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n != _NAMES})
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **model_kwargs: Any) -> Any:
+        """Repeat every row, and its adapter, for beams or several sequences."""
+        ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **model_kwargs)
+        if expanded.get(_NAMES) is not None:
+            expanded[_NAMES] = tuple(name for name in expanded[_NAMES] for _ in range(expand_size))
+        return ids, expanded
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Let the base prepare the kind of cache that is asked for, and add one for the backbone."""
         base, name = self.peft_model.base_model, self.peft_model.cache_name
-        given = model_kwargs.pop("past_key_values", None)
+        given, names = model_kwargs.pop("past_key_values", None), model_kwargs.get(_NAMES)
         if name is not None and given is not None:
             model_kwargs[name] = select_cache(given, self.inference_mode == "base_shadow")
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -76,7 +100,7 @@ class ShadowGenerationMixin(GenerationMixin):
         if given is not None:
             model_kwargs["past_key_values"] = given
         elif prepared is not None:
-            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(prepared)
+            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(prepared, names)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -84,7 +108,7 @@ class ShadowGenerationMixin(GenerationMixin):
         """The base's own preparation, on the base's own cache."""
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        peft, cache = self.peft_model, kwargs.pop("past_key_values", None)
+        peft, cache, names = self.peft_model, kwargs.pop("past_key_values", None), kwargs.pop(_NAMES, None)
         attention_mask = kwargs.get("attention_mask")
         uncached_tokens = kwargs.pop("uncached_tokens", None)
         if kwargs.get("is_first_iteration") and uncached_tokens is not None:
@@ -94,7 +118,8 @@ class ShadowGenerationMixin(GenerationMixin):
         inputs: dict[str, Any] = peft.base_model.prepare_inputs_for_generation(input_ids, **kwargs)
         if peft.cache_name is not None:
             inputs.pop(peft.cache_name, None)
-        return {**inputs, "past_key_values": cache, "attention_mask": attention_mask, "output_shadow_logits": False}
+        own = {"past_key_values": cache, "attention_mask": attention_mask, _NAMES: names}
+        return {**inputs, **own, "output_shadow_logits": False}
 
     # ---------------------------------------------------------------- drafting
 
@@ -102,14 +127,21 @@ class ShadowGenerationMixin(GenerationMixin):
         """See `ShadowPeftModel.shadow_step`."""
         return self.peft_model.shadow_step(*args)
 
-    def shadow_logits(self, state: Tensor) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
+    def shadow_logits(self, state: Tensor, cache: Any = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache."""
         raise NotImplementedError
 
-    def pass_times(self, config: GenerationConfig, rows: int) -> PassTimes | None:
-        """What passes over so many rows take; None where the length of drafts does not adapt."""
-        constant = config.num_assistant_tokens_schedule == "constant"
-        return None if constant else pass_times(self.peft_model, rows)
+    def pass_times(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> PassTimes | None:
+        """What passes over so many rows, those of a cache, take; None where the length of drafts does not adapt."""
+        if config.num_assistant_tokens_schedule == "constant":
+            return None
+        return pass_times(self.peft_model, rows, self.peft_model.drafting_adapters(cache, rows))
+
+    def drafting_rows(self, cache: ShadowCache) -> list[int] | None:
+        """The rows of a cache that have a shadow; None for all."""
+        if not isinstance(cache.shadow, RowCaches):
+            return None
+        return sorted(row for rows in cache.shadow.rows.values() for row in rows)
 
     def _prepare_generation_config(
         self, generation_config: Any, use_shadow_draft: bool | None = None, **kwargs: Any
@@ -128,8 +160,11 @@ class ShadowGenerationMixin(GenerationMixin):
         prepared.num_assistant_tokens_schedule = next(iter(given[schedule]), "heuristic")
         if getattr(prepared, SWITCH, None) and prepared.num_assistant_tokens_schedule != "constant" and not given[threshold]:
             prepared.assistant_confidence_threshold = 0.0
-        if getattr(prepared, SWITCH, None) and prepared.guidance_scale not in (None, 1):
+        guided = prepared.guidance_scale not in (None, 1)
+        if guided and getattr(prepared, SWITCH, None):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
+        if guided and model_kwargs.get(_NAMES) is not None:
+            raise ValueError("adapter_names works without guidance_scale, whose second context would have no adapters.")
         return DraftingGenerationConfig.of(prepared), model_kwargs
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
@@ -146,7 +181,8 @@ class ShadowGenerationMixin(GenerationMixin):
         drafting = isinstance(generation_config, DraftingGenerationConfig)
         kwargs["uncached_tokens"] = num_uncached_tokens(input_ids, kwargs)
         if drafting:
-            if self.inference_mode == "shadow_only" or not self.peft_model.attachment.enabled:
+            bare = set(kwargs.get(_NAMES) or ()) == {BASE}
+            if self.inference_mode == "shadow_only" or bare or not self.peft_model.attachment.enabled:
                 raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
             generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
             if input_ids.shape[0] > 1:
@@ -181,5 +217,6 @@ class ShadowGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
         """The shadow as drafter, where it is asked for; transformers' other drafters else."""
         if not isinstance(generation_config, DraftingGenerationConfig):
+            kwargs["model_kwargs"] = {n: v for n, v in kwargs["model_kwargs"].items() if n != _NAMES}
             return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
         return ShadowCandidateGenerator(self, generation_config, kwargs["logits_processor"], kwargs["model_kwargs"])

@@ -110,15 +110,26 @@ def _lower_median(measured: deque[Any], key: Callable[[Any], float] | None = Non
     return sorted(measured, key=key)[(len(measured) - 1) // 2]
 
 
-_TIMES: WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype, int], PassTimes]] = WeakKeyDictionary()
+Shares = dict[str, tuple[ShadowAdapter, int]]
+"""Name -> an adapter, and the number of rows that it drafts."""
+
+_Key = tuple[torch.device, torch.dtype, int, tuple[tuple[str, int], ...]]
+_TIMES: WeakKeyDictionary[nn.Module, dict[_Key, PassTimes]] = WeakKeyDictionary()
 
 
-def pass_times(adapter: ShadowAdapter, rows: int) -> PassTimes:
-    """What is known of an adapted model's passes over so many rows, on its device and in its dtype."""
+def pass_times(adapter: ShadowAdapter, rows: int, shares: Shares | None = None) -> PassTimes:
+    """What is known of an adapted model's passes over so many rows, on its device and in its dtype.
+
+    Args:
+        adapter: the adapted model.
+        rows: the number of all rows.
+        shares: the adapters that draft; None is the model itself for all rows.
+    """
     known = _TIMES.setdefault(adapter, {})
-    key = adapter.base_model.device, adapter.base_model.dtype, rows
+    drafters = tuple((name, own) for name, (_, own) in (shares or {}).items())
+    key = adapter.base_model.device, adapter.base_model.dtype, rows, drafters
     if key not in known:
-        known[key] = PassTimes(prior_costs(adapter, rows), measures=_is_alone())
+        known[key] = PassTimes(prior_costs(adapter, rows, shares), measures=_is_alone())
     return known[key]
 
 
@@ -153,15 +164,18 @@ ACCELERATOR_PRIOR = DevicePrior(saturation=256, layer=3e8)
 """Estimates: a layer's forty kernels take some 0.3 ms to launch, in which 2 TB/s read 3e8 weights of two bytes."""
 
 
-def prior_costs(adapter: ShadowAdapter, rows: int) -> Costs:
-    """Costs by weights, layers and rows: drafting is a pass of backbone and head, verifying adds tokens to a pass."""
-    base_model, decoder, backbone = adapter.base_model, adapter.decoder, adapter.shadow_model
+def prior_costs(adapter: ShadowAdapter, rows: int, shares: Shares | None = None) -> Costs:
+    """Costs by weights, layers and rows: drafting is a pass of backbones and head, verifying adds tokens to a pass."""
+    base_model, decoder = adapter.base_model, adapter.decoder
     device = CPU_PRIOR if base_model.device.type == "cpu" else ACCELERATOR_PRIOR
     head = _num_weights(base_model.get_output_embeddings())
-    draft_weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone)) + head
     base_weights = _num_weights(decoder.backbone) - _num_weights(input_embeddings(decoder.backbone)) + head
     base_pass = device.of_pass(base_weights, len(decoder.layers), rows)
-    drafting = device.of_pass(draft_weights, getattr(backbone.config, "num_hidden_layers", 1), rows)
+    drafting = device.of_pass(head, 0, rows)
+    for drafter, own_rows in [(adapter, rows)] if shares is None else shares.values():
+        backbone = drafter.shadow_model
+        weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone))
+        drafting += device.of_pass(weights, getattr(backbone.config, "num_hidden_layers", 1), own_rows)
     return Costs(drafting / base_pass, base_weights * rows / device.saturation / base_pass)
 
 

@@ -14,7 +14,7 @@ have a target, and recomputed in the backward pass; or, where a head is one plai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -129,6 +129,16 @@ class TokenLosses(NamedTuple):
         if self.distillation is not None:
             total = total + weights.distillation * self.distillation.to(total.device)
         return total
+
+
+def total_losses(parts: Sequence[TokenLosses]) -> TokenLosses:
+    """The sum of the terms of parts of a batch, all with the divisor of the whole; a part may lack a term."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [[term for term in terms if term is not None] for terms in zip(*parts, strict=True)]
+    base, shadow, distillation = (torch.stack(terms).sum() if terms else None for terms in columns)
+    assert base is not None
+    return TokenLosses(base, shadow, distillation)
 
 
 CHUNK = 256

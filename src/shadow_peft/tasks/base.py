@@ -7,7 +7,6 @@ contain the adapter and the trained heads only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -16,18 +15,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.dequantize import float_copy
 from shadow_peft.backbone.implicit import master_dtype, materialized
 from shadow_peft.checkpoint import store
+from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.multi_adapter.named import DEFAULT
 from shadow_peft.outputs import InferenceMode
 from shadow_peft.storage.sharded import is_sharded
+from shadow_peft.tasks.adapters import TaskAdaptersMixin
 
 TRAINER_TAG = "shadow-peft"
 """A trainer of TRL with this tag declares that it trains the shadow too, see `ShadowTaskModel.add_model_tags`."""
 
 
-class ShadowTaskModel(PreTrainedModel):
+class ShadowTaskModel(TaskAdaptersMixin, PreTrainedModel):
     """An adapted model with a task's heads and loss.
 
     Args:
@@ -66,12 +69,7 @@ class ShadowTaskModel(PreTrainedModel):
             raise TypeError(f"Expected a ShadowPeftModel (see get_shadow_model), got {type(peft_model).__name__}.")
         if shadow_loss_weight < 0:
             raise ValueError(f"shadow_loss_weight must not be negative, got {shadow_loss_weight}.")
-        unknown = set(peft_model.shadow_config.modules_to_save) - set(self.head_names)
-        if unknown:
-            raise ValueError(
-                f"modules_to_save names {', '.join(sorted(unknown))}, but {type(self).__name__} has "
-                f"{' and '.join(self.head_names)}."
-            )
+        self._check_heads(peft_model.shadow_config)
         super().__init__(peft_model.base_model.config)
         self.peft_model = peft_model
         self._no_split_modules = peft_model.base_model._no_split_modules  # what FSDP wraps: the decoder layers
@@ -79,22 +77,35 @@ class ShadowTaskModel(PreTrainedModel):
         self.shadow_loss_weight = shadow_loss_weight
         self.all_tied_weights_keys: dict[str, str] = {}
         self.set_inference_mode(inference_mode)
-        for name in self._owned_heads(peft_model):
-            if name not in peft_model.task_heads:
-                peft_model.task_heads[name] = self._fresh_head(peft_model, name)
+        self._add_heads(peft_model)
         self.train(peft_model.training)
         self._own_dtypes = self._trained_dtypes()
+
+    @classmethod
+    def _check_heads(cls, config: ShadowConfig) -> None:
+        unknown = set(config.modules_to_save) - set(cls.head_names)
+        if unknown:
+            raise ValueError(
+                f"modules_to_save names {', '.join(sorted(unknown))}, but {cls.__name__} has {' and '.join(cls.head_names)}."
+            )
 
     def _trained_dtypes(self) -> set[torch.dtype]:
         return {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
 
     @classmethod
-    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+    def _add_heads(cls, adapter: ShadowAdapter) -> None:
+        """Give an adapter the heads of its own that this task wants and that it does not have."""
+        for name in cls._owned_heads(adapter):
+            if name not in adapter.task_heads:
+                adapter.task_heads[name] = cls._fresh_head(adapter, name)
+
+    @classmethod
+    def _owned_heads(cls, adapter: ShadowAdapter) -> list[str]:
         """The heads of which this task has copies of its own."""
         raise NotImplementedError
 
     @classmethod
-    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
+    def _fresh_head(cls, adapter: ShadowAdapter, name: str) -> nn.Module:
         """A head as it is before training."""
         raise NotImplementedError
 
@@ -203,24 +214,6 @@ class ShadowTaskModel(PreTrainedModel):
         """Keep all activations again; transformers' `activation_checkpointing_disable` calls this too."""
         self.peft_model.gradient_checkpointing_disable()
 
-    # ---------------------------------------------------------------- the verbs of PEFT
-
-    def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside the context, in this thread, the model is its bare base."""
-        return self.peft_model.disable_adapter()
-
-    def get_base_model(self) -> PreTrainedModel:
-        """The base, still attached; calling it is calling the bare base."""
-        return self.peft_model.get_base_model()
-
-    def unload(self) -> PreTrainedModel:
-        """Remove the adapter and give back what was wrapped, see `ShadowPeftModel.unload`."""
-        return self.peft_model.unload()
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """A shadow adapter cannot be merged, see `ShadowPeftModel.merge_and_unload`."""
-        return self.peft_model.merge_and_unload(*args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -280,6 +273,7 @@ class ShadowTaskModel(PreTrainedModel):
         shadow_loss_weight: float | None = None,
         inference_mode: InferenceMode = "base_shadow",
         autocast_adapter_dtype: bool = True,
+        adapter_name: str = DEFAULT,
     ) -> Any:
         """Attach a stored adapter with its heads to a base.
 
@@ -292,16 +286,13 @@ class ShadowTaskModel(PreTrainedModel):
                 ones.
             inference_mode: "base_shadow" or "shadow_only".
             autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.
+            adapter_name: its name in this model.
 
         Raises:
             ValueError: there is no adapter, a file is damaged, the adapter does not fit the base, or it has heads of another
                 task.
         """
-        stored = store.read(pretrained_shadow_path)
-        foreign = set(stored.head_names) - set(cls.head_names)
-        if foreign:
-            raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
-        stored.require_heads(cls.head_names)
+        stored = cls._read(pretrained_shadow_path)
         settings = {name: float(stored.training[name]) for name in cls.loss_settings if name in stored.training}
         if shadow_loss_weight is not None:
             settings["shadow_loss_weight"] = shadow_loss_weight
@@ -311,9 +302,24 @@ class ShadowTaskModel(PreTrainedModel):
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            adapter_name=adapter_name,
             make_head=cls._fresh_head,
             make_task=lambda peft_model: cls(peft_model, inference_mode=inference_mode, **settings),
         )
+
+    @classmethod
+    def _read(cls, path_or_repo: str | Path) -> store.Checkpoint:
+        """A checkpoint whose heads are those of this task.
+
+        Raises:
+            ValueError: they are not, or there is no checkpoint.
+        """
+        stored = store.read(path_or_repo)
+        foreign = set(stored.head_names) - set(cls.head_names)
+        if foreign:
+            raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
+        stored.require_heads(cls.head_names)
+        return stored
 
 
 @cache

@@ -9,7 +9,8 @@ before the heads.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,14 +18,25 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.generation.mixin import ShadowGenerationMixin
 from shadow_peft.inputs import ModelInputs
-from shadow_peft.losses.language_modeling import Logits, LogitSource, LossWeights, shifted, token_losses
+from shadow_peft.losses.language_modeling import (
+    Logits,
+    LogitSource,
+    LossWeights,
+    TokenLosses,
+    shifted,
+    token_losses,
+    total_losses,
+)
 from shadow_peft.losses.reduction import token_count
 from shadow_peft.model import ShadowPeftModel
+from shadow_peft.multi_adapter.rows import select_rows
 from shadow_peft.outputs import AdaptedOutput, InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
+from shadow_peft.tasks.heads import LanguageHeads, Pair, RowHeads
 
 
 @dataclass
@@ -99,12 +111,12 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         self._rebuild_heads()
 
     @classmethod
-    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
-        return list(peft_model.shadow_config.modules_to_save)
+    def _owned_heads(cls, adapter: ShadowAdapter) -> list[str]:
+        return list(adapter.shadow_config.modules_to_save)
 
     @classmethod
-    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
-        return trainable_copy(peft_model.base_model.get_output_embeddings())
+    def _fresh_head(cls, adapter: ShadowAdapter, name: str) -> nn.Module:
+        return trainable_copy(adapter.base_model.get_output_embeddings())
 
     @property
     def lm_head(self) -> nn.Module:
@@ -122,17 +134,9 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         return trained[name] if name in trained else own
 
     def _rebuild_heads(self) -> None:
-        """Build the functions from hidden states to logits, see `base.task_head`."""
-        peft, trained = self.peft_model, self.peft_model.task_heads
-        base_head, shadow_head = (trained[name] if name in trained else None for name in self.head_names)
-        path, width = peft.decoder.head_input_path, peft.decoder.hidden_size
-        self.__dict__["_base_output"] = peft.base_model.get_output_embeddings()  # no submodule: it belongs to the base
-        self._base_head = TaskHead(peft.base_model, path, base_head, width=width)
-        self._shadow_head = self._base_head
-        if base_head is not shadow_head:
-            self._shadow_head = TaskHead(peft.base_model, path, shadow_head, width=width)
-        self._replaces_base_head = base_head is not None
-        self._base_selects_tokens = peft.base_takes("logits_to_keep")
+        """Build the functions from hidden states to logits, see `tasks.heads`."""
+        self._heads = LanguageHeads(self.peft_model)
+        self._base_selects_tokens = self.peft_model.base_takes("logits_to_keep")
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -155,6 +159,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         output_shadow_logits: bool | None = None,
         return_dict: bool | None = None,
         output_logits: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of the next token, of the adapted base and of the shadow.
@@ -174,17 +179,19 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
                 shadow loss, else True.
             return_dict: False returns a tuple.
             output_logits: whether to compute `logits`; None is False in training with labels, else True.
+            adapter_names: the adapter of each row, "__base__" for the bare base, whose rows have shadow logits 0 and no
+                shadow loss; None uses the active adapter for all rows, or those of the cache.
             **kwargs: further arguments of the base's forward; and `shift_labels` `[B, T]`, labels that are shifted already,
                 which sequence parallelism passes instead of `labels`.
 
         Returns:
             `ShadowCausalLMOutputWithPast`. In "shadow_only", and inside `disable_adapter()`, `logits` are those of the one
-            network that runs.
+            network that runs. In "shadow_only", `output_hidden_states` asks for the state s as `hidden_states[0]`.
 
         Raises:
             ValueError: no tokens, labels together with `logits_to_keep`, or a cache that does not fit.
         """
-        if self.peft_model.base_model.get_output_embeddings() is not self._base_output:
+        if self._heads.are_outdated:
             self._rebuild_heads()  # it was replaced, for example by resizing the vocabulary
         targets = kwargs.pop("shift_labels", None)  # undeclared, or a trainer would look for a column of this name
         if targets is None and labels is not None:
@@ -198,22 +205,27 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         wanted = not loss_only if output_logits is None else output_logits
         shadow_wanted = bool(output_shadow_logits) if loss_only else self.wants_shadow_logits(output_shadow_logits)
 
-        skips_logits = not wanted and self._base_head.reads_states
+        inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
+        names = self.peft_model.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
+        heads = self._heads.rows(names)
+        skips_logits = not wanted and all(pair.base.reads_states for _, pair in heads.groups)
         adapted = self.peft_model.run(
-            ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs),
+            replace(inputs, adapter_names=names),
             self.inference_mode,
-            keep_head_input=skips_logits or self._replaces_base_head,
+            keep_head_input=skips_logits or self._heads.replaces_base(names),
         )
-        result = self._with_logits(adapted, kept, wanted, shadow_wanted)
+        result = self._with_logits(adapted, heads, kept, wanted, shadow_wanted)
+        if adapted.base is None and kwargs.get("output_hidden_states"):
+            result.hidden_states = (adapted.shadow_state,)
         if targets is not None:
-            self._add_loss(result, adapted, targets, num_items_in_batch)
+            self._add_loss(result, adapted, heads, targets, num_items_in_batch)
         if not wanted:
             result.logits = None
         result = ShadowCausalLMOutputWithPast(**{f.name: getattr(result, f.name) for f in fields(result)})
         return result.to_tuple() if return_dict is False else result
 
     def _with_logits(
-        self, adapted: AdaptedOutput, kept: Any, wanted: bool, shadow_wanted: bool
+        self, adapted: AdaptedOutput, heads: RowHeads[TaskHead], kept: Any, wanted: bool, shadow_wanted: bool
     ) -> ShadowCausalLMOutputWithPast:
         """The outputs with the wanted logits of the kept tokens."""
         result = ShadowCausalLMOutputWithPast(past_key_values=adapted.cache)
@@ -221,45 +233,64 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         if adapted.base is None:
             assert state is not None
             if wanted:
-                result.logits = result.shadow_logits = self._shadow_head(state[:, kept])
+                result.logits = result.shadow_logits = heads.shadow_logits(state[:, kept])
             return result
         result.hidden_states, result.attentions = adapted.base.get("hidden_states"), adapted.base.get("attentions")
         if adapted.head_input is None:
             result.logits = adapted.base.logits if self._base_selects_tokens else adapted.base.logits[:, kept]
         elif wanted:
-            result.logits = self._base_head(adapted.head_input[:, kept])
+            result.logits = heads.base_logits(adapted.head_input[:, kept])
         if state is not None and shadow_wanted:
-            result.shadow_logits = self._shadow_head(state[:, kept])
+            result.shadow_logits = heads.shadow_logits(state[:, kept])
         return result
 
     def _add_loss(
-        self, result: ShadowCausalLMOutputWithPast, adapted: AdaptedOutput, targets: Tensor, count: Tensor | int | None
+        self,
+        result: ShadowCausalLMOutputWithPast,
+        adapted: AdaptedOutput,
+        heads: RowHeads[TaskHead],
+        targets: Tensor,
+        count: Tensor | int | None,
     ) -> None:
         """Add the loss, from logits where they were computed and else from states; in training also its terms."""
-        base = self._source(result.logits, adapted.head_input, self._base_head)
-        shadow = self._source(result.shadow_logits, adapted.shadow_state, self._shadow_head)
-        if adapted.base is None:
-            base, shadow = shadow, None
-        elif not self.loss_weights.need_shadow:
-            shadow = None
-        assert base is not None
-        losses = token_losses(base, shadow, targets, count, self.loss_weights)
+        divisor = count if len(heads.groups) == 1 else token_count(targets, count)
+        losses = total_losses(
+            [
+                self._losses_of(result, adapted, rows, pair, select_rows(targets, rows), divisor)
+                for rows, pair in heads.groups
+            ]
+        )
         result.loss = losses.total(self.loss_weights)
         if self.training:
             share = token_count(targets, count) / token_count(targets, None)
             terms = (None if term is None else term.detach() * share.to(term.device) for term in losses)
             result.base_loss, result.shadow_loss, result.distillation_loss = terms
 
-    @staticmethod
-    def _source(logits: Tensor | None, states: Tensor | None, head: TaskHead) -> LogitSource | None:
-        """The source of logits for the loss: computed logits, else the states with their head."""
-        if logits is not None:
-            return LogitSource(logits, Logits())
-        return None if states is None else LogitSource(states, head)
+    def _losses_of(
+        self,
+        result: ShadowCausalLMOutputWithPast,
+        adapted: AdaptedOutput,
+        rows: list[int] | None,
+        heads: Pair[TaskHead],
+        targets: Tensor,
+        divisor: Tensor | int | None,
+    ) -> TokenLosses:
+        """The terms of the loss of some rows, which share their heads."""
+        base = _source(result.logits, adapted.head_input, heads.base, rows)
+        shadow = None
+        if heads.shadow is not None:
+            shadow = _source(result.shadow_logits, adapted.shadow_state, heads.shadow, rows)
+        if adapted.base is None:
+            base, shadow = shadow, None
+        elif not self.loss_weights.need_shadow:
+            shadow = None
+        assert base is not None
+        return token_losses(base, shadow, targets, divisor, self.loss_weights)
 
-    def shadow_logits(self, state: Tensor) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`."""
-        return self._shadow_head(state)
+    def shadow_logits(self, state: Tensor, cache: Any = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; zero in rows of the bare base."""
+        names = self.peft_model.row_names(None, cache, len(state))
+        return self._heads.rows(names).shadow_logits(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of base and shadow; not possible with heads that are trained copies.
@@ -270,6 +301,13 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         if len(self.peft_model.task_heads):
             raise ValueError("Resize the base's token embeddings before heads are copied for training.")
         return self.peft_model.resize_token_embeddings(*args, **kwargs)
+
+
+def _source(logits: Tensor | None, states: Tensor | None, head: TaskHead, rows: list[int] | None) -> LogitSource | None:
+    """The source of the logits of some rows for the loss: computed logits, else the states with their head."""
+    if logits is not None:
+        return LogitSource(select_rows(logits, rows), Logits())
+    return None if states is None else LogitSource(select_rows(states, rows), head)
 
 
 _ALL = slice(None)

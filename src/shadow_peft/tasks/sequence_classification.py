@@ -8,7 +8,8 @@ A sequence is pooled at its last non-padding token, whichever side the padding i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.implicit import master_dtype
 from shadow_peft.base.decoder import classifier_name
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.classification import classification_loss, problem_type_of
-from shadow_peft.model import ShadowPeftModel
+from shadow_peft.losses.reduction import token_count
+from shadow_peft.multi_adapter.mixed import BASE
+from shadow_peft.multi_adapter.rows import select_rows
 from shadow_peft.tasks.base import ShadowTaskModel, trainable_copy
+from shadow_peft.tasks.heads import Pair, RowHeads
 
 
 @dataclass
@@ -52,21 +57,21 @@ class ShadowForSequenceClassification(ShadowTaskModel):
     head_names = ("classifier_head", "shadow_classifier_head")
 
     @classmethod
-    def _owned_heads(cls, peft_model: ShadowPeftModel) -> list[str]:
+    def _owned_heads(cls, adapter: ShadowAdapter) -> list[str]:
         return list(cls.head_names)
 
     @classmethod
-    def _fresh_head(cls, peft_model: ShadowPeftModel, name: str) -> nn.Module:
-        base = peft_model.base_model
+    def _fresh_head(cls, adapter: ShadowAdapter, name: str) -> nn.Module:
+        base = adapter.base_model
         own = classifier_name(base)
         if own is not None:
             head = trainable_copy(base.get_submodule(own))
         else:
             dtype = master_dtype(base.dtype)
-            head = nn.Linear(peft_model.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
-            nn.init.normal_(head.weight, std=getattr(peft_model.decoder.config, "initializer_range", 0.02))
-        chosen = peft_model.shadow_config.modules_to_save
-        return head.to(peft_model.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
+            head = nn.Linear(adapter.decoder.hidden_size, base.config.num_labels, bias=False, dtype=dtype)
+            nn.init.normal_(head.weight, std=getattr(adapter.decoder.config, "initializer_range", 0.02))
+        chosen = adapter.shadow_config.modules_to_save
+        return head.to(adapter.shadow_injection_model.injection_downs.device).requires_grad_(not chosen or name in chosen)
 
     @property
     def classifier_head(self) -> nn.Module:
@@ -90,6 +95,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
         num_items_in_batch: Tensor | int | None = None,
         output_shadow_logits: bool | None = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits of a sequence, of the adapted base and of the shadow.
@@ -107,47 +113,86 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             num_items_in_batch: divisor of both losses: the number of labels of the whole optimizer step.
             output_shadow_logits: whether to compute `shadow_logits`; None is False only in training without a shadow loss.
             return_dict: False returns a tuple.
+            adapter_names: the adapter of each row, "__base__" for the bare base, with the active adapter's head as inside
+                `disable_adapter()`, shadow logits 0 and no shadow loss; None uses the active adapter for all rows.
             **kwargs: further arguments of the base's backbone.
 
         Returns:
-            `ShadowSequenceClassifierOutput` with logits `[B, C]`.
+            `ShadowSequenceClassifierOutput` with logits `[B, C]`. In "shadow_only", `output_hidden_states` asks for the
+            state s as `hidden_states[0]`.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        adapted = self.peft_model.run(
-            ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs),
-            self.inference_mode,
-            skip_head=True,
-        )
-        assert tokens is not None
-        last = last_tokens(tokens, attention_mask, getattr(self.config.get_text_config(), "pad_token_id", None))
+        inputs = ModelInputs(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs
+        ).checked()
+        names = self.peft_model.row_names(adapter_names, past_key_values, inputs.num_rows)
+        adapted = self.peft_model.run(replace(inputs, adapter_names=names), self.inference_mode, skip_head=True)
+        padding = getattr(self.config.get_text_config(), "pad_token_id", None)
+        last = last_tokens(next(iter(inputs.tokens.values())), attention_mask, padding)
+        heads = self._heads(names)
         shadow_logits = loss = None
         wants_shadow = adapted.base is None or self.wants_shadow_logits(output_shadow_logits)
         if adapted.shadow_state is not None and wants_shadow:
-            shadow_logits = self._classify(self.shadow_classifier_head, adapted.shadow_state, last)
+            shadow_logits = heads.shadow_logits(_pooled(adapted.shadow_state, last))
         if adapted.base is not None:
-            logits = self._classify(self.classifier_head, adapted.base[0], last)
+            logits = heads.base_logits(_pooled(adapted.base[0], last))
         else:
             assert shadow_logits is not None
             logits = shadow_logits
         if labels is not None:
-            loss = self._loss(logits, shadow_logits, labels, num_items_in_batch)
+            loss = self._loss(logits, shadow_logits, labels, num_items_in_batch, heads.shadow_rows)
         result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
+        if adapted.base is None and kwargs.get("output_hidden_states"):
+            result.hidden_states = (adapted.shadow_state,)
         return result.to_tuple() if return_dict is False else result
 
-    def _classify(self, head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
-        """Logits `[B, C]` of states `[B, T, d]` at the tokens `last` `[B]`."""
-        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
-        weight = head.get_parameter("weight")
-        logits: Tensor = head(pooled.to(weight.device, weight.dtype))
-        return logits
+    def _heads(self, names: tuple[str, ...] | None) -> RowHeads[ClassifierHead]:
+        """The heads of a batch with these adapters, or with the active one."""
+        active = Pair(ClassifierHead(self.classifier_head), ClassifierHead(self.shadow_classifier_head))
+        if names is None:
+            return RowHeads((active,))
+        pairs = {BASE: Pair(active.base, None)}
+        for name in set(names) - {BASE}:
+            heads = self.peft_model.adapter(name).task_heads
+            missing = [head for head in self.head_names if head not in heads]
+            if missing:
+                raise ValueError(f"Adapter {name!r} has no {missing[0]}; add or load it through the task model.")
+            pairs[name] = Pair(*(ClassifierHead(heads[head]) for head in self.head_names))
+        return RowHeads(tuple(pairs[name] for name in names))
 
-    def _loss(self, logits: Tensor, shadow_logits: Tensor | None, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor,
+        shadow_logits: Tensor | None,
+        labels: Tensor,
+        count: Tensor | int | None,
+        shadow_rows: list[int] | None,
+    ) -> Tensor:
         kind = problem_type_of(labels, self.config.num_labels, self.config.problem_type)
         loss = classification_loss(logits, labels, kind, count)
-        if shadow_logits is not None and shadow_logits is not logits:
-            shadow_loss = classification_loss(shadow_logits, labels, kind, count)
+        if shadow_logits is not None and shadow_logits is not logits and shadow_rows != []:
+            divisor = count if shadow_rows is None else token_count(labels, count)
+            shadow_logits, labels = (select_rows(tensor, shadow_rows) for tensor in (shadow_logits, labels))
+            shadow_loss = classification_loss(shadow_logits, labels, kind, divisor)
             loss = loss + self.shadow_loss_weight * shadow_loss.to(loss.device)
         return loss
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """Logits `[n, C]` of pooled states `[n, d]`, on the device and in the dtype of the head."""
+
+    head: nn.Module
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """The logits."""
+        weight = self.head.get_parameter("weight")
+        logits: Tensor = self.head(pooled.to(weight.device, weight.dtype))
+        return logits
+
+
+def _pooled(hidden: Tensor, last: Tensor) -> Tensor:
+    """States `[B, d]` at the tokens `last` `[B]` of states `[B, T, d]`."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
 
 
 def last_tokens(tokens: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:

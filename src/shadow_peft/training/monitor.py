@@ -25,7 +25,7 @@ from shadow_peft.tasks.base import ShadowTaskModel
 
 logger = logging.getLogger(__name__)
 
-NO_PARTS = ("base_model", "task_heads")
+NO_PARTS = ("base_model", "task_heads", "other_adapters")
 OWN_LOSS = "the shadow's own loss"
 
 

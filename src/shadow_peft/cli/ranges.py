@@ -1,4 +1,4 @@
-"""What values options may have, for the dataclasses of several verbs."""
+"""What options of several verbs share: the range of a number, and dtypes; needs no torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""Batches of a `ShadowPeftModel` whose rows belong to different adapters: the names of the rows, and their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache
+from shadow_peft.multi_adapter.files import AdapterFilesMixin
+from shadow_peft.multi_adapter.mixed import BASE, MixedAdapters
+from shadow_peft.multi_adapter.row_caches import RowCaches
+
+
+class MixedBatchesMixin(AdapterFilesMixin):
+    """Mixed batches of a `ShadowPeftModel`."""
+
+    def row_names(self, adapter_names: Sequence[str] | None, cache: Any, num_rows: int) -> tuple[str, ...] | None:
+        """The adapter of each row of a call: as given, or else as in a cache that is continued; None for the active one.
+
+        Raises:
+            ValueError: not one name a row, an unknown name, a cache of other adapters, or the adapters are disabled.
+        """
+        held = cache.shadow if isinstance(cache, ShadowCache) else None
+        if adapter_names is None:
+            return held.names if isinstance(held, RowCaches) else None
+        if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
+            raise ValueError(f"adapter_names must hold one name a row, {num_rows} names, got {adapter_names!r}.")
+        if not self.attachment.enabled:
+            raise ValueError("adapter_names was given inside disable_adapter(); name '__base__' for rows of the bare base.")
+        names = tuple(adapter_names)
+        for name in dict.fromkeys(names):
+            if name != BASE:
+                self.adapter(name)
+        if held is not None and not (isinstance(held, RowCaches) and held.names == names):
+            before = list(held.names) if isinstance(held, RowCaches) else "the active adapter"
+            raise ValueError(f"These past_key_values belong to {before}, and adapter_names is {list(names)}.")
+        return names
+
+    def mixed(self, names: tuple[str, ...], shadow_only: bool = False) -> MixedAdapters:
+        """The adapters of a call with one name a row.
+
+        Raises:
+            ValueError: a row of the bare base where the shadows run alone.
+        """
+        if shadow_only and BASE in names:
+            raise ValueError("A row of '__base__' has no shadow, so nothing answers it in the mode \"shadow_only\".")
+        adapters = {name: self.adapter(name) for name in dict.fromkeys(names) if name != BASE}
+        return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype)
+
+    def drafting_adapters(self, cache: ShadowCache, num_rows: int) -> dict[str, tuple[ShadowAdapter, int]]:
+        """Name -> adapter and number of its rows, for the rows of a cache that have a shadow."""
+        if isinstance(cache.shadow, RowCaches):
+            return {name: (self.adapter(name), len(rows)) for name, rows in cache.shadow.rows.items()}
+        return {self.active_adapter: (self, num_rows)}
+
+    def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None) -> Any:
+        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
+
+        Raises:
+            ValueError: it was filled by another adapter than the active one, which is to continue it.
+        """
+        if names is not None:
+            return with_shadow_cache(cache, self.mixed(names).shadow_cache)
+        cache = with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config))
+        if isinstance(cache, ShadowCache):
+            if cache.adapter_name not in (None, self.active_adapter):
+                raise ValueError(
+                    f"These past_key_values belong to adapter {cache.adapter_name!r}, but {self.active_adapter!r} is "
+                    "active. Use a cache of its own for each."
+                )
+            cache.adapter_name = self.active_adapter
+        return cache
