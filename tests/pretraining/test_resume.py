@@ -89,4 +89,4 @@ def test_the_seconds_of_all_processes_are_counted(model_folder: Path, corpus_fol
     state_file.write_text(json.dumps(state))
     assert main([*parts, "--resume"]) == 0
     seconds = json.loads((tmp_path / "out" / "pretraining.json").read_text())["facts"]["seconds"]
-    assert 5000 < seconds < 5600
+    assert 5000 <= seconds < 5600
