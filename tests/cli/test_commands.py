@@ -47,6 +47,7 @@ SMALL = {
                  "--per_device_train_batch_size", "2", "--warmup_steps", "1", "--use_cpu"],
     "classify": [],
     "export": [],
+    "convert": [],
     "cascade": ["--max_new_tokens", "2"],
 }  # fmt: skip
 MAILS = [{"text": f"mail {i}", "label": i % 2} for i in range(20)]
