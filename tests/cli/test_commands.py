@@ -48,6 +48,7 @@ SMALL = {
                  "--per_device_train_batch_size", "2", "--warmup_steps", "1", "--use_cpu"],
     "classify": [],
     "export": [],
+    "convert": [],
     "cascade": ["--max_new_tokens", "2"],
 }  # fmt: skip
 MAILS = [{"text": f"mail {i}", "label": i % 2} for i in range(20)]
@@ -261,7 +262,8 @@ def test_commands_run_as_they_are_written(document: str, session: Path, trained:
         shutil.copytree(trained, session / "out")
     unusable = set()
     for arguments in ours(document):
-        reason = cannot_use(arguments[arguments.index("--to") + 1]) if "--to" in arguments else None
+        is_runtime = arguments[0] == "export" and "--to" in arguments
+        reason = cannot_use(arguments[arguments.index("--to") + 1]) if is_runtime else None
         if reason is not None:
             unusable.add(reason)
         elif arguments[0] != "demo":

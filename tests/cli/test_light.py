@@ -30,6 +30,7 @@ MISTYPED = {
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
     "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
     "export": (["out", "--ouptut", "x"], "--output"),
+    "convert": (["out", "--modle", "x"], "--model"),
 }
 
 
@@ -102,6 +103,8 @@ def real_parser(verb: str) -> VerbParser:
         parser.add_argument("text", nargs="+" if verb == "generate" else "*")
     if verb == "export":
         parser.add_argument("shadow")
+    if verb == "convert":
+        parser.add_argument("adapter")
     return parser
 
 
