@@ -64,6 +64,7 @@ BEFORE = {
 OTHERS = {
     "make": "its targets are looked up in the Makefile; CI runs `make test`, of which this test is a part",
     "pip": "the environment of the tests is what it makes",
+    "git": "packs an archive of the clone, which a clean clone alone has",
     "accelerate": "what it launches runs here in one process, and once by accelerate; tests/distributed launches two",
 }
 
