@@ -1,6 +1,7 @@
 """Every snippet of README and docs runs as it stands; see `tests/pages.py`.
 
-Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), commands (`tests/cli/test_commands.py`), recipes
+Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), docs/several_adapters.md
+(`tests/test_several_adapters_page.py`), commands (`tests/cli/test_commands.py`), recipes
 (`tests/cli/test_recipes.py`), scripts of `examples` (`tests/test_examples.py`).
 """
 
@@ -26,8 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # a Trainer's default, off without a GPU
 ]
 
-QUANTIZED = "docs/quantized.md"
-SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(QUANTIZED)]
+ONE_AFTER_THE_OTHER = ("docs/quantized.md", "docs/several_adapters.md")
+"""Pages whose sections go on with the names of those above; they have tests of their own."""
+SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(ONE_AFTER_THE_OTHER)]
 LANGUAGES = {"python", "bash", "bibtex", "text"}
 
 
@@ -63,6 +65,8 @@ def test_code_is_in_a_language_that_is_run_here() -> None:
 
 @pytest.mark.parametrize("section", with_block("python"), ids=name_of)
 def test_the_snippets_of_a_section_run(section: Section, place: Path) -> None:
+    if any("from vllm" in text for text in section.texts("python")):
+        pytest.importorskip("vllm", reason="vLLM needs an environment of its own, which the page says how to make")
     names: dict[str, Any] = {"__name__": "__main__"}
     for text in section.texts("python"):
         exec(compile(text, section.name, "exec"), names)

@@ -285,6 +285,7 @@ def reload(model_type: str) -> None:
 
 def fold(model_type: str) -> None:
     """A shadow of half the width, random and of the base's own type, is folded into a stock model, see `folds`."""
+    tiny_model(model_type)  # what fails here is not the width's fault
     try:
         model = adapted(model_type, num_shadow_layers=2, shadow_init="random", shadow_hidden_size=NARROW)
         both(model, prompt())
