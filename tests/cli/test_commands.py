@@ -65,6 +65,7 @@ OTHERS = {
     "make": "its targets are looked up in the Makefile; CI runs `make test`, of which this test is a part",
     "pip": "the environment of the tests is what it makes",
     "git": "packs an archive of the clone, which a clean clone alone has",
+    ".venv/bin/python": "modules of the benchmarks, which have tests of their own",
     "accelerate": "what it launches runs here in one process, and once by accelerate; tests/distributed launches two",
 }
 
