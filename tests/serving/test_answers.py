@@ -82,7 +82,7 @@ def test_chat_and_responses_use_the_template(api: openai.OpenAI, stored: dict[st
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
 
 
-def test_requests_for_all_models_share_batches_and_none_answers_for_another(api: openai.OpenAI, stored: dict[str, Path]) -> None:
+def test_no_model_answers_for_another(api: openai.OpenAI, stored: dict[str, Path]) -> None:
     prompts = ["go", "open the door quickly", PROMPT]
     wanted = {(name, prompt, n): alone(name, prompt, stored, n) for name in NAMES for prompt in prompts for n in (1, 5)}
     asked = list(wanted) * 2

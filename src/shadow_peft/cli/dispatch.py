@@ -25,10 +25,11 @@ VERBS = {
     "export": "write the shadow of an adapter as a standalone model",
     "eval": "score a model or its shadow with lm-evaluation-harness",
     "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
+    "serve": "serve one base with many adapters to clients of OpenAI's API",
 }
 
 #: Verb -> the extra of this package that it needs; the others need none.
-EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade", "serve": "serve"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from shadow_peft.cli.cascade_options import CascadeOptions
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
+from shadow_peft.cli.serve_options import ServeOptions
 from shadow_peft.config import ShadowConfig
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
@@ -327,6 +328,7 @@ OPTIONS: dict[str, list[type]] = {
     "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
+    "serve": [ServeOptions, QuantizationOptions],
     "export": [ExportOptions],
 }
 

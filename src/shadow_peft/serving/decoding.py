@@ -154,30 +154,32 @@ def finished(
     return Written(text[:cut], list(tokenizer(kept, add_special_tokens=False)["input_ids"]), answered_by)
 
 
-class RowEnds(StoppingCriteria):  # type: ignore[misc]
+class RowEnds(StoppingCriteria):
     """Takes each row's newest token, and ends rows one by one."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row `[B]` has ended."""
         latest = input_ids[:, -1].tolist()
         ended = [row.take(token) for row, token in zip(self._rows, latest, strict=True)]
         return torch.tensor(ended, device=input_ids.device)
 
 
-class AllOver(StoppingCriteria):  # type: ignore[misc]
+class AllOver(StoppingCriteria):
     """Ends all rows when nobody waits for any of them."""
 
     def __init__(self, batch: Sequence[Request]) -> None:
         self._batch = batch
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row `[B]` has ended."""
         over = all(request.over for request in self._batch)
         return torch.full(input_ids.shape[:1], over, device=input_ids.device)
 
 
-class RowProcessors(LogitsProcessor):  # type: ignore[misc]
+class RowProcessors(LogitsProcessor):
     """Processors of each row's own; a row that samples draws with its own generator, and then has one possible token.
 
     So a seed gives the same answer whatever else is in the batch, up to the rounding of batched sums.
@@ -193,6 +195,7 @@ class RowProcessors(LogitsProcessor):  # type: ignore[misc]
         self.needed = any(len(own) for own in processors) or any(self._generators)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits `[B, V]` of the next token, processed row by row."""
         scores = scores.clone()
         for row, (own, generator) in enumerate(zip(self._processors, self._generators, strict=True)):
             if self._batch[row].over or not (len(own) or generator):

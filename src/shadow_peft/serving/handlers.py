@@ -116,13 +116,13 @@ class CheckedHandler:
             raise HTTPException(400, "A cascade takes no seed: its answers share one source of random numbers.")
         body.setdefault("stream", False)
         try:
-            return await super().handle_request(body, request_id)  # type: ignore[misc]
+            return await super().handle_request(body, request_id)
         except TemplateError as error:
             raise HTTPException(400, f"The chat template refuses these messages: {error}") from error
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
         """The response, with a header that says who answered, of a cascade."""
-        response = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
+        response = await super()._non_streaming(*args, **kwargs)
         manager = next(value for value in (*args, *kwargs.values()) if isinstance(value, BatchedManager))
         if manager.answered_by is not None:
             response.headers[ANSWERED_BY] = manager.answered_by
@@ -136,7 +136,7 @@ class CheckedHandler:
         """
         defaults = defaults_of(self.model_manager.model, self.model_manager.tokenizer)
         asked = {name: value for name, value in body.items() if name != "seed"}
-        config: GenerationConfig = super()._build_generation_config(asked, defaults)  # type: ignore[misc]
+        config: GenerationConfig = super()._build_generation_config(asked, defaults)
         if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & body.keys():
             config.max_new_tokens = None
         if "temperature" in body or "top_p" in body:
@@ -148,13 +148,13 @@ class CheckedHandler:
         return config
 
 
-class Completions(CheckedHandler, CompletionHandler):  # type: ignore[misc]
+class Completions(CheckedHandler, CompletionHandler):
     """/v1/completions."""
 
     required = ("prompt",)
 
 
-class Chats(CheckedHandler, ChatCompletionHandler):  # type: ignore[misc]
+class Chats(CheckedHandler, ChatCompletionHandler):
     """/v1/chat/completions."""
 
     required = ("messages",)
@@ -165,7 +165,7 @@ class Chats(CheckedHandler, ChatCompletionHandler):  # type: ignore[misc]
         return await super().handle_request(body, request_id)
 
 
-class Responses(CheckedHandler, ResponseHandler):  # type: ignore[misc]
+class Responses(CheckedHandler, ResponseHandler):
     """/v1/responses."""
 
     required = ("input",)
@@ -218,5 +218,6 @@ def _is_message(value: Any) -> bool:
 
 def _are_calls(calls: Any) -> bool:
     return isinstance(calls, list) and all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict) and "arguments" in call["function"] for call in calls
+        isinstance(call, dict) and isinstance(call.get("function"), dict) and "arguments" in call["function"]
+        for call in calls
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from contextlib import suppress
 from typing import Any
 
 from fastapi import HTTPException
@@ -23,7 +24,7 @@ from shadow_peft.serving.requests import Request, TimedOutError, Written
 from shadow_peft.serving.routes import Route, ServedModels
 
 
-class BatchedState(GenerationState):  # type: ignore[misc]
+class BatchedState(GenerationState):
     """Gives every request a manager of its own, all of which share one queue."""
 
     def __init__(self, served: ServedModels, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
@@ -39,7 +40,7 @@ class BatchedState(GenerationState):  # type: ignore[misc]
         return self.batcher.alive
 
 
-class BatchedManager(BaseGenerateManager):  # type: ignore[misc]
+class BatchedManager(BaseGenerateManager):
     """Hands one request to the queue.
 
     Attributes:
@@ -185,10 +186,8 @@ class TextStream:
             return
         self.total_tokens = len(outcome.tokens)
         if self._parser is not None:
-            try:
+            with suppress(ValueError, RuntimeError):  # the answer ended within a tool call, which is not one then
                 self._put(self._parser.finalize()[1])
-            except (ValueError, RuntimeError):  # the answer ended within a tool call, which is not one then
-                pass
         self.queue.put_nowait(None)
 
     def cancel(self) -> None:

@@ -39,7 +39,7 @@ class Route:
     answering: Answering = "attached"
 
 
-class ServedModels(ModelManager):  # type: ignore[misc]
+class ServedModels(ModelManager):
     """One base with its adapters, as the handlers of transformers see it; it loads nothing on request.
 
     Args:
@@ -112,7 +112,7 @@ class ServedModels(ModelManager):  # type: ignore[misc]
         self.route(model_id_and_revision)
         return self.model, self.tokenizer
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override, unused-ignore]
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
         return [{"id": n, "object": "model", "created": self.created, "owned_by": "shadow-peft"} for n in self.routes]
 
