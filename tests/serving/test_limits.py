@@ -103,7 +103,9 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"logprobs": 3}, 400, "logprobs"),
     ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
     ({"generation_config": "{}"}, 400, "generation_config"),
-    ({"no_such_field": 1}, 422, "no_such_field"),
+    ({"no_such_field": 1}, 400, "no_such_field"),
+    ({"instructions": "x"}, 422, "instructions"),
+    ({"reasoning_effort": "low"}, 400, "reasoning_effort is not supported"),
 ]
 
 
@@ -203,9 +205,7 @@ def test_time_that_runs_out_ends_answers_that_wait_and_those_that_are_written(se
 def hang_up(http: httpx2.Client, body: dict[str, Any], sent: Callable[[], Any]) -> None:
     """Send a request, and close the connection once something holds."""
     data = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"]
     with socket.create_connection((http.base_url.host, http.base_url.port)) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + data)
         eventually(sent)

@@ -50,7 +50,7 @@ def build_app(
     """
     limits, metrics = limits or Limits(), Metrics()
     decoder = Decoder(served, draft)
-    batcher = Batcher(decoder.kind, decoder.answer, limits, metrics)
+    batcher = Batcher(decoder.kind, decoder.together, decoder.answer, limits, metrics)
     state = BatchedState(served, batcher, limits, metrics)
     handlers = [kind(served, state) for kind in (Chats, Completions, Responses, TranscriptionHandler, SystemOneHandler)]
     app: FastAPI = build_server(served, *handlers, generation_state=state, enable_cors=enable_cors)

@@ -35,7 +35,8 @@ class Batcher:
 
     Args:
         kind: requests of one kind may share a batch.
-        answer: answers requests of one kind.
+        together: of requests of one kind, oldest first, and the most rows of a batch, those that make the next batch.
+        answer: answers a batch.
         limits: of queue and batch.
         metrics: are told.
     """
@@ -43,11 +44,13 @@ class Batcher:
     def __init__(
         self,
         kind: Callable[[Request], Hashable],
+        together: Callable[[list[Request], int], list[Request]],
         answer: Callable[[list[Request]], None],
         limits: Limits,
         metrics: Metrics,
     ) -> None:
-        self._kind, self._answer, self._limits, self._metrics = kind, answer, limits, metrics
+        self._kind, self._together, self._answer = kind, together, answer
+        self._limits, self._metrics = limits, metrics
         self._waiting: list[tuple[Hashable, Request]] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -107,12 +110,12 @@ class Batcher:
                     self._changed.wait()
                     continue
                 kind, oldest = self._waiting[0]
-                ready = [entry for entry in self._waiting if entry[0] == kind][: self._limits.batch]
+                ready = self._together([entry[1] for entry in self._waiting if entry[0] == kind], self._limits.batch)
                 left = oldest.arrived + self._limits.window - time.monotonic()
                 if left > 0 and len(ready) < self._limits.batch and not self._closed:
                     self._changed.wait(left)
                     continue
-                taken = {id(entry[1]) for entry in ready}
+                taken = set(map(id, ready))
                 self._waiting = [entry for entry in self._waiting if id(entry[1]) not in taken]
                 self._metrics.waiting.set(len(self._waiting))
-                return [entry[1] for entry in ready]
+                return ready

@@ -45,6 +45,17 @@ class Decoder:
             return (route.answering,)
         return "attached", "drafted"
 
+    def together(self, waiting: Sequence[Request], most: int) -> list[Request]:
+        """Of requests of one kind, oldest first, those that make the next batch: adapters must fit into memory at once."""
+        chosen: list[Request] = []
+        loaded: set[str] = set()
+        for request in waiting[: 4 * most]:
+            own = {request.route.adapter} if self._served.takes_room(request.route) else set()
+            if len(chosen) < most and (self._served.room is None or len(loaded | own) <= self._served.room):
+                chosen.append(request)
+                loaded |= own
+        return chosen
+
     def _drafts(self, request: Request) -> bool:
         if not self._draft or request.on_text is not None or request.route.adapter == BASE or request.config.do_sample:
             return False
@@ -57,10 +68,11 @@ class Decoder:
             Exception: whatever the model raises; the requests that are not finished have no answer then.
         """
         kind, first = self.kind(batch[0]), batch[0].route
+        if first.answering == "cascade":
+            answer_by_cascade(self._served.cascades[first.adapter], batch)
+            return
         with self._served.use([request.route.adapter for request in batch]), torch.no_grad():
-            if first.answering == "cascade":
-                answer_by_cascade(self._served.cascades[first.adapter], batch)
-            elif "drafted" in kind:
+            if "drafted" in kind:
                 self._answer_drafted(batch)
             else:
                 self._answer_rows(batch, self._served.shadow if first.answering == "shadow" else self._served.attached)

@@ -1,6 +1,6 @@
 """transformers' handlers of completions, chat and responses, with checks of what they are sent.
 
-What transformers takes and ignores is refused here, unless it says what happens anyway, such as `n=1`.
+Fields that transformers takes and ignores are refused here, unless they say what happens anyway, such as `n=1`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class CheckedHandler:
         """Check a request and answer it.
 
         Raises:
-            HTTPException: 400 for a field that cannot be honoured, 404 for an unknown model, 422 for an unknown field.
+            HTTPException: 400 for a field that cannot be honoured, 404 for an unknown model, 422 for a field of another
+                endpoint.
         """
         body = {name: value for name, value in body.items() if value is not None}
         check_fields(body, ("model", *self.required))
@@ -116,13 +117,13 @@ class CheckedHandler:
             raise HTTPException(400, "A cascade takes no seed: its answers share one source of random numbers.")
         body.setdefault("stream", False)
         try:
-            return await super().handle_request(body, request_id)
+            return await super().handle_request(body, request_id)  # type: ignore[misc]
         except TemplateError as error:
             raise HTTPException(400, f"The chat template refuses these messages: {error}") from error
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
         """The response, with a header that says who answered, of a cascade."""
-        response = await super()._non_streaming(*args, **kwargs)
+        response = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
         manager = next(value for value in (*args, *kwargs.values()) if isinstance(value, BatchedManager))
         if manager.answered_by is not None:
             response.headers[ANSWERED_BY] = manager.answered_by
@@ -136,9 +137,11 @@ class CheckedHandler:
         """
         defaults = defaults_of(self.model_manager.model, self.model_manager.tokenizer)
         asked = {name: value for name, value in body.items() if name != "seed"}
-        config: GenerationConfig = super()._build_generation_config(asked, defaults)
+        config: GenerationConfig = super()._build_generation_config(asked, defaults)  # type: ignore[misc]
         if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & body.keys():
             config.max_new_tokens = None
+        if "logit_bias" in body:
+            config.sequence_bias = [[[int(token)], float(bias)] for token, bias in body["logit_bias"].items()]
         if "temperature" in body or "top_p" in body:
             config.do_sample = body.get("temperature", 1) > 0
         if not config.do_sample:
@@ -179,17 +182,17 @@ class Responses(CheckedHandler, ResponseHandler):
 
 
 def check_fields(body: dict[str, Any], required: tuple[str, ...]) -> None:
-    """Check the fields whose values are known here; the handler refuses unknown ones.
+    """Check the fields of a request; the handler refuses those that another endpoint has.
 
     Raises:
-        HTTPException: 400.
+        HTTPException: 400, also for a field that nothing here honours.
     """
     for name in required:
         if name not in body:
             raise HTTPException(400, f"{name} is missing: it must be {FIELDS[name][1]}.")
     for name, value in body.items():
-        if name == "generation_config":
-            raise HTTPException(400, "generation_config is not taken; name its settings as fields of the request.")
+        if name not in FIELDS and name not in NEUTRAL:
+            raise HTTPException(400, f"{name[:100]} is not supported.")
         if name in FIELDS and not FIELDS[name][0](value):
             raise HTTPException(400, f"{name} must be {FIELDS[name][1]}.")
         if name in NEUTRAL and value not in NEUTRAL[name]:

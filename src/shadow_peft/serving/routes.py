@@ -48,6 +48,7 @@ class ServedModels(ModelManager):
         adapters: names of all adapters.
         base_name: the name of the bare base.
         pool: loads adapters that are asked for.
+        room: the most adapters of the pool in one batch; None is any number.
         cascades: adapter -> its cascade.
 
     Raises:
@@ -62,6 +63,7 @@ class ServedModels(ModelManager):
         *,
         base_name: str = "base",
         pool: AdapterPool | None = None,
+        room: int | None = None,
         cascades: Mapping[str, ShadowCascade] | None = None,
     ) -> None:
         super().__init__(device="cpu", dtype="auto")
@@ -70,7 +72,7 @@ class ServedModels(ModelManager):
         if base_name in adapters:
             raise ValueError(f"{base_name!r} is the name of the base and of an adapter; give the base another.")
         self.tokenizer, self._pool, self.cascades = tokenizer, pool, dict(cascades or {})
-        self.model = model
+        self.model, self.room = model, room
         self.attached, self.shadow = (_view(model, mode) for mode in ("base_shadow", "shadow_only"))
         self.created = int(time.time())
         routes = [Route(base_name, BASE)]
@@ -91,6 +93,10 @@ class ServedModels(ModelManager):
         if name not in self.routes:
             raise HTTPException(404, f"There is no model {name[:100]!r} here, see /v1/models.")
         return self.routes[name]
+
+    def takes_room(self, route: Route) -> bool:
+        """Whether the adapter of a route is one that a pool loads."""
+        return route.adapter not in (BASE, self.model.active_adapter) and route.answering != "cascade"
 
     def use(self, adapters: Sequence[str]) -> AbstractContextManager[Any]:
         """Inside the context, these adapters are in memory."""
@@ -144,9 +150,13 @@ def load_served(
     if base_name in adapters:
         raise ValueError(f"{base_name!r} is the name of the base and of an adapter; give the base another.")
     model = ShadowForCausalLM.from_pretrained(base, adapters[first], adapter_name=first).eval()
-    pool = None
+    pool = room = None
     if capacity is not None and capacity < len(adapters):
-        pool = AdapterPool(model, {name: adapters[name] for name in others}, capacity - 1)
+        room = capacity - 1
+        pool = AdapterPool(model, {name: adapters[name] for name in others}, room)
+        for name in others:  # one that cannot be loaded is found now and not by a request
+            with pool.use([name]):
+                pass
     else:
         for name in others:
             model.load_adapter(adapters[name], name)
@@ -156,7 +166,9 @@ def load_served(
         if (directory / FILE).is_file():
             own = ShadowForCausalLM.from_pretrained(base, directory).eval()
             cascades[name] = ShadowCascade(own, tokenizer, calibration=load_calibration(directory))
-    return ServedModels(model.eval(), tokenizer, list(adapters), base_name=base_name, pool=pool, cascades=cascades)
+    return ServedModels(
+        model.eval(), tokenizer, list(adapters), base_name=base_name, pool=pool, room=room, cascades=cascades
+    )
 
 
 def _view(model: ShadowForCausalLM, mode: Any) -> ShadowForCausalLM:
