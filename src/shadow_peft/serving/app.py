@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -69,6 +70,7 @@ def build_app(
 
 def serve(app: FastAPI, host: str, port: int, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT; requests that were taken are answered first, new connections are refused."""
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # it warns of every request that it gets
     seconds = int(limits.timeout + DRAIN_SECONDS)
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=seconds)
     uvicorn.Server(config).run()
