@@ -10,6 +10,7 @@ one thread of torch.
     speed     requests with 16 prompts and 16 new tokens, from 1, 8 and 32 clients at once, against one-at-a-time
               `generate` in one process; ways take turns, medians. "mixed" asks all models, "base" the bare base alone.
               The same requests to `transformers serve` with the bare base, with and without its continuous batching
+    windows   requests a second of mixed requests where they wait 0, 5, 20 or 50 ms for each other
     faults    good requests beside clients that hang up, read slowly, send bodies that are none, or half a request
     overload  more requests at once than the queue holds: 429 or the right answer
     SIGTERM   while requests run and wait: all that were taken are answered, later ones find nobody
@@ -33,7 +34,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,9 @@ SIZES = {
     "small": {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 768},
 }
 ADAPTERS, NEW_TOKENS, CLIENTS = ("a", "b", "c", "d"), 16, (1, 8, 32)
+QUEUE, WINDOWS = 200, (0, 5, 20, 50)
+COUNTED = tuple(f"shadow_peft_{name}" for name in ("hang_ups_total", "overloads_total", "waiting", "running", "batch_rows_sum",
+                                                   "batch_rows_count"))  # fmt: skip
 PROMPTS = ["go", "put the red box on the table", "open the door", "what is this?", "stop now", "to the left and then right",
            "again", "x = 1", "the robot kept the house", "once upon a time", "no", "yes, please", "turn it off",
            "a longer prompt with more of the words", "12345", "end"]  # fmt: skip
@@ -131,20 +135,23 @@ class OneAtATime:
     """The same requests through `generate`, one after the other, in this process."""
 
     def __init__(self, world: World) -> None:
-        base = LlamaForCausalLM.from_pretrained(world.base).eval()
-        self._models: dict[str, Any] = {"base": base}
+        def base() -> LlamaForCausalLM:  # each adapter has one of its own, so that no hook of another slows it down
+            return LlamaForCausalLM.from_pretrained(world.base).eval()
+
+        self._models: dict[str, Any] = {"base": base()}
         for name, path in world.adapters.items():
-            for suffix, mode in (("", "base_shadow"), (":shadow", "shadow_only")):
-                model = ShadowForCausalLM.from_pretrained(base, path).eval()
-                model.set_inference_mode(mode)
-                self._models[name + suffix] = model
+            self._models[name] = ShadowForCausalLM.from_pretrained(base(), path).eval()
         self._tokenizer = tokenizer()
 
     @torch.no_grad()
     def rate(self, requests: Sequence[tuple[str, str]]) -> float:
         started = time.perf_counter()
         for name, prompt in requests:
-            answer_alone(self._models[name], prompt, self._tokenizer)
+            adapter, _, shadow = name.partition(":")
+            model = self._models[adapter]
+            if adapter != "base":
+                model.set_inference_mode("shadow_only" if shadow else "base_shadow")
+            answer_alone(model, prompt, self._tokenizer)
         return len(requests) / (time.perf_counter() - started)
 
 
@@ -260,6 +267,26 @@ def measure_speed(world: World, count: int, repeats: int) -> dict[str, Any]:
     return {"requests a second": medians, "to one at a time": ratios, "not right": dict(wrong), "requests": count}
 
 
+def measure_windows(world: World, count: int, repeats: int) -> dict[str, Any]:
+    """Requests a second of mixed requests with other windows, medians of rounds in which the windows take turns."""
+    requests, found = world.requests(count), {}
+    with ExitStack() as stack:
+        ports = {window: free_port() for window in WINDOWS}
+        for window, port in ports.items():
+            stack.enter_context(server(ours(world, "--window", str(window)), port))
+        for clients in (1, CLIENTS[-1]):
+            rates: dict[int, list[float]] = {window: [] for window in WINDOWS}
+            for round_ in range(repeats + 1):
+                for window, port in ports.items():
+                    some = requests[: count if clients > 1 else max(8, count // 8)]
+                    rate = asyncio.run(load(port, world, some, clients))[0]
+                    if round_:
+                        rates[window].append(rate)
+            for window, values in rates.items():
+                found[f"{window} ms, {clients} clients"] = round(statistics.median(values), 1)
+    return found
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -365,14 +392,13 @@ async def end_by(process: subprocess.Popen[bytes], sign: int, port: int, world: 
 def measure_faults(world: World, count: int) -> dict[str, Any]:
     port = free_port()
     found: dict[str, Any] = {}
-    with server(ours(world, "--max_queue", "200"), port) as process:
+    with server(ours(world, "--max_queue", str(QUEUE)), port) as process:
         found["faults"] = asyncio.run(faults(port, world, count))
         found["overload"] = asyncio.run(overload(port, world, 400))
         found["metrics"] = {
             line.split()[0]: float(line.split()[1])
             for line in httpx2.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
-            if line.startswith(("shadow_peft_hang_ups_total", "shadow_peft_overloads_total", "shadow_peft_waiting"))
-            or line.startswith(("shadow_peft_running", "shadow_peft_batch_rows_sum", "shadow_peft_batch_rows_count"))
+            if line.startswith(COUNTED)
         }
         found["SIGTERM"] = asyncio.run(end_by(process, signal.SIGTERM, port, world, 200))
     with server(ours(world), port) as process:
@@ -380,6 +406,32 @@ def measure_faults(world: World, count: int) -> dict[str, Any]:
     with server(ours(world), port):
         found["after SIGKILL"] = asyncio.run(load(port, world, world.requests(50), 8))[1]
     return found
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page_tables(results: dict[str, Any]) -> list[str]:
+    """The tables of docs/serving.md: speed, windows, and how requests ended."""
+    speed, faults = results["speed"], results["faults"]
+    fast = ["| | requests a second | to one at a time |", "|---|---:|---:|"]
+    fast += [
+        f"| {way} | {rate:.1f} | {speed['to one at a time'][way]:.2f} |" for way, rate in speed["requests a second"].items()
+    ]
+    windows = ["| | requests a second |", "|---|---:|"]
+    windows += [f"| {window} | {rate:.1f} |" for window, rate in results["windows"].items()]
+    ends = {
+        "beside bad clients": faults["faults"]["ends"],
+        f"{faults['overload']['requests at once']} at once, a queue of {QUEUE}": faults["overload"]["ends"],
+        f"SIGTERM, {faults['SIGTERM']['taken']} taken": faults["SIGTERM"]["ends"],
+        f"SIGKILL, {faults['SIGKILL']['taken']} taken": faults["SIGKILL"]["ends"],
+        "a new server on the same port": faults["after SIGKILL"],
+    }
+    ended = ["| | how requests ended |", "|---|---|"]
+    ended += [
+        f"| {case} | {', '.join(f'{end} {n:,}' for end, n in sorted(found.items()))} |" for case, found in ends.items()
+    ]
+    return ["\n".join(fast), "\n".join(windows), "\n".join(ended)]
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
@@ -390,12 +442,14 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} CPU cores, shared; one thread of torch each for server and client",
     }
-    for size, measured in (("tiny", "faults"), ("small", "speed")):
+    for size, measured in (("tiny", "faults"), ("small", "speed"), ("small", "windows")):
         if measured in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 world = make_world(size, Path(folder))
                 if measured == "faults":
                     results["faults"] = measure_faults(world, options.faults)
+                elif measured == "windows":
+                    results["windows"] = measure_windows(world, options.requests, options.repeats)
                 else:
                     results["speed"] = measure_speed(world, options.requests, options.repeats)
     return results
@@ -406,7 +460,7 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=192, help="requests of one measurement of speed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--faults", type=int, default=3000, help="good requests beside the bad ones")
-    parser.add_argument("--only", nargs="+", default=["faults", "speed"])
+    parser.add_argument("--only", nargs="+", default=["faults", "speed", "windows"])
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     text = json.dumps(main(given), indent=2)

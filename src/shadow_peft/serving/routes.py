@@ -147,8 +147,6 @@ def load_served(
     if not adapters:
         raise ValueError("There is no adapter to serve.")
     first, *others = adapters
-    if base_name in adapters:
-        raise ValueError(f"{base_name!r} is the name of the base and of an adapter; give the base another.")
     model = ShadowForCausalLM.from_pretrained(base, adapters[first], adapter_name=first).eval()
     pool = room = None
     if capacity is not None and capacity < len(adapters):
