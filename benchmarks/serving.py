@@ -53,8 +53,10 @@ SIZES = {
 }
 ADAPTERS, NEW_TOKENS, CLIENTS = ("a", "b", "c", "d"), 16, (1, 8, 32)
 QUEUE, WINDOWS = 200, (0, 5, 20, 50)
-COUNTED = tuple(f"shadow_peft_{name}" for name in ("hang_ups_total", "overloads_total", "waiting", "running", "batch_rows_sum",
-                                                   "batch_rows_count"))  # fmt: skip
+COUNTED = tuple(
+    f"shadow_peft_{name}"
+    for name in ("hang_ups_total", "overloads_total", "waiting", "running", "batch_rows_sum", "batch_rows_count")
+)
 PROMPTS = ["go", "put the red box on the table", "open the door", "what is this?", "stop now", "to the left and then right",
            "again", "x = 1", "the robot kept the house", "once upon a time", "no", "yes, please", "turn it off",
            "a longer prompt with more of the words", "12345", "end"]  # fmt: skip

@@ -3,15 +3,18 @@
 python examples/cascade.py
 """
 
-from _tiny import causal_lm, tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowCascade, ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft.demo.embedded import BASE_PATH  # a small base that comes with the package
 
-model = ShadowForCausalLM(get_shadow_model(causal_lm(), ShadowConfig())).eval()
-cascade = ShadowCascade(model, tokenizer(), max_new_tokens=8, do_sample=False)
+base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
+model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig())).eval()
+cascade = ShadowCascade(model, tokenizer, max_new_tokens=8, do_sample=False)
 
-# Rows that the adapter was not trained on. Random models are seldom right, so this example promises a share of escalations:
-# with a confidence of 95 %, the attached model is asked for at most 40 % of the answers.
+# Rows that the adapter was not trained on. An untrained adapter is seldom right, so this example promises a share of
+# escalations: with a confidence of 95 %, the attached model is asked for at most 40 % of the answers.
 rows = [{"prompt": f"{i} plus {i} is", "completion": str(2 * i)} for i in range(100)]
 calibration = cascade.calibrate(rows, 0.4, promise="escalations", confidence=0.95)
 report = calibration.report

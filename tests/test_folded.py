@@ -257,3 +257,19 @@ def test_the_form_of_a_head_is_measured() -> None:
     assert form(scaled_head()).scale == pytest.approx(0.3, abs=1e-12)
     assert form(divided_logits()).scale == pytest.approx(1 / 7, abs=1e-12)
     assert form(capped()).cap == 2.0
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("width", [32, 16])
+def test_trained_weights_beside_a_base_in_bfloat16_are_not_rounded(width: int, fold: bool) -> None:
+    """The embeddings come from the base, and are in bfloat16; the shadow was trained in float32."""
+    shadow = llama(3, hidden_size=width, num_hidden_layers=2)
+    model = ShadowForCausalLM(adapted(llama().to(torch.bfloat16), shadow_model=shadow))
+    trained = {
+        name: weight.clone() for name, weight in model.peft_model.shadow_model.state_dict().items() if "layers" in name
+    }
+    exported = model.export_shadow(fold=fold).state_dict()
+    assert trained
+    for name, weight in trained.items():
+        found = next(value for path, value in exported.items() if path.endswith(name))
+        assert torch.equal(found, weight), name

@@ -233,6 +233,8 @@ REQUIRED = {
     "classify": ["--model", "/nowhere", "a text"],
     "eval": ["--model", "/nowhere", "--tasks", "none", "--include_path", "/nowhere"],
     "export": ["/nowhere"],
+    "cascade": ["--adapter", "/nowhere", "a text"],
+    "convert": ["/nowhere", "--to", "peft", "--output", "/nowhere/out"],
 }
 LEFT_ALONE = {"env", "push_to_hub", "deepspeed", "fsdp", "parallelism_config", "debug", "local_rank"}
 """Options that set up the process, or more than one."""

@@ -1,6 +1,7 @@
 """Every snippet of README and docs runs as it stands; see `tests/pages.py`.
 
-Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), commands (`tests/cli/test_commands.py`), recipes
+Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), docs/several_adapters.md
+(`tests/test_several_adapters_page.py`), commands (`tests/cli/test_commands.py`), recipes
 (`tests/cli/test_recipes.py`), scripts of `examples` (`tests/test_examples.py`).
 """
 
@@ -10,6 +11,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,8 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # a Trainer's default, off without a GPU
 ]
 
-QUANTIZED = "docs/quantized.md"
-SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(QUANTIZED)]
+ONE_AFTER_THE_OTHER = ("docs/quantized.md", "docs/several_adapters.md")
+"""Pages whose sections go on with the names of those above; they have tests of their own."""
+SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(ONE_AFTER_THE_OTHER)]
 LANGUAGES = {"python", "bash", "bibtex", "text"}
 
 
@@ -62,6 +65,8 @@ def test_code_is_in_a_language_that_is_run_here() -> None:
 
 @pytest.mark.parametrize("section", with_block("python"), ids=name_of)
 def test_the_snippets_of_a_section_run(section: Section, place: Path) -> None:
+    if any("from vllm" in text for text in section.texts("python")):
+        pytest.importorskip("vllm", reason="vLLM needs an environment of its own, which the page says how to make")
     names: dict[str, Any] = {"__name__": "__main__"}
     for text in section.texts("python"):
         exec(compile(text, section.name, "exec"), names)
@@ -86,11 +91,13 @@ def test_every_other_command_is_one_that_there_is() -> None:
     for page, found in COMMANDS.items():
         for words in found:
             if words[0] == "make":
-                assert words[-1] in targets, page
+                assert next(word for word in words[1:] if "=" not in word) in targets, page
             elif words[:2] == ["pip", "install"]:
                 extras = re.findall(r"\[(.*)\]", words[-1])
                 assert set(",".join(extras).split(",")) - {""} <= set(PROJECT["optional-dependencies"]), page
                 assert words[-1].startswith((".", "torch", "dist/shadow_peft-")), f"{page}: not from the index"
+            elif words[0].endswith("python") and words[1] == "-m":
+                assert find_spec(words[2]) is not None, (page, words)
             else:
                 assert words[0] in ("shadow-peft", "accelerate", "git") or words[:2] == ["pip", "wheel"], (page, words)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.shapes import Shape
+
 WIDTH, LAYERS, VOCABULARY, INTERMEDIATE = 512, 12, 8192, 1536
 BACKBONE: dict[str, int] = {
     "shadow_intermediate_size": 256, "shadow_num_attention_heads": 4, "shadow_num_key_value_heads": 2
@@ -22,6 +24,10 @@ BACKBONE: dict[str, int] = {
 PUBLISHED_SIZES: dict[str, Any] = {**BACKBONE, "injection_hidden_size": 16, "gate_hidden_size": 10, "dropout": 0.0}
 REAL_PUBLISHED_SIZES: dict[str, Any] = {"injection_hidden_size": 64, "gate_hidden_size": 16, "alpha": 1.0, "dropout": 0.0}
 """On SmolLM2-135M the published variant with these, "readout" with its defaults and LoRA of rank 22 train 6.7 to 6.8 M."""
+TUNER_SIZES: dict[str, Any] = {
+    "r": 12, "update_hidden_size": 10, "shadow_num_hidden_layers": 1, "shadow_intermediate_size": 160,
+    "shadow_num_attention_heads": 4, "shadow_dropout": 0.0,
+}  # fmt: skip
 OUR_SIZES: dict[str, Any] = {
     **BACKBONE, "injection_hidden_size": 20, "output_hidden_size": 10, "readout_hidden_size": 16
 }  # fmt: skip
@@ -29,10 +35,13 @@ OUR_SIZES: dict[str, Any] = {
 
 @dataclass
 class Source:
-    """Folders of a real base and of an adapter for it; None is a random base, and a fresh adapter."""
+    """Folders of a real base and of an adapter for it, or a shape; None is a random base, and a fresh adapter."""
 
     base: str | None = None
     adapter: str | None = None
+    shape: Shape | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 SOURCE = Source()
@@ -40,7 +49,9 @@ SOURCE = Source()
 
 
 def make_base() -> PreTrainedModel:
-    """A base that never ends a text: the one of `SOURCE` in bfloat16, or a random Llama of 46 M parameters in float32."""
+    """A base that never ends a text: the one of `SOURCE`, or a random Llama of 46 M parameters in float32."""
+    if SOURCE.shape is not None:
+        return SOURCE.shape.random_base(SOURCE.device, SOURCE.dtype)
     torch.manual_seed(0)
     if SOURCE.base is not None:
         base = AutoModelForCausalLM.from_pretrained(SOURCE.base, dtype=torch.bfloat16).eval()
@@ -63,9 +74,10 @@ def lora(**options: Any) -> nn.Module:
     """Unmerged LoRA on every linear layer but the head, as large as the shadow."""
     from peft import LoraConfig, get_peft_model
 
-    rank = 10 if SOURCE.base is None else 22
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **{"r": rank, **options})
-    return get_peft_model(make_base(), config).eval()
+    sizes: dict[str, Any] = {"r": 10 if SOURCE.base is None else 22, "target_modules": "all-linear", **options}
+    if SOURCE.shape is not None:
+        sizes = SOURCE.shape.lora(**{"dora": options.get("use_dora", False)})
+    return get_peft_model(make_base(), LoraConfig(task_type="CAUSAL_LM", **sizes)).eval()
 
 
 def dora() -> nn.Module:
@@ -77,18 +89,18 @@ def published() -> nn.Module:
     """`shadow-peft` 0.1.1."""
     from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
 
-    return ShadowForCausalLM(get_shadow_model(make_base(), ShadowConfig(**PUBLISHED_SIZES))).eval()
+    sizes = PUBLISHED_SIZES if SOURCE.shape is None else SOURCE.shape.published()
+    model = ShadowForCausalLM(get_shadow_model(make_base(), ShadowConfig(**sizes))).eval()
+    return model.to(getattr(torch, SOURCE.dtype))  # it does not mix dtypes
 
 
 def tuner() -> nn.Module:
     """The Shadow tuner of `peft`."""
     from peft import ShadowConfig, get_peft_model
 
-    config = ShadowConfig(
-        r=12, update_hidden_size=10, shadow_num_hidden_layers=1, shadow_intermediate_size=160,
-        shadow_num_attention_heads=4, shadow_dropout=0.0, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(make_base(), config).eval()
+    sizes = TUNER_SIZES if SOURCE.shape is None else SOURCE.shape.tuner()
+    model = get_peft_model(make_base(), ShadowConfig(task_type="CAUSAL_LM", **sizes)).eval()
+    return model.to(getattr(torch, SOURCE.dtype))  # it does not mix dtypes
 
 
 def ours(**config: Any) -> nn.Module:
@@ -97,13 +109,19 @@ def ours(**config: Any) -> nn.Module:
 
     if SOURCE.adapter is not None:
         return ShadowForCausalLM.from_pretrained(make_base(), SOURCE.adapter)
-    config = {"variant": "readout", **(config or ({} if SOURCE.base else OUR_SIZES))}
+    if SOURCE.shape is not None:
+        sizes = SOURCE.shape.readout()
+    else:
+        sizes = {} if SOURCE.base else OUR_SIZES
+    config = {"variant": "readout", **(config or sizes)}
     init = "base" if SOURCE.base else "random"
     return ShadowForCausalLM(get_shadow_model(make_base(), ShadowConfig(**config, shadow_init=init))).eval()
 
 
 def ours_published() -> nn.Module:
     """This library with the published mathematics, as `shadow-peft` 0.1.x has it."""
+    if SOURCE.shape is not None:
+        return ours(**SOURCE.shape.published(), variant="published")
     return ours(**(REAL_PUBLISHED_SIZES if SOURCE.base else PUBLISHED_SIZES), variant="published")
 
 
@@ -136,9 +154,9 @@ def draft_with_oracle(texts: Tensor, acceptance: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def propose(logits: Tensor, places: Tensor) -> Tensor:
-        rows = torch.arange(len(texts))
-        right = texts[rows, places.clamp(max=texts.shape[1] - 1)]
-        wrong = torch.rand(len(texts), generator=generator) >= acceptance
+        places = places.to(texts.device)
+        right = texts[torch.arange(len(texts), device=texts.device), places.clamp(max=texts.shape[1] - 1)]
+        wrong = (torch.rand(len(texts), generator=generator) >= acceptance).to(texts.device)
         return torch.full_like(logits, -30.0).scatter(1, ((right + wrong.long()) % logits.shape[-1])[:, None], 0.0)
 
     class Oracle(candidate_generator.ShadowCandidateGenerator):

@@ -43,8 +43,9 @@ class Process:
 
     def __init__(self, python: str, name: str, **options: Any) -> None:
         command = [python, "-m", "benchmarks.decoding.worker", name, json.dumps(options)]
-        ours = name != PUBLISHED
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}" if ours else str(ROOT)}
+        paths = peer_paths(python) if name == PUBLISHED else [ROOT, ROOT / "src"]
+        command[0] = interpreter(python)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(map(str, paths))}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
@@ -55,6 +56,14 @@ class Process:
         assert self._process.stdin is not None
         print(json.dumps({"do": what, **request}), file=self._process.stdin, flush=True)
         return self._answer()
+
+    def end(self) -> None:
+        """Let it go, and wait until its memory is free."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -71,6 +80,25 @@ def start(peer: str) -> dict[str, Process]:
     for acceptance in ORACLES:
         processes[f"ours, drafts right {acceptance:.0%}"] = Process(sys.executable, "ours", drafts=str(acceptance))
     return processes
+
+
+def peer_paths(peer: str) -> list[Path]:
+    """Where the published package is found: the unpacked one if `peer` is a folder, else its interpreter knows."""
+    return [Path(peer), ROOT] if Path(peer).is_dir() else [ROOT]
+
+
+def interpreter(peer: str) -> str:
+    """The interpreter of a peer; an unpacked package runs in ours."""
+    return sys.executable if Path(peer).is_dir() else peer
+
+
+def beside_base(name: str, shape: str, device: str, dtype: str, peer: str, drafts: str | None = None) -> dict[str, Process]:
+    """The bare base and one contender in the shape of a large model: two at a time fit into the memory of a GPU."""
+    options = {"shape": shape, "device": device, "dtype": dtype}
+    other = {**options, "drafts": drafts}
+    python = peer if name == PUBLISHED else sys.executable
+    title = name if drafts is None else f"{name}, drafts right {float(drafts):.0%}"
+    return {BASE: Process(sys.executable, BASE, **options), title: Process(python, name, **other)}
 
 
 def start_real(base: str, adapter: str | None, text: str | None) -> dict[str, Process]:

@@ -5,14 +5,14 @@
     {"do": "statistics"}                                        -> what became of the drafts so far
 
 Prefill is `generate` of one token; a decoding step is what every further token adds to that. Seconds are those of the
-processor, without what is spent waiting for other programs. Prompts are random tokens, or successive pieces of a text.
+processor, without what is spent waiting for other programs, or of a GPU. Prompts are random tokens, or successive pieces
+of a text.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, logging
 
+from benchmarks import devices
 from benchmarks.decoding.contenders import CONTENDERS, SOURCE, VOCABULARY, draft_with_oracle
+from benchmarks.shapes import SHAPES
 
 VIEWS = ("view", "t.", "transpose", "slice", "split", "chunk", "expand", "unbind", "select", "_unsafe_view", "detach",
          "alias", "unsqueeze", "squeeze", "permute", "as_strided", "unflatten", "reshape")  # fmt: skip
@@ -76,13 +78,19 @@ class Worker:
     def _prompts(self, batch: int, length: int) -> Tensor:
         """The same prompts `[B, T]` for every contender."""
         if self.ids is None:
-            return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))
+            return self._random(batch, length, batch)
         return self.ids[: batch * length].view(batch, length)
 
+    @staticmethod
+    def _random(batch: int, length: int, seed: int) -> Tensor:
+        vocabulary = VOCABULARY if SOURCE.shape is None else SOURCE.shape.vocabulary
+        ids = torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+        return ids.to(SOURCE.device)
+
     def _seconds(self, ids: Tensor, tokens: int, settings: dict[str, Any]) -> float:
-        started = time.process_time()
+        started = devices.seconds(SOURCE.device)
         output = self.model.generate(input_ids=ids, max_new_tokens=tokens, **settings)
-        seconds = time.process_time() - started
+        seconds = devices.seconds(SOURCE.device) - started
         if "return_dict_in_generate" in settings:
             self.statistics.append(output.draft_statistics)
         return seconds
@@ -90,7 +98,7 @@ class Worker:
     def operations(self, batch: int) -> dict[str, int]:
         """Operations that every further token costs."""
         counts = []
-        ids = torch.randint(1, VOCABULARY, (batch, 8))
+        ids = self._random(batch, 8, 0)
         for tokens in (2, 4):
             with Operations() as counter:
                 self.model.generate(input_ids=ids, max_new_tokens=tokens, **self.settings)
@@ -124,6 +132,8 @@ def main(name: str, options: str) -> None:
     torch.set_num_threads(1)
     given = json.loads(options)
     SOURCE.base, SOURCE.adapter = given.pop("base", None), given.pop("adapter", None)
+    if shape := given.pop("shape", None):
+        SOURCE.shape, SOURCE.device, SOURCE.dtype = SHAPES[shape], given.pop("device"), given.pop("dtype")
     worker = Worker(name, **given)
     print(json.dumps({"ready": name}), flush=True)
     for line in sys.stdin:

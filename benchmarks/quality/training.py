@@ -72,11 +72,12 @@ def train(
     seed: int,
     groups: list[Any],
     collator: Callable[[list[Any]], dict[str, Tensor]] = collate,
+    device: str = "cpu",
 ) -> Cost:
     """Train the parameters of the optimizer groups, whose rates belong to `rate`."""
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     arguments = TrainingArguments(
-        output_dir="/tmp/unused", save_strategy="no", report_to="none", use_cpu=True, max_steps=settings.steps,
+        output_dir="/tmp/unused", save_strategy="no", report_to="none", use_cpu=device == "cpu", max_steps=settings.steps,
         per_device_train_batch_size=settings.batch, learning_rate=rate, lr_scheduler_type="cosine",
         warmup_steps=settings.warmup, max_grad_norm=1.0, logging_strategy="no", disable_tqdm=True, seed=seed,
         train_sampling_strategy="sequential", remove_unused_columns=False,

@@ -5,7 +5,6 @@ s = P(backbone(x))      [B, T, d]; P is a linear map from the backbone's width S
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,10 +24,9 @@ from shadow_peft.base.decoder import find_decoder
 from shadow_peft.base.quantization import num_weights
 from shadow_peft.base.signature import Signature, returned_cache
 from shadow_peft.base.task_head import input_embeddings
-from shadow_peft.cache import ShadowCache
 from shadow_peft.config import ShadowConfig
 from shadow_peft.coupling import Coupling, EvolvingStateCoupling, StaticStateCoupling
-from shadow_peft.inputs import ModelInputs
+from shadow_peft.inputs import ModelInputs, with_drafted
 from shadow_peft.layers.injection import ShadowInjectionModel
 from shadow_peft.layers.output_correction import ShadowOutputModel
 from shadow_peft.layers.readout import ShadowReadoutModel
@@ -176,20 +174,33 @@ class ShadowAdapter(nn.Module):
 
     def run_backbone(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """s `[B, T, d]` of all tokens of a call, and the backbone's cache."""
+        states, cache = self.backbone_states(inputs)
+        return self.project(states), cache
+
+    def project(self, states: Tensor) -> Tensor:
+        """P of the backbone's states `[B, T, S]`: `[B, T, d]`."""
+        projection: nn.Module = self.shadow_hidden_projection
+        with self._backbone_precision() as autocast:
+            if autocast is not None:
+                projection = with_cast_weights(projection, self.base_model.dtype)
+            return projection(states)
+
+    def backbone_states(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
+        """backbone(x) `[B, T, S]`, before the projection, and the backbone's cache."""
         cache = None if inputs.cache is None else inputs.cache.shadow
         signature = self._backbone_signature
         arguments = {**signature.accepted(inputs.extra), **inputs.arguments(signature, cache), "return_dict": True}
         tokens = self._backbone_tokens(inputs)
-        backbone, projection = self.shadow_model, self.shadow_hidden_projection
+        backbone: nn.Module = self.shadow_model
         with self._backbone_precision() as autocast:
             if autocast is not None:
-                backbone, projection = (with_cast_weights(m, self.base_model.dtype) for m in (backbone, projection))
+                backbone = with_cast_weights(backbone, self.base_model.dtype)
             if self._recomputes(inputs):
                 save_matmuls = not architecture_of(self.shadow_model.config).modifies_outputs_in_place
                 outputs = checkpoint_except_matmuls(self.shadow_model, tokens, arguments, save_matmuls)
             else:
                 outputs = backbone(**tokens, **arguments)
-            return projection(outputs[0]), returned_cache(outputs)
+            return outputs[0], returned_cache(outputs)
 
     def _recomputes(self, inputs: ModelInputs) -> bool:
         """Whether the backbone's activations are recomputed in the backward pass, see `backbone.recompute`.
@@ -324,24 +335,6 @@ class ShadowAdapter(nn.Module):
             f"variant={config.variant!r}, r={config.injection_hidden_size}, k={config.gate_hidden_size}, "
             f"alpha={config.alpha:g}, adapter={own:,}, trained={trained:,} of {total:,} parameters"
         )
-
-
-def with_drafted(inputs: ModelInputs, run: Callable[[ModelInputs], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """Shadow states `[B, T, d]` of a call and the backbones' cache, where drafting may have computed the first states.
-
-    Args:
-        inputs: the arguments of the call.
-        run: runs the backbones on tokens that they have not read yet.
-    """
-    cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
-    if cache is None or cache.drafted is None:
-        return run(inputs)
-    drafted, cache.drafted = cache.drafted, None
-    rest = inputs.without_first(drafted.states.shape[1])
-    if rest.length == 0:
-        return drafted.states, cache.shadow
-    state, backbone_cache = run(rest)
-    return torch.cat([drafted.states, state], dim=1), backbone_cache
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ The mathematics of an adapter is part of its config (`variant`):
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 Variant = Literal["published", "peft", "readout"]
 ShadowInit = Literal["auto", "base", "random"]
-ShadowInitLayers = Literal["first", "even"]
 
 _NOT_FIELDS = frozenset({"provenance"})
 """Keys of a stored config that belong to the file and not to the adapter."""
@@ -59,7 +59,8 @@ class ShadowConfig:
         shadow_init: how an implicit backbone is initialised: "random" weights, "base" copies of the base's own pretrained
             layers, "auto" copies where the sizes allow it and random weights elsewhere. None means "random", or "auto" in
             the variant "readout".
-        shadow_init_layers: which base layers "base" copies: the "first" ones or "even"ly spaced ones.
+        shadow_init_layers: which base layers the implicit backbone corresponds to, and "base" copies: the "first" ones,
+            "even"ly spaced ones, or their numbers, counted from 0 and ascending, such as "0,9,29".
         train_shadow_embeddings: train the embedding table that an explicit shadow brings along.
         train_base_adapters: train the PEFT adapters that the base carries together with the shadow.
         variant: the mathematics between the layers: "published", "peft" or "readout", see `docs/method.md`.
@@ -81,7 +82,7 @@ class ShadowConfig:
     modules_to_save: list[str] = field(default_factory=list)
     shadow_hidden_size: int | None = None
     shadow_init: ShadowInit = None  # type: ignore[assignment]
-    shadow_init_layers: ShadowInitLayers = "first"
+    shadow_init_layers: str = "first"
     train_shadow_embeddings: bool = False
     train_base_adapters: bool = False
     variant: Variant = "published"
@@ -100,8 +101,14 @@ class ShadowConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
-        _check_choice("shadow_init_layers", self.shadow_init_layers, get_args(ShadowInitLayers))
+        _check_layers(self.shadow_init_layers, self.num_shadow_layers)
         object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
+
+    @property
+    def named_layers(self) -> list[int] | None:
+        """The base layers that `shadow_init_layers` names by their numbers; None where it does not."""
+        chosen = self.shadow_init_layers
+        return None if chosen in _LAYER_CHOICES else [int(number) for number in chosen.split(",")]
 
     @property
     def first_injected_layer(self) -> int:
@@ -175,6 +182,8 @@ _LEAST: dict[str, int | tuple[None, int]] = {
 }
 """Least value of every integer field; a tuple allows None as well."""
 
+_LAYER_CHOICES = ("first", "even")
+
 _MOST = 2**20
 """More than any model has; a stored config that says more is broken, and memory is not asked for it."""
 
@@ -200,6 +209,21 @@ def _check_number(name: str, value: object) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_layers(value: object, count: int) -> None:
+    if value in _LAYER_CHOICES:
+        return
+    if not isinstance(value, str) or not re.fullmatch(r"\d+(,\d+)*", value):
+        raise ValueError(
+            f"shadow_init_layers must be {', '.join(map(repr, _LAYER_CHOICES))} or numbers of layers such as '0,9,29', "
+            f"got {value!r}."
+        )
+    numbers = [int(number) for number in value.split(",")]
+    if numbers != sorted(set(numbers)) or len(numbers) != count:
+        raise ValueError(
+            f"shadow_init_layers must name num_shadow_layers ({count}) different layers in ascending order, got {value!r}."
+        )
 
 
 def _check_names(name: str, value: object) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shadow_peft.base.signature import Signature
+from shadow_peft.cache import ShadowCache
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,21 @@ def positions(attention_mask: Tensor, length: int) -> Tensor:
     order = torch.arange(real.shape[1], device=real.device)
     numbered = torch.where(real, real.long().cumsum(-1) - 1, order - real.long().argmax(-1, keepdim=True))
     return numbered.clamp(min=0)[:, -length:]
+
+
+def with_drafted(inputs: ModelInputs, run: Callable[[ModelInputs], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Shadow states `[B, T, d]` of a call and the backbones' cache, where drafting may have computed the first states.
+
+    Args:
+        inputs: the arguments of the call.
+        run: runs the backbones on tokens that they have not read yet.
+    """
+    cache = inputs.cache if isinstance(inputs.cache, ShadowCache) else None
+    if cache is None or cache.drafted is None:
+        return run(inputs)
+    drafted, cache.drafted = cache.drafted, None
+    rest = inputs.without_first(drafted.states.shape[1])
+    if rest.length == 0:
+        return drafted.states, cache.shadow
+    state, backbone_cache = run(rest)
+    return torch.cat([drafted.states, state], dim=1), backbone_cache

@@ -31,6 +31,7 @@ MISTYPED = {
     "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
     "serve": (["--adapter", "a=out", "--prot", "1"], "--port"),
     "export": (["out", "--ouptut", "x"], "--output"),
+    "convert": (["out", "--modle", "x"], "--model"),
 }
 
 
@@ -103,6 +104,8 @@ def real_parser(verb: str) -> VerbParser:
         parser.add_argument("text", nargs="+" if verb == "generate" else "*")
     if verb == "export":
         parser.add_argument("shadow")
+    if verb == "convert":
+        parser.add_argument("adapter")
     return parser
 
 

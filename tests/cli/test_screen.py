@@ -61,7 +61,7 @@ def test_a_pipe_gets_plain_lines(piped: tuple[list[str], str, Path]) -> None:
     assert lines[0].startswith("training ShadowPEFT, variant 'readout' (alternative: ")
     assert lines[1] == "train:"
     for name, said in (
-        ("base", r".*tiny-base0 \(llama, 56,352 parameters, frozen\)"),
+        ("base", r".*tiny-base\d+ \(llama, 56,352 parameters, frozen\)"),
         ("method", "ShadowPEFT, variant 'readout'"),
         ("trained", r"30,848 parameters, 54\.74% of the base's"),
         ("data", r".*d\.jsonl: 12 rows for training, 4 for evaluation"),

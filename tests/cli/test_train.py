@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from shadow_peft import ShadowForCausalLM
 from shadow_peft.cli import main
@@ -21,7 +22,7 @@ from shadow_peft.training.examples import BadDataError
 from shadow_peft.training.sources import load_examples
 from shadow_peft.training.templates import PromptTemplate
 from tests.cli.conftest import TEMPLATE, tiny_tokenizer, write_lines
-from tests.tiny_models import llama
+from tests.tiny_models import SIZES, Gemma2Config, Gemma2ForCausalLM, llama
 
 ROWS = [{"q": f"say {i}", "a": f"{i} {i}", "options": [f"{i}"] if i % 2 else []} for i in range(8)]
 FORM = PromptTemplate(prompt="{q}:", completion=" {a}")
@@ -396,6 +397,23 @@ def test_a_narrow_model_speaks_through_the_head_of_the_base(model_folder: Path, 
     torch.testing.assert_close(stored.double(), best, rtol=1e-4, atol=1e-5)
     states = small.model(ids).last_hidden_state
     torch.testing.assert_close(exported(ids).logits, base.lm_head(states @ best.float().T), rtol=1e-3, atol=1e-4)
+    assert type(exported).__name__ == "LlamaForCausalLM"
+
+
+def test_a_shadow_that_cannot_be_folded_is_exported_with_its_projection(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, small, output = tmp_path / "base", tmp_path / "small", tmp_path / "out"
+    Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "vocab_size": 300})).save_pretrained(base)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(base)
+    llama(5, vocab_size=300, hidden_size=16).save_pretrained(small)
+    trained(base, data_file, output, "--shadow_model", str(small), "--max_steps", "1", "--export")
+    said = "note: the shadow is exported with its projection apart: the logits are capped at 30.0"
+    assert said in capsys.readouterr().err
+    assert json.loads((output / "shadow" / "config.json").read_text())["architectures"] == [
+        "AutoModelForCausalLMWithHiddenProjection"
+    ]
+    assert (output / "README.md").is_file()
 
 
 def test_a_model_of_another_vocabulary_is_refused_as_a_shadow(

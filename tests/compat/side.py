@@ -47,6 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
         "base": ("Llama", "CausalLM"),
         "peft": {"shadow_hidden_size": 16, "shadow_num_hidden_layers": 2},
     },
+    "peft: llama, own embeddings": {
+        "base": ("Llama", "CausalLM"),
+        "peft": {"share_embeddings": False},
+        "saved_by": "peer",  # here, such a shadow is only made by loading one
+    },
 }
 
 
@@ -219,7 +224,7 @@ def computed_by_peft(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, t
 def save(side: str, root: Path, names: list[str]) -> None:
     """Write every case below `root`."""
     for index, name in enumerate(CASES):
-        if name not in names or (side == "peer" and "refused" in CASES[name]):
+        if name not in names or CASES[name].get("saved_by", side) != side or (side == "peer" and "refused" in CASES[name]):
             continue
         torch.manual_seed(index)
         folder, case = root / str(index), CASES[name]

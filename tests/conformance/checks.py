@@ -11,19 +11,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
 from shadow_peft.base.architectures import ARCHITECTURES, Architecture
 from shadow_peft.export.head import CannotFold
 from tests.conformance import base_facts as facts
 from tests.conformance.base_facts import CLOSE, EXACT, SHORT, Fact, difference, left_padded, prompt, right_padded
+from tests.conformance.outcomes import NotApplicable, Refused, base_fact, needs, require
 from tests.conformance.tiny import HIDDEN, tiny_model
 from tests.tiny_models import llama, zeros_at_the_end
 
@@ -34,54 +34,6 @@ MODES = ("base_shadow", "shadow_only")
 
 NARROW = HIDDEN // 2
 """Width of a shadow of another width."""
-
-
-class NotApplicable(Exception):
-    """The bare base itself does not do what is checked."""
-
-
-class Refused(Exception):
-    """The library says that it cannot, and why."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one check on one type: "pass", "n/a", "refused" or "FAIL", and why."""
-
-    verdict: str
-    detail: str = ""
-
-
-def outcome(check: Callable[[str], None], model_type: str) -> Outcome:
-    """Run one check on one type."""
-    try:
-        check(model_type)
-    except NotApplicable as reason:
-        return Outcome("n/a", str(reason))
-    except Refused as reason:
-        return Outcome("refused", str(reason))
-    except Exception as error:  # whatever goes wrong is the finding
-        return Outcome("FAIL", f"{type(error).__name__}: {error}")
-    return Outcome("pass")
-
-
-@lru_cache(maxsize=64)
-def base_fact(measure: Callable[[PreTrainedModel], Fact], model_type: str) -> Fact:
-    """A fact of the bare base, measured on a base of its own."""
-    return facts.measured(measure, tiny_model(model_type))
-
-
-def needs(measure: Callable[[PreTrainedModel], Fact], model_type: str, what: str) -> None:
-    """Go on only if the bare base does it."""
-    fact = base_fact(measure, model_type)
-    if not fact.holds:
-        raise NotApplicable(f"the base itself {what} ({fact.detail})")
-
-
-def require(fact: Fact, what: str) -> None:
-    """Raise when a fact does not hold."""
-    if not fact.holds:
-        raise AssertionError(f"{what}: {fact.detail}")
 
 
 # -------------------------------------------------------------------- the adapted models
@@ -333,6 +285,7 @@ def reload(model_type: str) -> None:
 
 def fold(model_type: str) -> None:
     """A shadow of half the width, random and of the base's own type, is folded into a stock model, see `folds`."""
+    tiny_model(model_type)  # what fails here is not the width's fault
     try:
         model = adapted(model_type, num_shadow_layers=2, shadow_init="random", shadow_hidden_size=NARROW)
         both(model, prompt())

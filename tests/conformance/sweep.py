@@ -28,7 +28,8 @@ from transformers.utils import logging
 from shadow_peft.base.architectures import ARCHITECTURES
 from shadow_peft.config import Variant
 from tests.conformance import checks
-from tests.conformance.checks import CHECKS, Outcome, outcome
+from tests.conformance.checks import CHECKS
+from tests.conformance.outcomes import Outcome, outcome
 from tests.conformance.tiny import NOT_APPLICABLE, applicable_types
 
 UNSUPPORTED = {name: a.unsupported for name, a in ARCHITECTURES.items() if a.unsupported is not None}

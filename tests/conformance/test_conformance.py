@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 
 from shadow_peft import ShadowConfig, get_shadow_model
-from tests.conformance.checks import CHECKS, NotApplicable, Refused
+from tests.conformance.checks import CHECKS
+from tests.conformance.outcomes import NotApplicable, Refused
 from tests.conformance.sweep import UNSUPPORTED, document, failing, sweep
 from tests.conformance.tiny import applicable_types, tiny_model
 

@@ -100,8 +100,8 @@ def pretrained(variant: str, base: Any, trained: bool) -> Contender:
     if size > BUDGET * 0.9:
         raise ValueError(f"The pretrained shadow has {size:,} parameters; {BUDGET:,} in all may be trained.")
     sizes = {"readout": readout_sizes, "published": published_sizes}[variant](size)
-    fixed = {"readout": {"variant": "readout"}, "published": {"variant": "published", "alpha": 1.0, "dropout": 0.0}}[variant]
-    contender = native(base, {**fixed, **sizes}, OURS_LOSS_WEIGHT if trained else 0.0, shadow)
+    fixed: dict[str, Any] = {"alpha": 1.0, "dropout": 0.0} if variant == "published" else {}
+    contender = native(base, {"variant": variant, **fixed, **sizes}, OURS_LOSS_WEIGHT if trained else 0.0, shadow)
     if not trained:
         return frozen(contender)
     return replace(contender, backbone=backbone(contender), backbone_rate=PRETRAINED_RATE)

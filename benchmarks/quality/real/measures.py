@@ -1,15 +1,14 @@
-"""What a method costs: bytes kept for the backward pass, peak memory of a training, and decoding beside the bare base."""
+"""What a method costs: bytes kept for the backward pass, and decoding beside the bare base."""
 
 from __future__ import annotations
 
-import re
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks import devices
 
 PROMPTS, MOST_TOKENS, REPEATS = 6, 40, 2
 
@@ -34,19 +33,6 @@ def bytes_saved(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     return size
 
 
-def reset_peak() -> float:
-    """Forget the peak of this process's resident memory so far; the present size in MB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> float:
-    """MB of this process's memory: now (VmRSS), or at most since the last reset (VmHWM)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 @torch.no_grad()
 def decoding(model: Any, base: Any, prompts: list[list[int]]) -> dict[str, float]:
     """Greedy decoding of the first prompts at batch 1, drafted and undrafted, beside the bare base, taking turns.
@@ -59,7 +45,7 @@ def decoding(model: Any, base: Any, prompts: list[list[int]]) -> dict[str, float
     seconds: dict[str, list[float]] = {"bare": [], "undrafted": [], "drafted": []}
     passes = accepted = drafted = 0
     for prompt in prompts[:PROMPTS]:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         for repeat in range(REPEATS + 1):
             took, output = _timed(model, ids, MOST_TOKENS, use_shadow_draft=True)
             new = output.sequences.shape[1] - ids.shape[1]
@@ -81,10 +67,10 @@ def decoding(model: Any, base: Any, prompts: list[list[int]]) -> dict[str, float
 
 
 def _timed(model: Any, ids: Tensor, tokens: int, **options: Any) -> tuple[float, Any]:
-    """Processor seconds of a generation, the prompt's pass included, and its output."""
-    started = time.process_time()
+    """Seconds of a generation, of the processor or of a GPU's clock, the prompt's pass included, and its output."""
+    started = devices.seconds(ids.device.type)
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
-    return time.process_time() - started, output
+    return devices.seconds(ids.device.type) - started, output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import devices
 from benchmarks.quality.real import measures, plan, tasks
 from benchmarks.quality.real.batches import collate
 from benchmarks.quality.real.contenders import AUTOCAST, all_methods, build
@@ -30,25 +32,24 @@ from benchmarks.quality.training import IGNORE, Settings, train
 SETTINGS = Settings(steps=100, batch=8, warmup=5)
 
 
-def run(wanted: Run, settings: Settings = SETTINGS) -> dict[str, Any]:
+def run(wanted: Run, settings: Settings = SETTINGS, device: str = "cpu") -> dict[str, Any]:
     """Train and score a contender."""
-    from benchmarks.quality.run import machine
-
     torch.set_num_threads(1)
     tokenizer, classifies = AutoTokenizer.from_pretrained(base_folder()), wanted.task in tasks.CLASSIFICATION
     splits = {split: [tasks.encode(e, tokenizer) for e in found] for split, found in tasks.splits(wanted.task).items()}
     text = [] if classifies else tasks.passage_rows(tokenizer)
     torch.manual_seed(wanted.seed)
-    base = load_base(classifies)
+    base = load_base(classifies).to(device)
     before = None if classifies else score(bare(base), text)["loss"]
     contender = build(wanted.method, base, wanted.seed)
-    saved = measures.bytes_saved(contender.model, collate(splits["train"][: settings.batch]))
-    resting = measures.reset_peak()
+    first = {name: one.to(device) for name, one in collate(splits["train"][: settings.batch]).items()}
+    saved = measures.bytes_saved(contender.model, first)
+    resting = devices.reset_peak(device)
     torch.manual_seed(wanted.seed)  # methods draw different numbers until here
     cost = train(
-        contender.model, splits["train"], settings, wanted.rate, wanted.seed, contender.groups(wanted.rate), collate
+        contender.model, splits["train"], settings, wanted.rate, wanted.seed, contender.groups(wanted.rate), collate, device
     )
-    peak = measures.resident("VmHWM")
+    peak = devices.peak(device)
     scores = {split: score(contender, splits[split]) for split in ("dev", "test")}
     after = None if classifies else score(contender, text)["loss"]
     drafts = can_draft(contender.model) and not classifies
@@ -57,7 +58,7 @@ def run(wanted: Run, settings: Settings = SETTINGS) -> dict[str, Any]:
         "forgetting": {"before": before, "after": after}, "trainable": contender.trainable, **asdict(cost),
         "memory_mb": {"peak": round(peak), "growth": round(peak - resting)}, "bytes_saved": saved,
         "decoding": measures.decoding(contender.model, base, prompts(splits["test"])) if drafts else None,
-        "settings": asdict(settings), "machine": machine(),
+        "settings": asdict(settings), "machine": devices.machine(device) | {"load": round(os.getloadavg()[0], 1)},
     }  # fmt: skip
 
 
@@ -81,13 +82,13 @@ def prompts(rows: list[dict[str, Any]]) -> list[list[int]]:
     return [[t for t, label in zip(r["input_ids"], r["labels"], strict=True) if label == IGNORE] for r in rows]
 
 
-def carry_out(wanted: Run, folder: Path, settings: Settings = SETTINGS) -> None:
+def carry_out(wanted: Run, folder: Path, settings: Settings = SETTINGS, device: str = "cpu") -> None:
     """A run and its file, or its error and the file of that."""
     if wanted.method == "shadow-peft-0.1.1":
         sys.path.insert(0, str(fetched(PEER)))  # before anything imports this library, which has the same name
     path = wanted.path(folder)
     try:
-        result = run(wanted, settings)
+        result = run(wanted, settings, device)
     except Exception as error:
         path, result = wanted.failure(folder), {**asdict(wanted), "error": repr(error), "where": traceback.format_exc()}
         print(result["where"], file=sys.stderr)
@@ -118,6 +119,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="Fewer, to try it out; with a folder of its own.")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="With a folder of its own.")
     asked = parser.parse_args(words)
     if asked.list:
         for wanted in plan.missing(asked.out):
@@ -125,13 +127,13 @@ def main(words: list[str]) -> int:
         return 0
     if not asked.next and None in (asked.method, asked.task, asked.lr):
         parser.error("Give --next, or --method, --task and --lr.")
-    if asked.steps != SETTINGS.steps and asked.out == RESULTS:
-        parser.error("Runs of another length belong into another folder: give --out.")
+    if asked.out == RESULTS and (asked.steps != SETTINGS.steps or asked.device != "cpu"):
+        parser.error("Runs of another length or on another device belong into another folder: give --out.")
     settings = Settings(asked.steps, SETTINGS.batch, SETTINGS.warmup)
     one = None if asked.next else Run(asked.method, asked.task, asked.seed, asked.lr)
-    with plan.claimed(asked.out, one) as wanted:
-        if wanted is None:
+    with plan.claimed(asked.out, one) as claimed:
+        if claimed is None:
             return 1
-        prepare([wanted.task, "wikipedia"])
-        carry_out(wanted, asked.out, settings)
+        prepare([claimed.task, "wikipedia"])
+        carry_out(claimed, asked.out, settings, asked.device)
     return 0

@@ -49,8 +49,9 @@ def score(contender: Contender, rows: list[dict[str, Any]]) -> Scores:
     """Scores of the attached model and, where there is one, of the shadow; `agreement` is over all targets."""
     contender.model.eval()
     attached, detached, agreed = Answers(), Answers(), 0
+    device = next(contender.model.parameters()).device
     for start in range(0, len(rows), BATCH):
-        inputs = collate(rows[start : start + BATCH])
+        inputs = {name: one.to(device) for name, one in collate(rows[start : start + BATCH]).items()}
         labels = inputs.pop("labels")
         targets = labels[:, None] if labels.dim() == 1 else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         logits, shadow_logits = (None if found is None else _of(found, labels) for found in contender.logits(inputs))

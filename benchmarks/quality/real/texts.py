@@ -30,6 +30,7 @@ Labelled: TypeAlias = dict[str, Any]
 
 SIMILAR = 0.5
 MAIL_CHARACTERS = 320
+HELD_OUT_PASSAGES = 200
 PASSAGE_CHARACTERS = 600
 
 
@@ -101,8 +102,11 @@ def mail_text(raw: str) -> tuple[str, str]:
 
 
 def wikipedia(count: int) -> list[str]:
-    """Passages on which forgetting is measured: the first so many that are long enough."""
-    texts = (row["0"].strip() for row in lines("schelling_point/wikipedia_5.jsonl"))
+    """Passages on which forgetting is measured: the first long enough of the last `HELD_OUT_PASSAGES`.
+
+    `scripts/registry_text.py` leaves those out of the corpus that shadows are pretrained on.
+    """
+    texts = [row["0"].strip() for row in lines("schelling_point/wikipedia_5.jsonl")][-HELD_OUT_PASSAGES:]
     return [text for text in texts if len(text) >= PASSAGE_CHARACTERS][:count]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shadow_peft.backbone.projection import PROJECTION, carried_projection
+from shadow_peft.backbone.projection import carried_projection, carry_projection
 from shadow_peft.base.decoder import find_decoder
 from shadow_peft.base.quantization import quantization_method
 from shadow_peft.base.task_head import input_embeddings, path_of
@@ -46,7 +46,7 @@ def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: 
     is_projected_lm = projection is not None and "shadow_model" in shadow_model._modules
     backbone: PreTrainedModel = shadow_model.shadow_model if is_projected_lm else _without_head(shadow_model)
     if projection is not None:
-        object.__setattr__(backbone, PROJECTION, projection)  # beside the modules, so that no state dict shows it
+        carry_projection(backbone, projection)
     if remove_embed_tokens:
         remove_embeddings(backbone)
     return backbone

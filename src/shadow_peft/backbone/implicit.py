@@ -48,16 +48,21 @@ def build_implicit_backbone(
         ValueError: more layers than the base has, a size the base's config does not know, or `shadow_init="base"`
             where the sizes do not allow it.
     """
-    backbone: PreTrainedModel = type(decoder.backbone)(truncated_config(decoder, config))
-    backbone.to(master_dtype(decoder.backbone.dtype))
-    _remove_unused_modules(backbone, decoder)
-    _freeze_without_gradient(backbone)
+    backbone = backbone_with_table(decoder, config)
     shared_name = _share_tables(backbone, decoder, config)
     if init_from_base and config.shadow_init != "random":
         _init_from_base(backbone, decoder, config)
     if shared_name is None and config.shadow_hidden_size not in (None, decoder.hidden_size):
         return backbone, None
     return backbone, shared_name or remove_embeddings(backbone)
+
+
+def backbone_with_table(decoder: Decoder, config: ShadowConfig) -> PreTrainedModel:
+    """A random backbone as `build_implicit_backbone` makes it, but with the embedding table of its class."""
+    backbone: PreTrainedModel = type(decoder.backbone)(truncated_config(decoder, config))
+    _remove_unused_modules(backbone, decoder)
+    _freeze_without_gradient(backbone)
+    return backbone.to(master_dtype(decoder.backbone.dtype))
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,23 +52,33 @@ _RESET: dict[str, Any] = {"num_kv_shared_layers": 0, "ple_layer_ids": []}
 def selected_layers(decoder: Decoder, config: ShadowConfig) -> list[int]:
     """The base layers that the backbone's layers correspond to.
 
-    They are the first ones, or ones evenly spaced from the first to the last. The last one is replaced by the next base
-    layer of the right kind where no selected layer keeps keys but some base layer does (recurrent and attention layers
-    mixed), and where the config wants its last layer to be of one kind.
+    They are the first ones, ones evenly spaced from the first to the last, or those that the config names. The last one is
+    replaced by the next base layer of the right kind where no selected layer keeps keys but some base layer does (recurrent
+    and attention layers mixed), and where the config wants its last layer to be of one kind.
 
     Raises:
-        ValueError: more layers than the base has.
+        ValueError: more layers than the base has, or named layers of which none, or not the last, is of the right kind.
     """
     n, count = config.num_shadow_layers, len(decoder.layers)
     if n > count:
         raise ValueError(f"num_shadow_layers is {n}, but the base has only {count} decoder layers.")
-    if config.shadow_init_layers == "first" or n == 1:
+    named = config.named_layers
+    if named is not None:
+        if named[-1] >= count:
+            raise ValueError(f"shadow_init_layers names layer {named[-1]}, but the base's layers are 0 to {count - 1}.")
+        selected = named
+    elif config.shadow_init_layers == "first" or n == 1:
         selected = list(range(n))
     else:
         selected = [round(i * (count - 1) / (n - 1)) for i in range(n)]
     right = _right_last_layers(decoder.config)
     checked = selected[-1:] if architecture_of(decoder.config).last_layer_kind else selected
     if right and not set(right) & set(checked):
+        if named is not None:
+            raise ValueError(
+                f"shadow_init_layers names {config.shadow_init_layers}; a {decoder.config.model_type} needs "
+                f"{'as its last layer' if checked != selected else 'among them'} one of {', '.join(map(str, right))}."
+            )
         selected[-1] = next((i for i in right if i > selected[-1]), right[-1])
     return sorted(selected)
 

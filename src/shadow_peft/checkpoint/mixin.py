@@ -202,9 +202,14 @@ class CheckpointMixin(ShadowAdapter):
         """
         base, origin = peft_adapters.unwrap_base(model), stored.provenance
         attach: Any = cls
+        if shadow_model is None and stored.shadow_place is not None:
+            raise ValueError(
+                f"The shadow of {stored.directory} is made from the model {stored.shadow_place!r}: load that and pass it as "
+                "shadow_model, or write the adapter anew with `shadow-peft convert --to native`."
+            )
         if shadow_model is None:
             with malformed(f"{stored.directory}: shadow_model_config"):
-                shadow_model = build_stored_shadow(origin)
+                shadow_model = build_stored_shadow(origin) or store.mirror_with_table(base, stored)
         with restored_on_failure(base) as record:
             injected = _inject_adapters(base, stored, record)
             peft_model = attach(

@@ -11,11 +11,14 @@ peft's config has no name for is in its `provenance`, which peft ignores too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.checkpoint.native import saved_tensors
 from shadow_peft.config import ShadowConfig
 
@@ -25,6 +28,7 @@ PEFT_TYPE = "SHADOW"
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
+_BACKBONE = f"base_model.shadow_backbone.{_ADAPTER}"
 
 _FIELDS = {
     "r": "injection_hidden_size",
@@ -52,7 +56,7 @@ def adapter_views(model: ShadowAdapter) -> dict[str, Tensor]:
     for i, block in enumerate(block_paths(model)):
         views |= {f"{_PREFIX}{block}.{name}": view for name, view in _block_views(model, i).items()}
     backbone = saved_tensors(model.shadow_model)
-    views |= {f"base_model.shadow_backbone.{_ADAPTER}.{name}": tensor for name, tensor in backbone.items()}
+    views |= {f"{_BACKBONE}.{name}": tensor for name, tensor in backbone.items()}
     if isinstance(model.shadow_hidden_projection, nn.Linear):
         weight = model.shadow_hidden_projection.weight.detach()
         views[f"base_model.shadow_projection.{_ADAPTER}.weight"] = weight
@@ -99,15 +103,26 @@ def config_from_peft(data: dict[str, Any], ours: dict[str, Any]) -> ShadowConfig
     """
     if data.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{CONFIG_FILE} has peft_type {data.get('peft_type')!r}; only {PEFT_TYPE!r} is a shadow adapter.")
-    if not data.get("share_embeddings", True):
-        raise ValueError(f"{CONFIG_FILE} has share_embeddings false, which is not supported.")
     values = {name: data[theirs] for theirs, name in _FIELDS.items() if data.get(theirs) is not None}
+    if is_mirror(data) or not ours:
+        values["num_shadow_layers"] = data.get("shadow_num_hidden_layers") or 1
     values |= {
-        "num_shadow_layers": data.get("shadow_num_hidden_layers") or 1,
         "gate_hidden_size": data.get("update_hidden_size") or data["r"],
         "variant": "peft",
     }
+    if is_mirror(data) and not data.get("share_embeddings", True) and not ours:
+        values["train_shadow_embeddings"] = True
     return ShadowConfig.from_dict({"shadow_init": "random", **ours, **values})
+
+
+def is_mirror(data: dict[str, Any]) -> bool:
+    """Whether the backbone of an `adapter_config.json` is made from the base, and is no model of its own."""
+    return data.get("shadow_model", "mirror") == "mirror"
+
+
+def holds(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the tensors of a checkpoint hold one that has a name in the backbone."""
+    return f"{_BACKBONE}.{name}" in tensors
 
 
 def peft_config(model: ShadowAdapter, base_name: str | None) -> dict[str, Any]:
@@ -122,6 +137,13 @@ def peft_config(model: ShadowAdapter, base_name: str | None) -> dict[str, Any]:
         "shadow_model": "mirror",
         "shadow_num_hidden_layers": config.num_shadow_layers,
         "update_hidden_size": config.gate_hidden_size,
-        "share_embeddings": True,
+        "share_embeddings": not _reads_own_table(model),
         "target_modules": block_paths(model),
     }
+
+
+def _reads_own_table(model: ShadowAdapter) -> bool:
+    """Whether a shadow as wide as the base does without the base's embeddings; one of another width always does."""
+    own = input_embeddings(model.shadow_model)
+    same_width = model.shadow_hidden_size == model.base_hidden_size
+    return same_width and own is not None and not isinstance(own, SharedEmbedding)

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.implicit import backbone_with_table
 from shadow_peft.base import peft_adapters
+from shadow_peft.base.decoder import find_decoder
+from shadow_peft.base.task_head import path_of
 from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.arguments import check_arguments
 from shadow_peft.checkpoint.folder import FILES, INDEX_FILE, STATE_FILE, check_target, is_trainer_folder
@@ -42,10 +46,11 @@ class Checkpoint:
         dialect: dialect of the files.
         tensors: name -> tensor of the adapter.
         heads: name -> tensor of the trained heads.
-        base_adapters: name -> tensor of the PEFT adapters that the base carried.
         provenance: where the adapter comes from, as stored in the file; empty if nothing is stored.
         directory: directory that it was read from.
         training: stored factors of the loss, under the names of the task models' arguments.
+        base_adapters: name -> tensor of the PEFT adapters that the base carried.
+        shadow_place: folder or hub id of the model that a shadow of peft's is made from; None where it is made otherwise.
     """
 
     config: ShadowConfig
@@ -56,6 +61,7 @@ class Checkpoint:
     directory: Path
     training: dict[str, float] = field(default_factory=dict)
     base_adapters: dict[str, Tensor] = field(default_factory=dict)
+    shadow_place: str | None = None
 
     @property
     def head_names(self) -> list[str]:
@@ -123,7 +129,9 @@ def _read_peft(directory: Path, files: Mapping[str, Path]) -> Checkpoint:
         origin = stored_provenance(data, FILES)
         config = peft.config_from_peft(data, origin.get("shadow_config", {}))
         training = {_PEFT_WEIGHT[1]: float(data.get(_PEFT_WEIGHT[0], 0.05)), **origin.get("training", {})}
-    return _with_tensors(Checkpoint(config, "peft", {}, {}, origin, directory, training), peft.ADAPTER_FILE, files)
+        place = None if origin or peft.is_mirror(data) else str(data["shadow_model"])
+    checkpoint = Checkpoint(config, "peft", {}, {}, origin, directory, training, shadow_place=place)
+    return _with_tensors(checkpoint, peft.ADAPTER_FILE, files)
 
 
 def _with_tensors(checkpoint: Checkpoint, adapter_file: str, files: Mapping[str, Path]) -> Checkpoint:
@@ -315,6 +323,19 @@ def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
         logger.warning("The base carries PEFT adapters that %s was not made with.", checkpoint.directory)
         below = {}
     fill({**views, **heads, **below}, {**known, **checkpoint.heads, **checkpoint.base_adapters}, str(checkpoint.directory))
+
+
+def mirror_with_table(base: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """The backbone of an adapter of peft's that reads a table of its own, though it is as wide as the base; else None."""
+    config = checkpoint.config
+    if checkpoint.dialect != "peft" or not config.train_shadow_embeddings:
+        return None
+    decoder = find_decoder(base)
+    same_width = config.shadow_hidden_size in (None, decoder.hidden_size)
+    table = path_of(decoder.backbone, decoder.backbone.get_input_embeddings())
+    if not same_width or not peft.holds(checkpoint.tensors, f"{table}.weight"):
+        return None
+    return backbone_with_table(decoder, config)
 
 
 def _require_same_base(model: ShadowAdapter, checkpoint: Checkpoint) -> None:

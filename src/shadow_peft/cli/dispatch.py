@@ -19,10 +19,11 @@ from shadow_peft.cli.spelling import complaint
 VERBS = {
     "demo": "fine-tune an embedded model offline, and compare with LoRA",
     "train": "fine-tune a language model or classifier with a shadow or LoRA",
-    "pretrain": "train a shadow cut from a base on text, as a standalone model",
+    "pretrain": "train a shadow for a base on plain text, as a standalone model",
     "generate": "continue a text with a model, with or without its shadow adapter",
     "classify": "tell the class of a text with a classifier, with or without adapter",
     "export": "write the shadow of an adapter as a standalone model",
+    "convert": "write an adapter for peft, or one of peft's for this library",
     "eval": "score a model or its shadow with lm-evaluation-harness",
     "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
     "serve": "serve one base with many adapters to clients of OpenAI's API",

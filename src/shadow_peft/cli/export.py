@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.checkpoint import store
 from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.export_runtime import compare_runtime, require_runtime, write_for_runtime
 from shadow_peft.cli.loading import check_place, load_answering, load_model, load_tokenizer, named_base
-from shadow_peft.cli.options import OPTIONS, ExportOptions
+from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.prompts import read_prompts
 from shadow_peft.cli.quiet import quiet_libraries
@@ -23,6 +25,8 @@ from shadow_peft.config import CONFIG_FILE
 from shadow_peft.export import hf
 from shadow_peft.export.check import agreement, classifies, ends_of, generates
 from shadow_peft.export.folded import fold
+from shadow_peft.export.quantized import quantized
+from shadow_peft.export.runtimes import CannotExport
 from shadow_peft.tasks.auto import AutoShadowModelForSequenceClassification
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
 
@@ -36,6 +40,8 @@ EXAMPLES = """examples:
   shadow-peft export out --dtype bfloat16 --output small
   shadow-peft export out --no_fold --output apart   keep the projection apart
   shadow-peft export apart --output stock           fold it
+  shadow-peft export out --to gguf --type q8_0      a file for llama.cpp
+  shadow-peft export out --to html                  a page that answers in a browser
 """
 
 
@@ -48,13 +54,20 @@ def run(arguments: list[str]) -> None:
     options, others = parse(parser, arguments)
     folder = target(options, others.shadow)
     with quiet_libraries():
+        require_runtime(options)
         attached, tokenizer, origin = load(options, others.shadow)
         prompts = read_prompts(options.check, tokenizer, options.check_prompts)
         exported = detached(attached, options)
-        hf.write(exported, tokenizer, folder, origin)
+        if options.to == "hf":
+            hf.write(exported, tokenizer, folder, origin)
+        else:
+            write_for_runtime(exported, tokenizer, folder, origin, options)
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{folder}: {type(exported).__name__}, {exported.num_parameters():,} parameters, {size / 1e6:.1f} MB")
-        print(compare(attached, folder, prompts, options))
+        if options.to == "hf":
+            print(compare(attached, folder, prompts, options))
+        else:
+            print(compare_runtime(exported, tokenizer, folder, prompts, options))
 
 
 def target(options: ExportOptions, shadow: str) -> Path:
@@ -111,7 +124,13 @@ def detached(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
     except ValueError as error:
         keep = "; --no_fold keeps the projection apart" if options.fold else ""
         raise UserError(f"cannot export this shadow: {one_line(error)}{keep}") from error
-    return exported if options.dtype == "auto" else exported.to(getattr(torch, options.dtype))
+    exported = exported if options.dtype == "auto" else exported.to(getattr(torch, options.dtype))
+    if options.quantize == "none":
+        return exported
+    try:
+        return quantized(exported)
+    except CannotExport as error:
+        raise UserError(f"--quantize {options.quantize}: {error}") from error
 
 
 def compare(attached: PreTrainedModel, folder: Path, prompts: list[list[int]], options: ExportOptions) -> str:

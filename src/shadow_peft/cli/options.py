@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shadow_peft.cli.cascade_options import CascadeOptions
+from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.pretrain_options import PretrainOptions
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.cli.serve_options import ServeOptions
 from shadow_peft.config import ShadowConfig
@@ -98,73 +100,6 @@ class TemplateOptions:
     class_column: str | None = field(default=None, metadata={"help": "Column of class indices to replace by --class_names."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Name of each class."})
     chat: bool = field(default=False, metadata={"help": "Make prompt and completion turns for the chat template."})
-
-
-@dataclass
-class PretrainOptions:
-    """Options of `shadow-peft pretrain`."""
-
-    model: str = field(metadata={"help": "Folder or hub id of the base."})
-    data: list[str] = field(metadata={"help": "Files or folders of text, or the id of a dataset on the hub."})
-    output: str = field(metadata={"help": "Folder for the finished shadow, its card and curve, and the checkpoints."})
-    max_steps: int = field(metadata={"help": "Optimizer steps that the learning rate is planned for."})
-    resume: bool = field(
-        default=False,
-        metadata={"help": "Go on from the newest finished checkpoint in OUTPUT; where there is none, start."},
-    )
-    num_shadow_layers: int = field(default=2, metadata={"help": "Decoder layers of the shadow."})
-    shadow_init_layers: Literal["first", "even"] = field(
-        default="even", metadata={"help": "Which layers of the base it starts from: the first, or evenly spaced ones."}
-    )
-    shadow_init: Literal["base", "random"] = field(
-        default="base", metadata={"help": "Copies of the base's layers, or random weights."}
-    )
-    shadow_intermediate_size: int | None = field(
-        default=None, metadata={"help": "Neurons of each MLP; by default as many as the base has."}
-    )
-    shadow_num_attention_heads: int | None = field(
-        default=None, metadata={"help": "Attention heads; by default as many as the base has."}
-    )
-    shadow_num_key_value_heads: int | None = field(
-        default=None, metadata={"help": "Key/value heads; by default as many as the base has."}
-    )
-    next_token_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the text."})
-    distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the KL divergence from the base's next-token distribution."}
-    )
-    top_k: int = field(default=32, metadata={"help": "The base's most likely tokens that this divergence compares."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    data_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
-    data_split: str = field(default="train", metadata={"help": "Split of a dataset on the hub."})
-    context: int = field(default=512, metadata={"help": "Tokens of a block."})
-    held_out: int = field(default=64, metadata={"help": "Blocks that are held out for evaluation."})
-    shuffle_buffer: int = field(default=2000, metadata={"help": "Documents among which the next one is drawn."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks of one forward pass."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    warmup_steps: int = field(default=100, metadata={"help": "Steps in which the learning rate rises."})
-    decay_fraction: float = field(default=0.25, metadata={"help": "Last part of the steps, in which it falls to 0."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
-    eval_steps: int = field(default=250, metadata={"help": "Steps between two evaluations."})
-    save_steps: int = field(default=250, metadata={"help": "Steps between two checkpoints."})
-    logging_steps: int = field(default=25, metadata={"help": "Steps between two lines of the log."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base, in which the shadow computes, too."})
-    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU where there is a GPU, too."})
-    compile: bool = field(default=False, metadata={"help": "Compile the shadow, which needs a C++ compiler."})
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"):
-            require(name, getattr(self, name), 1)
-        for name in ("logging_steps", "held_out", "shuffle_buffer", "num_shadow_layers", "top_k"):
-            require(name, getattr(self, name), 1)
-        require("context", self.context, 2)
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "next_token_weight", "distillation_weight"):
-            require(name, getattr(self, name), 0)
-        require("decay_fraction", self.decay_fraction, 0, 1)
-        require("seed", self.seed, 0, LARGEST_SEED)
-        if self.next_token_weight + self.distillation_weight == 0:
-            raise ValueError("--next_token_weight and --distillation_weight are both 0: nothing would be learned")
 
 
 @dataclass
@@ -290,33 +225,14 @@ class EvalOptions:
 
 
 @dataclass
-class ExportOptions:
-    """Options of `shadow-peft export`."""
+class ConvertOptions:
+    """Options of `shadow-peft convert`."""
 
-    to: Literal["hf"] = field(default="hf", metadata={"help": "Format: hf is a folder of transformers."})
+    to: Literal["peft", "native"] = field(metadata={"help": "Whose files to write: those of peft, or this library's."})
+    output: str = field(metadata={"help": "Folder to write into, new or empty."})
     model: str | None = field(
         default=None, metadata={"help": "Folder or hub id of the base; by default the one that the adapter names."}
     )
-    output: str | None = field(
-        default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
-    )
-    fold: bool = field(
-        default=True,
-        metadata={
-            "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
-        },
-    )
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
-    check: str | None = field(
-        default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
-    )
-    check_prompts: int = field(default=20, metadata={"help": "Number of prompts to take from --check."})
-    check_tokens: int = field(default=40, metadata={"help": "Maximum number of tokens of an answer that is compared."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
-
-    def __post_init__(self) -> None:
-        require("check_prompts", self.check_prompts, 1)
-        require("check_tokens", self.check_tokens, 1)
 
 
 #: Verb -> the dataclasses of this package whose fields are its options.
@@ -330,6 +246,7 @@ OPTIONS: dict[str, list[type]] = {
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
     "serve": [ServeOptions, QuantizationOptions],
     "export": [ExportOptions],
+    "convert": [ConvertOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shadow_peft.cli.folders import checkpoints, what_is_missing
 from shadow_peft.cli.options import TrainOptions
 from shadow_peft.cli.progress import TrainingProgress
 from shadow_peft.cli.screen import Screen
+from shadow_peft.export.head import CannotFold
 from shadow_peft.training.card import RunFacts, write_card
 from shadow_peft.training.sft import ShadowSFTTrainer
 
@@ -127,11 +129,21 @@ def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, output: Path, export:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output), _internal_call=True)
     if export and trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).export_shadow().save_pretrained(output / "shadow")
+        _exported(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(output / "shadow")
         tokenizer.save_pretrained(output / "shadow")
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _exported(model: Any) -> PreTrainedModel:
+    """The shadow as a stock model; where it cannot be folded, with its projection apart, since the run is over."""
+    try:
+        folded: PreTrainedModel = model.export_shadow(fold=True)
+    except CannotFold as error:
+        print(f"note: the shadow is exported with its projection apart: {one_line(error)}", file=sys.stderr)
+        folded = model.export_shadow()
+    return folded
 
 
 def _without_resuming(arguments: list[str]) -> list[str]:

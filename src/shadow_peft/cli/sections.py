@@ -32,12 +32,12 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pretrain": {
         "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
-        "the cut": (
-            "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_intermediate_size",
-            "shadow_num_attention_heads", "shadow_num_key_value_heads",
+        "the shadow: a cut of the base, or a small model": (
+            "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_hidden_size", "shadow_intermediate_size",
+            "shadow_num_attention_heads", "shadow_num_key_value_heads", "small",
         ),
-        "what it learns": ("next_token_weight", "distillation_weight", "top_k"),
-        "text": ("text_column", "data_name", "data_split", "context", "held_out", "shuffle_buffer"),
+        "what it learns": ("align", "next_token_weight", "distillation_weight", "top_k", "teacher_cache"),
+        "text": ("text_column", "data_name", "data_split", "data_licence", "context", "held_out", "shuffle_buffer"),
         "training": (
             "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "decay_fraction",
             "weight_decay", "eval_steps", "save_steps", "logging_steps", "seed", "dtype", "use_cpu", "compile",
@@ -57,6 +57,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "log_samples",
         ),
     },
+    "convert": {"what is written": ("to", "output", "model", "config")},
     "cascade": {
         "who answers": (
             "adapter", "model", "remote_url", "remote_model", "timeout", "threshold", "takeover", "chat", "dtype",
@@ -75,7 +76,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "limits": ("max_prompt_tokens", "max_new_tokens", "max_queue", "timeout", "max_batch", "window"),
     },
     "export": {
-        "what is written": ("to", "output", "overwrite", "model", "fold", "dtype", "config"),
+        "what is written": (
+            "to", "output", "overwrite", "model", "fold", "dtype", "type", "quantize", "config",
+        ),
+        "the page in the browser (--to html)": ("page_title", "page_about", "page_prompt"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
 }  # fmt: skip

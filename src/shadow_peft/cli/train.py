@@ -73,7 +73,7 @@ EXAMPLES = """examples:
   shadow-peft train --config recipes/gsm8k.yaml --load_in_4bit \\
       --use_bnb_nested_quant --output out/gsm8k-4bit
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml \\
-      -m shadow_peft.cli train --config recipes/gsm8k.yaml
+      -m shadow_peft.cli train --config recipes/gsm8k.yaml --output out/fsdp
 """
 
 #: Defaults of SFTConfig and ModelConfig that suit an adapter; all others are TRL's. Every part of an adapter gets a gradient

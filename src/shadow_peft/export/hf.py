@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ _PACKAGES = ("shadow-peft", "torch", "transformers")
 _WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
     r"|tokenizer\.model|chat_template\.jinja|model\b.*\.safetensors(\.index\.json)?|README\.md"
+    r"|model-\w+\.gguf|model\.onnx(_data)?|openvino_model\.(xml|bin)|model\.(pte|html)|export\.json"
 )
 
 
@@ -43,11 +46,18 @@ class Origin:
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, origin: Origin) -> None:
     """Write all files or none; those of an earlier export in the folder are replaced."""
-    old = [path.name for path in folder.iterdir() if _WRITTEN.fullmatch(path.name)] if folder.is_dir() else []
-    with all_or_none(folder, removing=old) as staging:
+    with replacing(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         card(model, origin, folder.name).save(staging / CARD)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A staging folder whose files appear in `folder` together at the end, in the place of those of an earlier export."""
+    old = [path.name for path in folder.iterdir() if _WRITTEN.fullmatch(path.name)] if folder.is_dir() else []
+    with all_or_none(folder, removing=old) as staging:
+        yield staging
 
 
 def what_else_is_in(folder: Path) -> str | None:
@@ -60,12 +70,22 @@ def what_else_is_in(folder: Path) -> str | None:
     return next((path.name for path in sorted(folder.iterdir()) if not _WRITTEN.fullmatch(path.name)), None)
 
 
-def card(model: PreTrainedModel, origin: Origin, name: str) -> ModelCard:
-    """The model card: what it is, how it is used, where it comes from."""
+def card(model: PreTrainedModel, origin: Origin, name: str, usage: str | None = None, to: str = "hf") -> ModelCard:
+    """The model card: what it is, how it is used, where it comes from.
+
+    Args:
+        model: what was exported.
+        origin: where it comes from.
+        name: of the folder.
+        usage: Markdown; None for a folder of transformers.
+        to: the format.
+    """
     is_classifier = model.get_output_embeddings() is None
     task = "text-classification" if is_classifier else "text-generation"
     base = None if origin.base is None or Path(origin.base).exists() else origin.base
-    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag=task, tags=["shadowpeft"])
+    data = ModelCardData(
+        base_model=base, library_name="transformers" if to == "hf" else to, pipeline_tag=task, tags=["shadowpeft"]
+    )
     base_name = None if origin.base is None else Path(origin.base).name
     adapter = Path(origin.adapter).name
     rows = {
@@ -78,12 +98,13 @@ def card(model: PreTrainedModel, origin: Origin, name: str) -> ModelCard:
         **{package: version(package) for package in _PACKAGES},
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)])
+    form = "; no other package is needed." if to == "hf" else f", exported to {to}."
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {f'Shadow of {base_name}' if base_name else name}\n\n"
         f"A small model that was trained as the shadow of {f'`{base_name}`' if base_name else 'a larger one'} by ShadowPEFT "
-        f"and detached from it. It is a stock `{type(model).__name__}` of transformers; no other package is needed.\n\n"
-        f"## Use\n\n```python\n{_usage(is_classifier, name)}\n```\n\n"
-        f"## Provenance\n\nMade by `{MARK} {adapter}`.\n\n{table}\n"
+        f"and detached from it. It is a stock `{type(model).__name__}` of transformers{form}\n\n"
+        f"## Use\n\n{usage or _usage(is_classifier, name)}\n\n"
+        f"## Provenance\n\nMade by `{MARK} {adapter}{'' if to == 'hf' else f' --to {to}'}`.\n\n{table}\n"
     )
 
 
@@ -91,12 +112,14 @@ def _usage(is_classifier: bool, name: str) -> str:
     auto, ending = ("AutoModelForCausalLM", _GENERATE)
     if is_classifier:
         auto, ending = ("AutoModelForSequenceClassification", _CLASSIFY)
-    return f"""from transformers import {auto}, AutoTokenizer
+    return f"""```python
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = {auto}.from_pretrained("{name}")
 inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)
-{ending}"""
+{ending}
+```"""
 
 
 _GENERATE = """output = model.generate(**inputs, max_new_tokens=50)

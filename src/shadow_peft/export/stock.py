@@ -138,14 +138,14 @@ def _copy_tensors(module: nn.Module, source: nn.Module) -> None:
 
 
 def _complete_backbone(model: ShadowAdapter) -> PreTrainedModel:
-    """A copy of the backbone with embeddings of its own."""
+    """A copy of the backbone with embeddings of its own; all in its dtype, which is often wider than that of the base."""
     backbone = copy.deepcopy(model.shadow_model)
     for path, module in list(backbone.named_modules()):
         if isinstance(module, SharedEmbedding):
             backbone.set_submodule(path, module.materialize())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
-    return backbone
+    return backbone.to(model.shadow_model.dtype)
 
 
 def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:
@@ -187,6 +187,7 @@ def _explicit_causal_lm(model: ShadowAdapter, same_width: bool, folded: bool) ->
         raise ValueError(f"This shadow can be exported from a causal LM only, not from {type(base).__name__}.")
     backbone = _complete_backbone(model)
     weight, bias, cap = _large_head(model)
+    weight, bias = weight.to(backbone.dtype), None if bias is None else bias.to(backbone.dtype)
     fits = same_width and cap is None and backbone.get_input_embeddings().weight.shape[0] == weight.shape[0]
     if fits and not folded:
         with suppress(CannotFold):

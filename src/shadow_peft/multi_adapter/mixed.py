@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from shadow_peft.adapter import ShadowAdapter, with_drafted
+from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.decoder import Decoder
 from shadow_peft.cache import ShadowCache, StatePair, make_shadow_cache
-from shadow_peft.inputs import ModelInputs
+from shadow_peft.inputs import ModelInputs, with_drafted
 from shadow_peft.multi_adapter.coupling import (
     GroupedEvolvingCoupling,
     GroupedStaticCoupling,

@@ -2,7 +2,7 @@
 
 Documents of several files are mixed in proportion to the files' sizes, shuffled within a buffer, parted by the tokenizer's
 end-of-text token and packed into blocks of equal length, across the ends of documents. The first blocks are held out for
-evaluation; the others are repeated, in the same order, for as long as the training lasts.
+evaluation; the others are numbered, and repeated in the same order for as long as the training lasts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def open_corpus(corpus: Corpus) -> IterableDataset:
         FileNotFoundError: a file is not there, or a folder holds no file that can be read.
         ValueError: a file of another kind, or without the column.
     """
-    files = [file for place in corpus.places for file in _files(place)]
+    files = [file for place in corpus.places for file in files_of(place)]
     if files:
         parts = [load_dataset(**READERS[f.suffix], data_files=str(f), split="train", streaming=True) for f in files]
     else:
@@ -100,7 +100,7 @@ def blocks(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, conte
 
 
 def split_blocks(stream: IterableDataset, held_out: int) -> tuple[IterableDataset, list[dict[str, Any]]]:
-    """The endless stream of the training, and the blocks that are held out from it.
+    """The stream of the training, whose blocks are numbered in a column `index`, and the blocks that are held out from it.
 
     Raises:
         ValueError: the corpus has no more blocks than are held out.
@@ -111,11 +111,16 @@ def split_blocks(stream: IterableDataset, held_out: int) -> tuple[IterableDatase
             f"The corpus has {len(first)} blocks, of which {held_out} are to be held out, so none is left to train on: "
             "give more text, a shorter context, or hold out less."
         )
-    return stream.skip(held_out).repeat(None), first[:held_out]
+    return stream.skip(held_out).map(_numbered, with_indices=True), first[:held_out]
 
 
-def _files(place: str) -> list[Path]:
-    """The files that a place names, sorted; none where it can only be the id of a dataset."""
+def files_of(place: str) -> list[Path]:
+    """The files that a place names, sorted; none where it can only be the id of a dataset.
+
+    Raises:
+        FileNotFoundError: a file is not there, or a folder holds no file that can be read.
+        ValueError: a file of another kind.
+    """
     path = Path(place)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
@@ -143,6 +148,10 @@ def _tokenized(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -
     ids = tokenizer(rows["text"], verbose=False, return_attention_mask=False)["input_ids"]
     end = tokenizer.eos_token_id
     return {"input_ids": [row if row and row[-1] == end else [*row, end] for row in ids]}
+
+
+def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "index": index}
 
 
 def _is_full(row: dict[str, list[int]], context: int) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from shadow_peft.backbone.projection import Reconstruction
+from shadow_peft.pretraining.corpus import files_of
 from shadow_peft.storage.files import write_json
 from shadow_peft.training.card import CARD, PICTURE, LogRow, draw_losses, loss_curves, portable
 
@@ -25,21 +27,42 @@ class PretrainingFacts:
 
     Attributes:
         base: folder or hub id of the base.
+        small: folder or hub id of the small model that the shadow was; None for a cut of the base.
         data: places of the text.
+        licence: that of the text, as it was given.
         options: all options, by name.
         arguments: those of `shadow-peft pretrain`, which made the run.
         trained: number of trained parameters.
         tokens_per_step: tokens of one optimizer step.
-        seconds: duration of the training, of the last process alone where it was resumed.
+        seconds: duration of the training.
+        fit: how well a projection was fitted before the training.
+        shares_embeddings: whether the shadow reads the base's embeddings.
     """
 
     base: str
+    small: str | None
     data: Sequence[str]
+    licence: str | None
     options: Mapping[str, Any]
     arguments: Sequence[str]
     trained: int
     tokens_per_step: int
     seconds: float
+    fit: Reconstruction | None
+    shares_embeddings: bool
+
+
+def fit_in_words(fit: Reconstruction) -> str:
+    """How well a projection was fitted, in one line."""
+    error, explained = f"relative error {fit.relative_error:.3g}", f"explained variance {fit.explained_variance:.1%}"
+    return f"fitted to the small model's head: {error}, {explained}"
+
+
+def next_command(base: str, shadow: str, shares_embeddings: bool) -> str:
+    """The command that fine-tunes with the finished shadow."""
+    share = ["--share_embeddings"] if shares_embeddings else []
+    words = ["train", "--model", base, "--shadow_model", shadow, *share, "--data", "data.jsonl", "--output", "out"]
+    return shlex.join(["shadow-peft", *words])
 
 
 def write_report(output: Path, facts: PretrainingFacts, log: Sequence[LogRow]) -> None:
@@ -58,6 +81,7 @@ def _facts(facts: PretrainingFacts, log: Sequence[LogRow]) -> dict[str, Any]:
         "steps": steps,
         "tokens": steps * facts.tokens_per_step,
         "seconds": round(facts.seconds),
+        "projection": None if facts.fit is None else facts.fit._asdict(),
         "command": shlex.join(["shadow-peft", "pretrain", *map(portable, facts.arguments)]),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
@@ -77,20 +101,35 @@ def _text(facts: PretrainingFacts, log: Sequence[LogRow], has_picture: bool) -> 
     figures = {"trained parameters": f"{facts.trained:,}", "steps": f"{known['steps']:,}", "tokens": f"{known['tokens']:,}"}
     if held_out:
         figures["held-out loss, nats per token"] = f"{held_out[0]:.4g} at first, {held_out[-1]:.4g} at last"
+    if facts.fit is not None:
+        figures["projection"] = fit_in_words(facts.fit)
     provenance = {name: str(known[name]) for name in ("python", *PACKAGES)}
     return "\n\n".join(
         [
             f"# A shadow for {Path(base).name}",
-            f"A small language model cut from `{base}`, whose embeddings and head it shares, and trained on text. "
-            "It answers alone, and it is a starting point for ShadowPEFT.",
-            f"## Use\n\n```bash\nshadow-peft train --model {base} --shadow_model FOLDER --share_embeddings "
-            "--data data.jsonl --output out\n```",
-            f"## Data\n\n{', '.join(f'`{portable(place)}`' for place in facts.data)}.",
+            f"{_origin(facts)} It answers alone, and it is a starting point for ShadowPEFT.",
+            f"## Use\n\n```bash\n{next_command(base, 'FOLDER', facts.shares_embeddings)}\n```",
+            f"## Data\n\n{_data(facts)}",
             f"## Figures\n\n{_table(figures)}",
             *([f"![losses over the steps]({PICTURE})"] if has_picture else []),
             f"## Provenance\n\n```bash\n{known['command']}\n```\n\n{_table(provenance)}\n",
         ]
     )
+
+
+def _origin(facts: PretrainingFacts) -> str:
+    base = portable(facts.base)
+    if facts.small is not None:
+        return f"The small language model `{portable(facts.small)}` under the head of `{base}`, trained on text."
+    return f"A small language model cut from `{base}`, with the base's head, trained on text."
+
+
+def _data(facts: PretrainingFacts) -> str:
+    """The files of the text with their sizes, and its licence."""
+    files = [file for place in facts.data for file in files_of(place)]
+    rows = {f"`{file.name}`": f"{file.stat().st_size / 1e6:,.1f} MB" for file in files}
+    listed = _table(rows) if rows else ", ".join(f"`{place}`" for place in facts.data) + "."
+    return f"{listed}\n\nLicence of the text: {facts.licence or 'not given'}."
 
 
 def _table(rows: Mapping[str, str]) -> str:

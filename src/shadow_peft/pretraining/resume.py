@@ -13,7 +13,7 @@ from shadow_peft.storage.files import read_json, write_json
 
 OPTIONS, STATE, WEIGHTS = "pretraining_options.json", "trainer_state.json", "model.safetensors"
 
-FREE = ("resume", "logging_steps", "eval_steps", "save_steps", "use_cpu", "compile")
+FREE = ("resume", "logging_steps", "eval_steps", "save_steps", "use_cpu", "compile", "teacher_cache", "data_licence")
 """Options that may differ from those before the interruption."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class PretrainingTrainer(Trainer):
     Args:
         student: what is trained.
         args: the arguments of transformers, see `Schedule.arguments`.
-        stream: endless blocks `input_ids` `[context]`.
+        stream: blocks `input_ids` `[context]` with their `index`; they are repeated for as long as the training lasts.
         held_out: blocks for evaluation.
         callbacks: of transformers.
     """
@@ -100,9 +101,25 @@ class PretrainingTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         super().__init__(
-            student, args, train_dataset=stream, eval_dataset=list(held_out), data_collator=_collate, callbacks=callbacks
+            student,
+            args,
+            train_dataset=stream.repeat(None),
+            eval_dataset=list(held_out),
+            data_collator=_collate,
+            callbacks=callbacks,
         )
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._started: float | None = None
+        self._seconds_before, self._has_logged = 0.0, False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, see transformers; the clock starts."""
+        self._started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def seconds(self) -> float:
+        """Duration of the training, with that of earlier processes up to what they logged before the checkpoint."""
+        return 0.0 if self._started is None else self._seconds_before + time.perf_counter() - self._started
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The student's loss; its terms are kept for the log."""
@@ -113,7 +130,11 @@ class PretrainingTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, in training with the means of both terms since the last time, where there are two."""
+        """Log with the seconds so far; in training with the means of both terms since the last time, where there are two."""
+        if not self._has_logged:  # what is in the log already is the checkpoint's
+            self._seconds_before = max((float(row.get("seconds", 0)) for row in self.state.log_history), default=0.0)
+            self._has_logged = True
+        logs = {**logs, "seconds": round(self.seconds(), 1)}
         if "loss" in logs and self._terms:
             means = {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
             self._terms.clear()
@@ -124,7 +145,8 @@ class PretrainingTrainer(Trainer):
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
+    numbers = {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else {}
+    return {"input_ids": ids, "labels": ids, **numbers}
 
 
 def finished(student: Student) -> PreTrainedModel:

@@ -1,0 +1,201 @@
+"""Tables and picture of the comparison on the real base, from the results that are there.
+
+    python -m benchmarks.quality.real.report            writes both into docs/
+    python -m benchmarks.quality.real.report --print    only prints the tables
+
+It can be run at any time: what is missing is a dash, and each row says how many of its runs are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.quality.real.bootstrap import Difference
+from benchmarks.quality.real.packages import ROOT
+from benchmarks.quality.real.plan import (
+    CHOOSING,
+    FROZEN_PRETRAINED,
+    OTHERS,
+    PARTS,
+    PLANNED,
+    PRETRAINED,
+    RESULTS,
+    SEEDS,
+    ZERO,
+    rates,
+)
+from benchmarks.quality.real.results import Result, Results
+from benchmarks.quality.real.tasks import CLASSIFICATION
+from benchmarks.quality.table import table
+
+PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
+BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
+REFERENCE = "lora"
+METHODS = ("lora", *OTHERS, "published", "readout", *PRETRAINED)
+WRITING = tuple(task for task in PLANNED if task not in CLASSIFICATION)
+
+
+def number(value: float | None, digits: int = 3, scale: float = 1.0) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def signed(difference: Difference | None, digits: int = 3, scale: float = 1.0) -> str:
+    """A difference and its interval, or a dash."""
+    if difference is None:
+        return "-"
+    shown = (f"{scale * value:+.{digits}f}" for value in (difference.estimate, *difference.interval))
+    return "{} [{}, {}]".format(*shown)
+
+
+def score(name: str) -> Callable[[Result], float | None]:
+    """Reads a score of the test split, None of a method that does not have it."""
+    return lambda result: result["test"].get(name)
+
+
+def forgotten(result: Result) -> float:
+    """Rise of the loss on passages of Wikipedia, in nats per token."""
+    return result["forgetting"]["after"] - result["forgetting"]["before"]
+
+
+def drafting(name: str) -> Callable[[Result], float | None]:
+    """Reads a figure of decoding, None of a method that does not draft."""
+    return lambda result: result["decoding"] and result["decoding"][name]
+
+
+def runs_there(results: Results, method: str, tasks: Sequence[str]) -> str:
+    """How many of a row's runs are there."""
+    return f"{results.count(method, tasks)} of {len(tasks) * len(SEEDS)}"
+
+
+def quality_table(results: Results) -> str:
+    """Means over tasks, attached and detached, with differences to LoRA."""
+    lines = []
+    for method in METHODS:
+        means = {name: results.mean_over(method, PLANNED, score(name)) for name in SCORES}
+        other = None if method == REFERENCE else REFERENCE
+        loss, exact = (other and results.difference(method, other, PLANNED, name) for name in ("loss", "exact"))
+        lines.append(
+            [
+                method, number(means["loss"]), signed(loss or None), number(means["exact"], 1, 100),
+                signed(exact or None, 1, 100), number(means["detached_loss"]), number(means["detached_exact"], 1, 100),
+                number(means["agreement"]), number(results.mean_over(method, WRITING, forgotten)),
+                runs_there(results, method, PLANNED),
+            ]
+        )  # fmt: skip
+    heads = [
+        "method", "loss", "to LoRA", "right, %", "to LoRA", "detached loss", "detached right, %", "agreement", "forgetting",
+        "runs",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
+SCORES = ("loss", "exact", "detached_loss", "detached_exact", "agreement")
+COSTS: dict[str, Callable[[Result], float]] = {
+    "training time": lambda result: result["cpu_seconds"],
+    "peak memory": lambda result: result["memory_mb"]["peak"],
+    "memory above rest": lambda result: result["memory_mb"]["growth"],
+    "bytes saved": lambda result: result["bytes_saved"],
+}
+
+
+def cost_table(results: Results) -> str:
+    """Ratios to LoRA on the same task, and drafted decoding."""
+    lines = []
+    for method in METHODS:
+        trained = results.mean(method, CHOOSING[0], lambda result: result["trainable"])
+        ratios = [number(results.ratio(method, REFERENCE, PLANNED, value), 2) for value in COSTS.values()]
+        drafts = [number(results.mean_over(method, WRITING, drafting(name)), 2) for name in DRAFTING]
+        lines.append([method, "-" if trained is None else f"{trained:,.0f}", *ratios, *drafts])
+    return table(["method", "trained", *COSTS, *DRAFTING.values()], lines)
+
+
+DRAFTING = {
+    "tokens_per_pass": "tokens per base pass", "acceptance": "acceptance", "drafted_time": "drafted time",
+    "undrafted_time": "undrafted time",
+}  # fmt: skip
+
+
+def ablation_table(results: Results) -> str:
+    """What the shadow's state is worth: each part of both variants beside s = 0."""
+    lines = []
+    for zero in ZERO:
+        variant = zero.partition("-")[0]
+        parts = [one for one in (*PRETRAINED, *PARTS, *FROZEN_PRETRAINED) if one.startswith(f"{variant}-")]
+        for method in (zero, variant, *parts):
+            other = None if method == zero else zero
+            loss, exact = (other and results.difference(method, other, CHOOSING, name) for name in ("loss", "exact"))
+            means = [results.mean_over(method, CHOOSING, score(name)) for name in ("loss", "exact")]
+            lines.append(
+                [
+                    method, number(means[0]), signed(loss or None), number(means[1], 1, 100),
+                    signed(exact or None, 1, 100), runs_there(results, method, CHOOSING),
+                ]
+            )  # fmt: skip
+    return table(["method", "loss", "to s = 0", "right, %", "to s = 0", "runs"], lines)
+
+
+def task_table(results: Results, task: str) -> str:
+    """One task: mean ± deviation over seeds, at the chosen rate."""
+    lines = []
+    for method in METHODS:
+        found = list(results.of(method, task).values())
+        cells = [spread([value for run in found if (value := score(name)(run)) is not None]) for name in SCORES]
+        rate = rates(method, results.folder)[1]
+        lines.append([method, *cells, "-" if rate is None else f"{rate:g}", f"{len(found)} of {len(SEEDS)}"])
+    return table(["method", *(name.replace("_", " ").replace("exact", "right") for name in SCORES), "rate", "seeds"], lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± deviation, the mean alone of one value, a dash of none."""
+    if len(values) < 2:
+        return number(values[0] if values else None)
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def markdown(results: Results) -> str:
+    """All tables under their headings."""
+    parts = [
+        f"#### All methods, means over {', '.join(PLANNED)}\n\n{quality_table(results)}",
+        f"#### Cost as a ratio to LoRA on the same task, and drafting\n\n{cost_table(results)}",
+        f"#### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
+        *(f"#### {task}\n\n{task_table(results, task)}" for task in PLANNED),
+    ]
+    return "\n\n".join(parts)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the two marks of a page.
+
+    Raises:
+        ValueError: the page does not have both marks once.
+    """
+    whole = page.read_text(encoding="utf-8")
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
+        raise ValueError(f"{page} must have {BEGIN!r} and {END!r} once each.")
+    before, rest = whole.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="Print the tables and write nothing.")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE, help="A page with the two marks.")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    asked = parser.parse_args()
+    results = Results(asked.results)
+    if asked.print:
+        print(markdown(results))
+        return
+    from benchmarks.quality.real.picture import draw
+
+    put_into(asked.page, markdown(results))
+    draw(results, METHODS, REFERENCE, asked.picture)
+
+
+if __name__ == "__main__":
+    main()

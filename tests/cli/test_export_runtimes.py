@@ -1,0 +1,150 @@
+"""`shadow-peft export --to` a runtime: what it writes and says, and lines for what is missing or cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from shadow_peft import ShadowForSequenceClassification
+from shadow_peft.cli import main
+from shadow_peft.export import runtimes
+from tests.cli.conftest import tiny_tokenizer, write_lines
+from tests.cli.test_export import mistake, narrow_adapter
+from tests.runtimes.needs import need
+from tests.tiny_models import adapted, llama_classifier
+
+
+@pytest.fixture
+def adapter(chat_folder: Path, tmp_path: Path) -> Path:
+    return narrow_adapter(chat_folder, tmp_path / "adapter")
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name in names else object())
+
+
+def test_a_gguf_says_how_many_answers_agree(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need("gguf")
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "say 1:"}, {"text": "bring the red cup"}])
+    arguments = [str(adapter), "--to", "gguf", "--type", "f32", "--check", str(data), "--check_tokens", "8"]
+    assert main(["export", *arguments]) == 0
+    folder = adapter / "gguf"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "model-f32.gguf"}
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1:] == ["run by gguf, 2 of 2 answers are those of transformers"]
+    assert shown.err == ""
+    card = (folder / "README.md").read_text()
+    assert "llama-cli -m model-f32.gguf" in card
+    assert "`shadow-peft export adapter --to gguf`" in card
+    assert "--overwrite replaces it" in mistake(capsys, adapter, "--to", "gguf")
+    assert main(["export", *arguments[:3], "--type", "q8_0", "--overwrite"]) == 0
+    assert {path.name for path in folder.iterdir()} == {"README.md", "model-q8_0.gguf"}
+
+
+def test_what_is_missing_is_one_line(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent(monkeypatch, "onnx", "onnxscript", "sentencepiece")
+    said = mistake(capsys, adapter, "--to", "onnx")
+    assert said == "--to onnx: onnx and onnxscript are not installed: pip install 'shadow-peft[onnx]'\n"
+    assert mistake(capsys, adapter, "--to", "gguf").endswith("is not installed: pip install 'shadow-peft[gguf]'\n")
+    assert not (adapter / "onnx").exists()
+
+
+def test_what_cannot_be_run_is_said(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("gguf")
+    absent(monkeypatch, "xllamacpp")
+    assert main(["export", str(adapter), "--to", "gguf"]) == 0
+    said = "not run, so its answers are not compared: xllamacpp is not installed: pip install 'shadow-peft[gguf]'"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_a_failing_converter_leaves_nothing(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("gguf")
+    from shadow_peft.export import gguf
+
+    def fail(*_: Any) -> None:
+        raise runtimes.CannotExport("no such model")
+
+    monkeypatch.setattr(gguf, "convert", fail)
+    said = mistake(capsys, adapter, "--to", "gguf")
+    assert said == "cannot export this shadow to gguf: no such model\n"
+    assert not (adapter / "gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "onnx", "--no_fold"], "--no_fold is for --to hf; onnx needs a stock model"),
+        (["--to", "gguf", "--quantize", "int8"], "--quantize is for --to hf, got --to gguf"),
+        (["--to", "html", "--page_prompt", "text:"], "--page_prompt needs {} for the typed text"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: list[str], said: str, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in mistake(capsys, adapter, *options)
+
+
+def test_a_classifier_is_for_transformers_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent(monkeypatch)
+    base = tmp_path / "base"
+    llama_classifier(vocab_size=300, num_labels=2).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    ShadowForSequenceClassification(adapted(loaded)).save_pretrained(tmp_path / "adapter")
+    said = mistake(capsys, tmp_path / "adapter", "--to", "gguf")
+    assert said == "--to gguf is for language models; a classifier is exported with --to hf\n"
+
+
+def test_the_page_names_sizes_and_offers_the_prompts(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shadow_peft.cli.export_options import ExportOptions
+    from shadow_peft.cli.export_runtime import page_of
+    from shadow_peft.export import hf
+    from tests.tiny_models import llama
+
+    rows = [{"prompt": "text: red cup\n"}, {"prompt": "other"}, "", {"text": "text: door\n"}, {"messages": []}]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    options = ExportOptions(to="html", check=str(data), page_prompt="text: {}\\n", page_about="On 5 rows.")
+    model = llama(vocab_size=300)
+    page = page_of(
+        model, hf.Origin(str(adapter), str(tmp_path / "small-base"), "readout", model.num_parameters() * 4), options
+    )
+    assert page.examples == ("red cup", "door")
+    assert (page.title, page.about, page.prompt) == ("Shadow of small-base", "On 5 rows.", "text: {}\n")
+    assert page.facts["its base"].endswith("the shadow has 25% of them")
+
+
+def test_weights_of_8_bits(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each linear map of the layers is within half a step of its float; the folder is smaller by what they save."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'shadow-peft[quantized]'")
+    places = {name: tmp_path / name for name in ("none", "int8")}
+    for name, place in places.items():
+        assert main(["export", str(adapter), "--output", str(place), "--quantize", name]) == 0
+        assert "of 4 answers are those of the attached shadow" in capsys.readouterr().out
+    plain, loaded = (AutoModelForCausalLM.from_pretrained(place, device_map="cpu") for place in places.values())
+    modules = dict(loaded.named_modules())
+    saved = 0
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            meaning = modules[name].weight.dequantize()
+            step = module.weight.abs().amax(1, keepdim=True) / 127
+            assert ((meaning - module.weight).abs() <= 0.51 * step).all()
+            saved += module.weight.numel() * 3 - 4 * module.weight.shape[0]
+    assert torch.equal(modules["lm_head"].weight, plain.lm_head.weight)
+    stored = {name: load_file(place / "model.safetensors") for name, place in places.items()}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in stored.items()}
+    assert sizes["none"] - sizes["int8"] == pytest.approx(saved, rel=0.05)  # torchao stores a few more numbers

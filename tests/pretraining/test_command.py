@@ -1,0 +1,93 @@
+"""`shadow-peft pretrain`: what it refuses, what it writes, and that a compiled run computes what a plain one does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from shadow_peft.cli import main
+from tests.pretraining.test_resume import SMALL, arguments
+from tests.tiny_models import llama
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["--align"], "give it as --small"),
+    (["--small", "small", "--num_shadow_layers", "3"], "--num_shadow_layers is about a shadow that is cut"),
+    (["--small", "small", "--shadow_hidden_size", "16"], "--shadow_hidden_size is about a shadow that is cut"),
+    (["--teacher_cache", "teacher"], "give --distillation_weight"),
+    (["--small", "small", "--align", "--teacher_cache", "teacher"], "and no --align"),
+    (["--next_token_weight", "0"], "both 0"),
+    (["--small", "nowhere/at/all"], "there is no such folder"),
+    (["--small", "few"], "knows 200 tokens, the base's tokenizer has 300"),
+    (["--shadow_init_layers", "0,9"], "names layer 9, but the base's layers are 0 to 3"),
+    (["--shadow_init_layers", "3,0"], "in ascending order"),
+    (["--shadow_init_layers", "last"], "shadow_init_layers must be"),
+    (["--data", "nothing"], "nothing holds no file"),
+    (["--held_out", "5000"], "none is left to train on"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_mistakes_are_one_message_and_write_nothing(
+    wrong: list[str],
+    said: str,
+    model_folder: Path,
+    corpus_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nothing").mkdir()
+    if "few" in wrong:
+        llama(5, vocab_size=200).save_pretrained("few")
+    before = set(tmp_path.iterdir())
+    assert main([*arguments(model_folder, corpus_folder, tmp_path / "out"), *wrong]) == 1
+    assert said in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_aligned_small_model_is_pretrained_further_and_used(
+    model_folder: Path, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(5, vocab_size=300, **SMALL).save_pretrained(tmp_path / "small")
+    aligned, further, out = (tmp_path / name for name in ("aligned", "further", "out"))
+    options = ["--small", str(tmp_path / "small"), "--align", "--data_licence", "CC0-1.0"]
+    assert main([*arguments(model_folder, corpus_folder, aligned), *options]) == 0
+    assert main([*arguments(model_folder, corpus_folder, further), "--small", str(aligned)]) == 0
+    card, facts = (aligned / "README.md").read_text(), json.loads((aligned / "pretraining.json").read_text())["facts"]
+    assert 0 < facts["projection"]["relative_error"] < 1
+    for said in ("`a.jsonl`", "`b.jsonl`", "Licence of the text: CC0-1.0.", "relative error", "under the head of"):
+        assert said in card
+    assert "--share_embeddings" not in card
+    assert "Licence of the text: not given." in (further / "README.md").read_text()
+    first, last = (AutoModelForCausalLM.from_pretrained(folder) for folder in (aligned, further))
+    before = llama(5, vocab_size=300, **SMALL).model.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in first.shadow_model.state_dict().items())
+    embeddings, layer = "embed_tokens.weight", "layers.0.mlp.up_proj.weight"
+    assert torch.equal(last.shadow_model.state_dict()[embeddings], before[embeddings])
+    assert not torch.equal(last.shadow_model.state_dict()[layer], before[layer])
+    capsys.readouterr()
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "the red robot"}\n' * 8)
+    train = ["--model", str(model_folder), "--shadow_model", str(further), "--data", str(data), "--output", str(out)]
+    assert main(["train", *train, "--max_steps", "1", "--use_cpu", "--save_strategy", "no"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch uses it itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++ here")
+def test_a_compiled_run_computes_what_a_plain_one_does(model_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    weights: list[dict[str, Any]] = []
+    one_layer = ["--num_shadow_layers", "1"]  # a compiler takes its time
+    for name, compiled in (("plain", one_layer), ("compiled", [*one_layer, "--compile"])):
+        assert main([*arguments(model_folder, corpus_folder, tmp_path / name), *compiled]) == 0
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)

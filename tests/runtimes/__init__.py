@@ -1,0 +1,1 @@
+"""The runtimes that a shadow is exported to."""
