@@ -234,6 +234,7 @@ REQUIRED = {
     "eval": ["--model", "/nowhere", "--tasks", "none", "--include_path", "/nowhere"],
     "export": ["/nowhere"],
     "cascade": ["--adapter", "/nowhere", "a text"],
+    "serve": ["--adapter", "a=/nowhere"],
     "convert": ["/nowhere", "--to", "peft", "--output", "/nowhere/out"],
 }
 LEFT_ALONE = {"env", "push_to_hub", "deepspeed", "fsdp", "parallelism_config", "debug", "local_rank"}

@@ -70,6 +70,10 @@ def load(options: ServeOptions, quantization: QuantizationOptions) -> ServedMode
         raise UserError(f"serving needs a fast tokenizer, and that of {name!r} is a {type(tokenizer).__name__}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}") from error
     base = load_base(name, quantization, dtype=options.dtype, **({"device_map": device} if quantized else {})).eval()
     if not quantized:
         base.to(device)
@@ -89,7 +93,7 @@ def read_keys(path: str | None) -> list[str]:
         return []
     try:
         keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--api_key_file {path}: {one_line(error)}") from error
     if not keys:
         raise UserError(f"--api_key_file {path} has no key")
