@@ -235,6 +235,7 @@ REQUIRED = {
     "export": ["/nowhere"],
     "cascade": ["--adapter", "/nowhere", "a text"],
     "playground": ["--adapter", "/nowhere"],
+    "serve": ["--adapter", "a=/nowhere"],
     "convert": ["/nowhere", "--to", "peft", "--output", "/nowhere/out"],
 }
 LEFT_ALONE = {"env", "push_to_hub", "deepspeed", "fsdp", "parallelism_config", "debug", "local_rank"}

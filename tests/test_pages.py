@@ -1,7 +1,8 @@
 """Every snippet of README and docs runs as it stands; see `tests/pages.py`.
 
 Elsewhere: docs/quantized.md (`tests/test_quantized_page.py`), docs/several_adapters.md
-(`tests/test_several_adapters_page.py`), commands (`tests/cli/test_commands.py`), recipes
+(`tests/test_several_adapters_page.py`), docs/serving.md
+(`tests/serving/test_page.py`), commands (`tests/cli/test_commands.py`), recipes
 (`tests/cli/test_recipes.py`), scripts of `examples` (`tests/test_examples.py`).
 """
 
@@ -27,8 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # a Trainer's default, off without a GPU
 ]
 
-ONE_AFTER_THE_OTHER = ("docs/quantized.md", "docs/several_adapters.md")
-"""Pages whose sections go on with the names of those above; they have tests of their own."""
+ONE_AFTER_THE_OTHER = ("docs/quantized.md", "docs/several_adapters.md", "docs/serving.md")
+"""Pages whose sections go on with the names of those above, or that need a server; they have tests of their own."""
 SECTIONS = [section for page in PAGES for section in sections(page) if not section.name.startswith(ONE_AFTER_THE_OTHER)]
 LANGUAGES = {"python", "bash", "bibtex", "text"}
 

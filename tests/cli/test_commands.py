@@ -52,6 +52,7 @@ SMALL = {
     "export": [],
     "convert": [],
     "cascade": ["--max_new_tokens", "2"],
+    "serve": ["--check"],
 }  # fmt: skip
 MAILS = [{"text": f"mail {i}", "label": i % 2} for i in range(20)]
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello to you"}]}

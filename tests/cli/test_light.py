@@ -29,6 +29,7 @@ MISTYPED = {
     "classify": (["--adapter", "out", "text", "--shadowonly"], "--shadow_only"),
     "eval": (["--model=x", "--tsaks", "gsm8k"], "--tasks"),
     "cascade": (["say:", "--treshold", "0.7"], "--threshold"),
+    "serve": (["--adapter", "a=out", "--prot", "1"], "--port"),
     "playground": (["--port", "8080", "--adaptr", "out"], "--adapter"),
     "export": (["out", "--ouptut", "x"], "--output"),
     "convert": (["out", "--modle", "x"], "--model"),

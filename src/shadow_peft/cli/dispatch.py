@@ -26,11 +26,12 @@ VERBS = {
     "convert": "write an adapter for peft, or one of peft's for this library",
     "eval": "score a model or its shadow with lm-evaluation-harness",
     "cascade": "answer with the shadow, and ask the base or a remote model only where it is unsure",
+    "serve": "serve one base with many adapters to clients of OpenAI's API",
     "playground": "compare base, shadow and drafts side by side in the browser",
 }
 
 #: Verb -> the extra of this package that it needs to be imported; `playground` asks for its own.
-EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade"}
+EXTRAS = {"demo": "demo", "train": "train", "pretrain": "train", "eval": "eval", "cascade": "cascade", "serve": "serve"}
 
 TRACEBACK = "SHADOW_PEFT_TRACEBACK"
 """Variable of the environment: set to anything, it makes the errors that are one line a traceback, too."""

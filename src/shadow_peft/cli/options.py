@@ -12,6 +12,7 @@ from shadow_peft.cli.export_options import ExportOptions
 from shadow_peft.cli.playground_options import PlaygroundOptions
 from shadow_peft.cli.pretrain_options import PretrainOptions
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
+from shadow_peft.cli.serve_options import ServeOptions
 from shadow_peft.config import ShadowConfig
 
 DEFAULT_SHADOW = ShadowConfig(variant="readout")
@@ -244,6 +245,7 @@ OPTIONS: dict[str, list[type]] = {
     "classify": [ClassifyOptions],
     "eval": [EvalOptions, QuantizationOptions],
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
+    "serve": [ServeOptions, QuantizationOptions],
     "export": [ExportOptions],
     "convert": [ConvertOptions],
     "playground": [PlaygroundOptions, QuantizationOptions],

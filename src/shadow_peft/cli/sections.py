@@ -68,6 +68,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         ),
     },
+    "serve": {
+        "what answers": (
+            "adapter", "model", "base_name", "adapters_in_memory", "draft", "dtype", *QUANTIZATION, "device", "config",
+        ),
+        "where": ("host", "port", "api_key_file", "cors", "check"),
+        "limits": ("max_prompt_tokens", "max_new_tokens", "max_queue", "timeout", "max_batch", "window"),
+    },
     "export": {
         "what is written": (
             "to", "output", "overwrite", "model", "fold", "dtype", "type", "quantize", "config",

@@ -1,0 +1,71 @@
+"""The options of `shadow-peft serve`; needs no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from shadow_peft.cli.ranges import Dtype, require
+
+
+@dataclass
+class ServeOptions:
+    """Options of `shadow-peft serve`."""
+
+    adapter: list[str] = field(
+        metadata={"help": "NAME=PLACE of each adapter: its name in requests, and its folder or hub id."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the first adapter names."}
+    )
+    base_name: str = field(default="base", metadata={"help": "Name of the bare base in requests."})
+    adapters_in_memory: int | None = field(
+        default=None,
+        metadata={"help": "Most adapters in memory, those used least recently make room; by default all are."},
+    )
+    draft: bool = field(default=False, metadata={"help": "The shadow drafts greedy answers that are not streamed."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    api_key_file: str | None = field(
+        default=None, metadata={"help": "File of API keys, one a line; a request must bring one of them."}
+    )
+    cors: bool = field(default=False, metadata={"help": "Let web pages of any origin call the server."})
+    max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
+    max_new_tokens: int = field(
+        default=1024, metadata={"help": "Longest answer in tokens, and its length where a request names none."}
+    )
+    max_queue: int = field(default=256, metadata={"help": "Requests that may wait; one more gets status 429."})
+    timeout: float = field(default=120.0, metadata={"help": "Seconds in which a request must be answered."})
+    max_batch: int = field(default=32, metadata={"help": "Requests that are answered together."})
+    window: float = field(default=5.0, metadata={"help": "Milliseconds that a request waits for others to share a batch."})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
+    device: str | None = field(default=None, metadata={"help": "Device to compute on; by default a GPU if there is one."})
+    check: bool = field(default=False, metadata={"help": "Load everything, say what would be served, and end."})
+
+    def __post_init__(self) -> None:
+        self.named_adapters()
+        if self.base_name in self.named_adapters():
+            raise ValueError(f"--base_name {self.base_name} is the name of an adapter, too")
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_queue", "max_batch"):
+            require(name, getattr(self, name), 1)
+        require("adapters_in_memory", self.adapters_in_memory, 2)
+        require("port", self.port, 0, 65535)
+        require("window", self.window, 0)
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"--timeout must be above 0, got {self.timeout}")
+
+    def named_adapters(self) -> dict[str, str]:
+        """Name -> place.
+
+        Raises:
+            ValueError: an adapter without name or place, or two of one name.
+        """
+        found: dict[str, str] = {}
+        for entry in self.adapter:
+            name, _, place = entry.partition("=")
+            if not (name and place):
+                raise ValueError(f"--adapter takes NAME=PLACE, such as robot=out, got {entry!r}")
+            if name in found:
+                raise ValueError(f"--adapter has two of the name {name}")
+            found[name] = place
+        return found
