@@ -313,4 +313,4 @@ def test_the_launched_command_runs(session: Path) -> None:
     command = [*launch, *SMALL["train"]]
     done = subprocess.run(command, cwd=session, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
-    assert (session / "out" / "gsm8k" / "shadow_adapter_readout.safetensors").is_file()
+    assert (session / "out" / "fsdp" / "shadow_adapter_readout.safetensors").is_file()
