@@ -29,7 +29,7 @@ def test_the_snippets_run_one_after_the_other(
     for snippet in snippets:
         exec(snippet, known)
     model = known["model"]
-    assert set(model.peft_model.adapter_configs) == {"robot", "default", "poems", "tea", "ode", "twin"}
+    assert set(model.peft_model.adapter_configs) == {"robot", "default", "poems", "tea", "ode", "second"}
     assert torch.equal(known["drafted"], model.generate(known["ids"], adapter_names=known["names"], max_new_tokens=8))
     assert known["output"].loss.isfinite()
     exec(unloading, known)
