@@ -313,6 +313,7 @@ class ShadowAdapter(nn.Module):
             )
         assert self.shadow_output_model is not None
         assert self.shadow_readout_model is not None
+        settings["normalize"] = config.normalize_injection
         return StaticStateCoupling(state, injection, self.shadow_output_model, self.shadow_readout_model, **settings)
 
     # ---------------------------------------------------------------- sizes
