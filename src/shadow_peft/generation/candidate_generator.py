@@ -52,7 +52,9 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._kwargs = model_kwargs
         self._most = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
-        self._length = DraftLength(drafter.pass_times(config, 1, cache))
+        self._vocabulary = drafter.draft_vocabulary(config, 1, cache)
+        self._length = DraftLength(drafter.pass_times(config, 1, cache, self._vocabulary))
+        self._num_read = 0
         self._prompt_is_read = False
         self._confidences: list[float] = []
         self._text: Tensor = torch.empty(1, 0)
@@ -63,6 +65,9 @@ class ShadowCandidateGenerator(CandidateGenerator):
         The first pass of the base reads the prompt and has nothing to verify.
         """
         self._confidences, self._config.max_length = [], self._max_length
+        if self._vocabulary is not None:
+            (self._vocabulary.update if self._prompt_is_read else self._vocabulary.add)(input_ids[0, self._num_read :])
+            self._num_read = input_ids.shape[1]
         if not self._prompt_is_read:
             self._prompt_is_read = True
             return input_ids, None
@@ -100,7 +105,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[1, V]` of the next token."""
-        logits = self._drafter.shadow_logits(state, self._cache)[:, -1].to(torch.float32)
+        logits = self._drafter.shadow_logits(state, self._cache, self._vocabulary)[:, -1].to(torch.float32)
         return self._processor(self._text, logits)
 
     def append(self, tokens: Tensor, ahead: int) -> bool:
