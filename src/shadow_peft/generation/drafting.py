@@ -37,7 +37,7 @@ class Drafter(Protocol):
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
 
     def shadow_logits(self, state: Tensor, cache: ShadowCache, vocabulary: DraftVocabulary | None = None) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache, for all tokens or the likely ones."""
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache; with a vocabulary its tokens'."""
 
     def draft_vocabulary(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> DraftVocabulary | None:
         """The likely tokens of a generation, before it has a text; None for all tokens."""

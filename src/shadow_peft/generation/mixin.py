@@ -139,7 +139,7 @@ class ShadowGenerationMixin(GenerationMixin):
         return self.peft_model.shadow_step(*args)
 
     def shadow_logits(self, state: Tensor, cache: Any = None, vocabulary: DraftVocabulary | None = None) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache, for all tokens or the likely ones."""
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; with a vocabulary its tokens'."""
         raise NotImplementedError
 
     def draft_vocabulary(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> DraftVocabulary | None:
@@ -181,7 +181,9 @@ class ShadowGenerationMixin(GenerationMixin):
         """
         asked = (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config))
         schedule, threshold = "num_assistant_tokens_schedule", "assistant_confidence_threshold"
-        given = {name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold, VOCABULARY_SIZE)}
+        given = {
+            name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold, VOCABULARY_SIZE)
+        }
         kwargs.pop(VOCABULARY_SIZE, None)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if use_shadow_draft is not None:
