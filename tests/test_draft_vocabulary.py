@@ -105,6 +105,8 @@ def test_with_many_tokens_outside_the_whole_head_is_read_and_later_the_likely_ro
     vocabulary.update(torch.tensor([60, 50, 61] * 8))
     assert vocabulary.is_used
     assert vocabulary.share == 0.06
+    vocabulary.add(torch.tensor([100, -200, 60]))  # no tokens of the head
+    assert vocabulary.share == 0.06
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -65,9 +65,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
         The first pass of the base reads the prompt and has nothing to verify.
         """
         self._confidences, self._config.max_length = [], self._max_length
-        if self._vocabulary is not None:
-            (self._vocabulary.update if self._prompt_is_read else self._vocabulary.add)(input_ids[0, self._num_read :])
-            self._num_read = input_ids.shape[1]
+        self._read(input_ids[0])
         if not self._prompt_is_read:
             self._prompt_is_read = True
             return input_ids, None
@@ -78,6 +76,16 @@ class ShadowCandidateGenerator(CandidateGenerator):
             return input_ids, None
         self._confidences = draft.confidences[0].tolist()
         return self._text, draft.logits
+
+    def _read(self, text: Tensor) -> None:
+        """Tell the vocabulary which tokens `[T]` stand behind those that it knows: the prompt, or what the base wrote."""
+        if self._vocabulary is None:
+            return
+        tokens, self._num_read = text[self._num_read :], len(text)
+        if self._prompt_is_read:
+            self._vocabulary.update(tokens)
+        else:
+            self._vocabulary.add(tokens)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Update the statistics and the acceptance estimate with what the base accepted."""

@@ -60,17 +60,21 @@ class DraftVocabulary:
     def add(self, tokens: Tensor) -> None:
         """Take in the tokens `[N]` of a text."""
         tokens = tokens.to(self.ids.device)
-        new = tokens[~self._is_inside[tokens]].unique()
+        new = tokens[~self._are_inside(tokens) & tokens.ge(0) & tokens.lt(self.size)].unique()
         if len(new):
             self._is_inside[new] = True
             self.ids = torch.cat([self.ids, new])
 
     def update(self, tokens: Tensor) -> None:
         """Count the tokens `[N]` that the base wrote, and take them in."""
-        for inside in self._is_inside[tokens.to(self.ids.device)].tolist():
+        for inside in self._are_inside(tokens.to(self.ids.device)).tolist():
             self._outside = KEPT_PER_TOKEN * self._outside + (not inside)
             self._seen = KEPT_PER_TOKEN * self._seen + 1
         self.add(tokens)
+
+    def _are_inside(self, tokens: Tensor) -> Tensor:
+        """Whether tokens `[N]` are among the likely ones; ids that the head has no row for, as those of images, are not."""
+        return self._is_inside[tokens.clamp(0, self.size - 1)] & tokens.ge(0) & tokens.lt(self.size)
 
     def narrowed(self, head: TaskHead) -> Callable[[Tensor], Tensor]:
         """The head that computes the logits of these tokens alone; the head itself where its rows cannot be read."""
