@@ -73,7 +73,7 @@ def markdown(found: dict[str, list[Result]]) -> str:
     heads = ["starts from", "tokens read", *COLUMNS, "backbone's rate", "seeds"]
     settings, parameters = every[0]["settings"], every[0]["shadow"]["parameters"]
     said = (
-        f"Base `{every[0]['base']}` (SHA-256 over config, weights, tokenizer), {parameters:,} trained parameters in the shadow; "
+        f"Base `{every[0]['base']}` (SHA-256 over config, weights, tokenizer), {parameters:,} trained parameters; "
         f"{settings['tune_steps']} steps of fine-tuning, {settings['commands']} test commands, of which "
         f"{settings['drafted']} are answered with drafts of {settings['draft_tokens']} tokens. Mean ± deviation over seeds."
     )

@@ -167,9 +167,9 @@ def _quantize(full: Path, file: Path) -> None:
     """Write a float32 file again as q4_k_m."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise CannotExport(
-            "--type q4_k_m is written on Linux with x86-64 alone; elsewhere write --type f32 and run llama.cpp's own quantizer"
+            "--type q4_k_m is written on Linux with x86-64 alone; elsewhere run llama.cpp's own quantizer on --type f32"
         )
-    library = next(fetch(LIBRARY).glob("bins/*/libllama.*"))
+    library = next(fetch(LIBRARY).glob("*/bins/*/libllama.*"))
     program = Path(__file__).with_name("quantize_gguf.py")
     words = (program, library, full, file, _Q4_K_M, torch.get_num_threads())
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
