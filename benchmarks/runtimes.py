@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.devices import installed
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
 from shadow_peft.demo.robot_commands import Command, commands
 from shadow_peft.export.check import Answer, ends_of, generates
@@ -107,7 +107,7 @@ def measure(run: Path, base: Path, asked: list[Command], formats: Sequence[Forma
         "rows": [asdict(row) for row in rows],
         "commands": len(asked),
         "parameters": model.num_parameters(),
-        "variant": store.read(str(run / "adapter")).config.variant,
+        "variant": reading.read(str(run / "adapter")).config.variant,
         "versions": {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}},
         "machine": platform.processor() or platform.machine(),
     }

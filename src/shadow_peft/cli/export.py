@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.export_options import ExportOptions
 from shadow_peft.cli.export_runtime import compare_runtime, require_runtime, write_for_runtime
@@ -157,7 +157,7 @@ def _load_projected(options: ExportOptions, shadow: str) -> tuple[PreTrainedMode
 
 def _is_classifier(adapter: str) -> bool:
     try:
-        return any("classifier" in name for name in store.read(adapter).head_names)
+        return any("classifier" in name for name in reading.read(adapter).head_names)
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error
 
