@@ -114,6 +114,42 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(source: Source, tmp_path:
         gguf.convert(Source(source.model, tokenizer, tmp_path / "hf"), tmp_path, Settings(type="f32"))
 
 
+CONVERTER = """
+import atexit, logging, os, sys
+def main():
+    atexit.register(lambda: print("W1122 a warning at the end", file=sys.stderr))
+    {ends}
+"""
+"""What stands in for llama.cpp's converter."""
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        ("raise KeyError('rope')", "KeyError: 'rope'"),
+        (
+            "logging.getLogger('hf-to-gguf').error('Model %s is not supported', 'Odd'); sys.exit(1)",
+            "Model Odd is not supported",
+        ),
+        ("sys.exit('two\\nlines')", "two lines"),
+        ("sys.exit(1)", "it does not say why"),
+        ("os.kill(os.getpid(), 9)", "nothing, it ended with -9"),
+    ],
+)
+def test_the_reason_of_the_converter_is_passed_on(
+    ends: str, reason: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever other libraries write on standard error behind it."""
+    llama_cpp = tmp_path / "sources" / gguf.LLAMA_CPP
+    (llama_cpp / "conversion").mkdir(parents=True)
+    (llama_cpp / "convert_hf_to_gguf.py").write_text(CONVERTER.format(ends=ends))
+    (llama_cpp / "conversion" / "base.py").write_text("class TextModel:\n    get_vocab_base_pre = None\n")
+    monkeypatch.setattr(gguf, "fetch", lambda _: tmp_path)
+    with pytest.raises(CannotExport) as error:
+        gguf.convert(source, tmp_path, Settings(type="f32"))
+    assert str(error.value) == f"llama.cpp's converter says: {reason}"
+
+
 def test_a_shadow_drafts_for_its_base_in_llama_cpp(source: Source, prompts: list[list[int]], tmp_path: Path) -> None:
     """A model that drafts for itself is right; one of other weights is wrong; the answers are the same."""
     need("gguf")

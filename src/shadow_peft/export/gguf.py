@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,11 +157,14 @@ def _run_converter(folder: Path, file: Path, outtype: str) -> None:
     name = pre_tokenizer(json.loads(tokenizer.read_text(encoding="utf-8"))) if tokenizer.is_file() else None
     sources = next(fetch(SOURCES).glob(f"*/{LLAMA_CPP}"))
     program = Path(__file__).with_name("convert_to_gguf.py")
-    command = [sys.executable, str(program), str(sources), name or "", str(folder), str(file), outtype]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_LOCAL_GGUF": "1"})
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise CannotExport(f"llama.cpp's converter says: {said[-1] if said else 'nothing'}")
+    with tempfile.TemporaryDirectory() as work:
+        reason = Path(work, "reason")
+        words = (program, sources, name or "", folder, file, outtype, reason)
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_LOCAL_GGUF": "1"})
+        if done.returncode:
+            said = reason.read_text(encoding="utf-8") if reason.is_file() else f"nothing, it ended with {done.returncode}"
+            raise CannotExport(f"llama.cpp's converter says: {said}")
 
 
 def _quantize(full: Path, file: Path) -> None:
