@@ -63,7 +63,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "adapter", "model", "remote_url", "remote_model", "timeout", "threshold", "takeover", "chat", "dtype",
             *QUANTIZATION, "config",
         ),
-        "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output", "data", "batch_size"),
+        "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output"),
+        "data": ("data", "prompt", "completion", "class_column", "batch_size"),
         "how they answer (what is not given stays as the model's own file has it)": (
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         ),
