@@ -135,9 +135,7 @@ def test_what_a_classifier_cannot_do_is_refused(
     assert said in mistake(capsys, "--adapter", str(trained), "--threshold", "0.5", "text", *options)
 
 
-def test_foreign_classes_and_plain_answers_are_named(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foreign_classes_and_plain_answers_are_named(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "door"}, {"text": "b", "label": "pear"}])
     said = mistake(capsys, "--adapter", str(out), "--data", str(rows), "--threshold", "0.5")
     assert "row 2: the label 'pear' is no class among door, apple, other" in said
@@ -155,5 +153,7 @@ def test_a_calibration_of_another_classifier_is_refused(out: Path, capsys: pytes
     model.save_pretrained(out / "other")
     AutoTokenizer.from_pretrained(out).save_pretrained(out / "other")
     shutil.copy(out / FILE, out / "other")
-    said = mistake(capsys, "--model", str(out / "other"), "--remote_url", "http://127.0.0.1:9/v1", "--remote_model", "b", "a")
+    said = mistake(
+        capsys, "--model", str(out / "other"), "--remote_url", "http://127.0.0.1:9/v1", "--remote_model", "b", "a"
+    )
     assert "made for another shadow" in said

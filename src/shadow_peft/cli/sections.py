@@ -73,14 +73,16 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "what answers": (
             "adapter", "model", "base_name", "adapters_in_memory", "draft", "dtype", *QUANTIZATION, "device", "config",
         ),
-        "where": ("host", "port", "api_key_file", "cors", "check"),
+        "where": ("host", "port", "api_key_file", "allowed_origins", "check"),
         "limits": ("max_prompt_tokens", "max_new_tokens", "max_queue", "timeout", "max_batch", "window"),
     },
     "export": {
         "what is written": (
             "to", "output", "overwrite", "model", "fold", "dtype", "type", "quantize", "config",
         ),
-        "the page in the browser (--to html)": ("page_title", "page_about", "page_prompt"),
+        "the page in the browser (--to html)": (
+            "page_title", "page_about", "page_prompt", "remote_url", "remote_model", "threshold", "timeout",
+        ),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
     "playground": {

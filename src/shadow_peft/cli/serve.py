@@ -12,7 +12,7 @@ from shadow_peft.cli.loading import check_place, check_quantization, load_base, 
 from shadow_peft.cli.options import OPTIONS, QuantizationOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
-from shadow_peft.cli.serve_options import ServeOptions
+from shadow_peft.cli.serve_options import ANY_PAGE, ServeOptions
 from shadow_peft.serving.app import build_app, serve
 from shadow_peft.serving.limits import Limits
 from shadow_peft.serving.routes import ServedModels, load_served
@@ -50,7 +50,11 @@ def run(arguments: list[str]) -> None:
             return
         if not keys and options.host not in LOOPBACK:
             print(f"anybody who reaches {options.host} may use this server: there is no --api_key_file", file=sys.stderr)
-        app = build_app(served, limits, draft=options.draft, keys=keys, enable_cors=options.cors)
+        if not keys and set(options.allowed_origins) & set(ANY_PAGE):
+            print(
+                "any web page may use this server from this machine's browser: there is no --api_key_file", file=sys.stderr
+            )
+        app = build_app(served, limits, draft=options.draft, keys=keys, allowed_origins=options.allowed_origins)
         print(f"serving {', '.join(served.routes)} on http://{options.host}:{options.port}/v1", flush=True)
         serve(app, options.host, options.port, limits)
 

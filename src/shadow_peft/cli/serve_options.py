@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from shadow_peft.cli.ranges import Dtype, require
+
+ANY_PAGE = ("null", "*")
+"""Origins that any web page can have: null is that of files, and of frames without an origin."""
 
 
 @dataclass
@@ -29,7 +33,10 @@ class ServeOptions:
     api_key_file: str | None = field(
         default=None, metadata={"help": "File of API keys, one a line; a request must bring one of them."}
     )
-    cors: bool = field(default=False, metadata={"help": "Let web pages of any origin call the server."})
+    allowed_origins: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Origins of web pages that may call the server, such as http://127.0.0.1:9000; null is any file."},
+    )
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
     max_new_tokens: int = field(
         default=1024, metadata={"help": "Longest answer in tokens, and its length where a request names none."}
@@ -46,6 +53,10 @@ class ServeOptions:
         self.named_adapters()
         if self.base_name in self.named_adapters():
             raise ValueError(f"--base_name {self.base_name} is the name of an adapter, too")
+        wrong = [origin for origin in self.allowed_origins if not is_origin(origin)]
+        if wrong:
+            example = "scheme, host and port, such as http://127.0.0.1:9000, or null, or *"
+            raise ValueError(f"--allowed_origins takes {example}; got {wrong[0]!r}")
         for name in ("max_prompt_tokens", "max_new_tokens", "max_queue", "max_batch"):
             require(name, getattr(self, name), 1)
         require("adapters_in_memory", self.adapters_in_memory, 2)
@@ -69,3 +80,8 @@ class ServeOptions:
                 raise ValueError(f"--adapter has two of the name {name}")
             found[name] = place
         return found
+
+
+def is_origin(text: str) -> bool:
+    """Whether a text is what a browser sends as `Origin`, or a star for all."""
+    return text in ANY_PAGE or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@,;]+", text) is not None
