@@ -193,11 +193,11 @@ def test_it_can_send_to_that_server_alone(asked: tuple[html.Browser, int]) -> No
 
 
 def test_a_page_names_whom_it_asks() -> None:
-    ask = Ask("http://[::1]:8000/v1", "a <b>", Scorer().to_dict(), float("-inf"), timeout=5)
+    ask = Ask("http://localhost:8000/v1", "a <b>", Scorer().to_dict(), float("-inf"), timeout=5)
     text = html.compose(Page(ask=ask), {})
-    assert "connect-src blob: data: http://[::1]:8000;" in text
-    assert "Ask a &lt;b&gt; at http://[::1]:8000 where the shadow is unsure" in text
-    assert '"threshold": -Infinity, "takeover": "answer", "timeout": 5, "origin": "http://[::1]:8000"' in text
+    assert "connect-src blob: data: http://localhost:8000;" in text
+    assert "Ask a &lt;b&gt; at http://localhost:8000 where the shadow is unsure" in text
+    assert '"threshold": -Infinity, "takeover": "answer", "timeout": 5, "origin": "http://localhost:8000"' in text
     plain = html.compose(Page(), {})
     assert "connect-src blob: data:;" in plain
     assert 'id="ask"' not in plain

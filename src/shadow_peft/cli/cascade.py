@@ -6,7 +6,6 @@ Answering needs neither trainer nor scikit-learn, and beside a remote model no b
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from shadow_peft.cli.loading import check_quantization, load_answering, load_tok
 from shadow_peft.cli.options import OPTIONS, QuantizationOptions, SamplingOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.remote import remote_model
 from shadow_peft.cli.screen import Row, Screen
 
 DESCRIPTION = """The shadow answers; where its confidence is below a threshold, the adapted base takes over, or a remote one.
@@ -50,9 +50,6 @@ EXAMPLES = """examples:
 """
 CURVE, PICTURE = "cascade_curve.json", "cascade.png"
 
-API_KEY = "SHADOW_PEFT_API_KEY"
-"""Variable of the environment with the key for --remote_url."""
-
 
 def run(arguments: list[str]) -> None:
     """Parse the options, load the models, then calibrate, score and answer, whatever is asked for."""
@@ -63,7 +60,7 @@ def run(arguments: list[str]) -> None:
         raise UserError("nothing to do: give a text to answer, --calibrate, or --data to score")
     check_quantization(quantization)
     place = _place(options)
-    remote = _remote(options)
+    remote = remote_model(options.remote_url, options.remote_model, options.timeout)
     screen = Screen()
     with quiet_libraries():
         classes = is_classifier(str(options.model)) if options.adapter is None else adapts_classifier(options.adapter)
@@ -264,16 +261,6 @@ def read_rows(options: CascadeOptions, read: Callable[..., list[dict[str, Any]]]
 def _reference(row: dict[str, Any]) -> str:
     completion = row["completion"]
     return str(completion if isinstance(completion, str) else completion[-1]["content"])
-
-
-def _remote(options: CascadeOptions) -> RemoteModel | None:
-    if options.remote_url is None:
-        return None
-    try:
-        key = os.environ.get(API_KEY)
-        return RemoteModel(str(options.remote_model), options.remote_url, api_key=key, timeout=options.timeout)
-    except ImportError as error:
-        raise UserError(f"{error}; a remote model needs the extra: pip install 'shadow-peft[cascade]'") from error
 
 
 def _prompt(text: str, chat: bool) -> Prompt:

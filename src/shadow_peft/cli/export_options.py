@@ -93,5 +93,8 @@ class ExportOptions:
 
 
 def is_endpoint(url: str) -> bool:
-    """Whether a text is the address of an endpoint: of http or https, with a host and no name, password or query."""
-    return re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%+-]*)?", url, re.ASCII) is not None
+    """Whether a text is the address of an endpoint: of http or https, with a host, and no name, password or query.
+
+    An IPv6 address is none: a content security policy cannot name it.
+    """
+    return re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./~%+-]*)?", url, re.ASCII) is not None

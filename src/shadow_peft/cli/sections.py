@@ -71,7 +71,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "serve": {
         "what answers": (
-            "adapter", "model", "base_name", "adapters_in_memory", "draft", "dtype", *QUANTIZATION, "device", "config",
+            "adapter", "model", "base_name", "remote_url", "remote_model", "remote_timeout", "adapters_in_memory", "draft",
+            "dtype", *QUANTIZATION, "device", "config",
         ),
         "where": ("host", "port", "api_key_file", "allowed_origins", "check"),
         "limits": ("max_prompt_tokens", "max_new_tokens", "max_queue", "timeout", "max_batch", "window"),

@@ -17,12 +17,24 @@ class ServeOptions:
     """Options of `shadow-peft serve`."""
 
     adapter: list[str] = field(
-        metadata={"help": "NAME=PLACE of each adapter: its name in requests, and its folder or hub id."}
+        default_factory=list,
+        metadata={"help": "NAME=PLACE of each adapter: its name in requests, and its folder or hub id."},
     )
     model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the first adapter names."}
+        default=None,
+        metadata={"help": "Base, by default the one that the first adapter names; or an exported shadow without adapters."},
     )
-    base_name: str = field(default="base", metadata={"help": "Name of the bare base in requests."})
+    base_name: str = field(default="base", metadata={"help": "Name of the base, or of the exported shadow, in requests."})
+    remote_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint that cascades ask instead of the adapted base."}
+    )
+    remote_model: str | None = field(
+        default=None,
+        metadata={"help": "Name of the model there; the variable SHADOW_PEFT_API_KEY holds its key."},
+    )
+    remote_timeout: float = field(
+        default=30.0, metadata={"help": "Most seconds that the endpoint may take, before the shadow's answer is sent."}
+    )
     adapters_in_memory: int | None = field(
         default=None,
         metadata={"help": "Most adapters in memory, those used least recently make room; by default all are."},
@@ -50,7 +62,10 @@ class ServeOptions:
     check: bool = field(default=False, metadata={"help": "Load everything, say what would be served, and end."})
 
     def __post_init__(self) -> None:
-        self.named_adapters()
+        if not self.adapter and (self.model is None or self.remote_url is None):
+            raise ValueError("give --adapter; or an exported shadow as --model, and who it asks as --remote_url")
+        if (self.remote_url is None) != (self.remote_model is None):
+            raise ValueError("--remote_url and --remote_model go together: where the endpoint is, and its model's name")
         if self.base_name in self.named_adapters():
             raise ValueError(f"--base_name {self.base_name} is the name of an adapter, too")
         wrong = [origin for origin in self.allowed_origins if not is_origin(origin)]
@@ -64,6 +79,8 @@ class ServeOptions:
         require("window", self.window, 0)
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"--timeout must be above 0, got {self.timeout}")
+        if self.remote_url is not None and not 0 < self.remote_timeout < self.timeout:
+            raise ValueError(f"--remote_timeout must be above 0 and below --timeout, got {self.remote_timeout}")
 
     def named_adapters(self) -> dict[str, str]:
         """Name -> place.

@@ -58,7 +58,7 @@ def build_app(
     handlers = [kind(served, state) for kind in (Chats, Completions, Responses, TranscriptionHandler, SystemOneHandler)]
     app: FastAPI = build_server(served, *handlers, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
-    app.router.lifespan_context = _closing(batcher)
+    app.router.lifespan_context = _closing(batcher, decoder)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
 
@@ -86,11 +86,12 @@ def serve(app: FastAPI, host: str, port: int, limits: Limits) -> None:
     uvicorn.Server(config).run()
 
 
-def _closing(batcher: Batcher) -> Any:
+def _closing(batcher: Batcher, decoder: Decoder) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> Any:
         yield
         batcher.close()
+        decoder.close()
 
     context: AbstractAsyncContextManager[Any] | Any = lifespan
     return context
