@@ -20,6 +20,7 @@ from shadow_peft.cascade.scorer import LogisticHead, Scorer
 from shadow_peft.cascade.signals import ANSWER_SIGNALS, TOKEN_SIGNALS
 from shadow_peft.cascade.trace import Trace
 from shadow_peft.export import html
+from shadow_peft.export.check import generates
 from shadow_peft.export.runtimes import Ask, Page, Settings, Source
 from tests.runtimes.needs import need
 from tests.serving.conftest import base, chat_tokenizer, running, stored  # noqa: F401
@@ -105,8 +106,10 @@ def test_the_page_is_as_sure_as_python(
     for scorer in scorers:
         for ids in prompts:
             trace = trace_of(source, ids)
-            sure, odd = scorer(trace), len(ids) % 2
-            threshold = sure + 0.05 - 0.1 * odd if takeover == "answer" else sorted(scorer.of_tokens(trace))[1]
+            if takeover == "answer":
+                threshold = scorer(trace) + (0.05, -0.05)[len(ids) % 2]
+            else:  # between the two tokens that are the least sure
+                threshold = sum(sorted(scorer.of_tokens(trace))[:2]) / 2
             policy = {"scorer": scorer.to_dict(), "threshold": threshold, "takeover": takeover}
             expected = Policy(scorer, threshold, takeover).decide(trace)
             script = "([ids, tokens, policy]) => window.shadow.decide(ids, tokens, policy)"
@@ -147,6 +150,36 @@ def test_the_server_answers_where_the_shadow_is_unsure_and_only_there(
     assert browser.errors == []
     assert page.locator("#by").get_attribute("role") == "status"
     assert page.evaluate("() => document.scrollingElement.scrollWidth") <= PHONE["width"]
+
+
+def test_the_server_goes_on_where_the_shadow_gets_unsure(
+    asked: tuple[html.Browser, int],
+    source: Source,
+    served: ServedModels,
+    stored: dict[str, Path],  # noqa: F811
+) -> None:
+    browser, port = asked
+    scorer = Scorer("min_probability")
+    for typed in TYPED:
+        prompt = PROMPT.replace("{}", typed)
+        ids = list(source.tokenizer(prompt)["input_ids"])
+        levels = scorer.of_tokens(trace_of(source, ids))
+        places = [i for i in range(1, len(levels)) if levels[i] < min(levels[:i])]
+        if places:
+            break
+    place = places[-1]
+    written = [int(token) for token in generates(source.model)(ids, TOKENS)[:place]]
+    own = source.tokenizer.decode(written, skip_special_tokens=True)
+    policy = {"scorer": scorer.to_dict(), "threshold": (min(levels[:place]) + levels[place]) / 2, "takeover": "token"}
+    change = "(policy) => Object.assign(window.shadow.settings.ask, policy)"
+    before = browser.page.evaluate("() => ({ ...window.shadow.settings.ask })")
+    browser.page.evaluate(change, policy)
+    browser.page.get_by_role("switch").check()
+    with serving(served, port, "null"):
+        answer, said = enter(browser, typed)
+    browser.page.evaluate(change, before)
+    assert answer == own + alone("one", prompt + own, stored, TOKENS - place)
+    assert "The shadow began, and got unsure" in said
 
 
 def test_a_server_that_gives_no_answer_leaves_the_shadows(

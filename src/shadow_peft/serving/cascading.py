@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -13,6 +14,8 @@ from shadow_peft.cascade.remote import RemoteModel
 from shadow_peft.cascade.writing import Writers
 from shadow_peft.serving.requests import Request, Written
 from shadow_peft.serving.row_text import cut_at
+
+logger = logging.getLogger(__name__)
 
 PASSED_ON = ("temperature", "top_p", "frequency_penalty", "stop")
 """Fields of a request that a remote model is sent, too."""
@@ -64,6 +67,7 @@ def _ask(writers: Writers, remote: RemoteModel, request: Request, answer: Answer
             tokens = tuple(writers.tokenizer(found.text, add_special_tokens=False)["input_ids"])
         _finish(request, found, list(tokens))
     except Exception as error:  # nobody else would tell the client
+        logger.exception("A request that another server was asked for failed")
         request.fail(error)
 
 

@@ -48,18 +48,18 @@ function answered(who, said) {
 async function escalate(prompt, { tokens, trace }) {
   const { place, confidence } = decide(SETTINGS.ask, trace);
   const { model, origin, timeout } = SETTINGS.ask;
-  const sure = `confidence ${confidence.toFixed(2)}`;
-  if (place === null) return answered("shadow", `The shadow in this page answered (${sure}).`);
-  if (!element("ask").checked) return answered("shadow", `The shadow in this page answered. It is unsure (${sure}), and asking is switched off.`);
+  const stated = `confidence ${confidence.toFixed(2)}`;
+  if (place === null) return answered("shadow", `The shadow in this page answered (${stated}).`);
+  if (!element("ask").checked) return answered("shadow", `The shadow in this page answered. It is unsure (${stated}), and asking is switched off.`);
   status.textContent = `The shadow is unsure. Asking ${model} at ${origin}, for up to ${timeout} s …`;
   asking = new AbortController();
   try {
     const own = place > 0 ? await ask({ kind: "text", tokens: tokens.slice(0, place) }) : "";
     output.textContent = own + await askServer(SETTINGS.ask, prompt + own, SETTINGS.tokens - place, asking.signal);
     const begun = place > 0 ? "began, and got unsure" : "was unsure";
-    answered("server", `${model} at ${origin} answered. The shadow ${begun} (${sure}).`);
+    answered("server", `${model} at ${origin} answered. The shadow ${begun} (${stated}).`);
   } catch (error) {
-    answered("failed", `The server did not answer (${error.message}). This is the shadow's answer, of which it is unsure (${sure}).`);
+    answered("failed", `${model} at ${origin} did not answer (${error.message}). This is the shadow's answer, of which it is unsure (${stated}).`);
   }
   asking = undefined;
 }
@@ -73,7 +73,7 @@ async function respond() {
     const prompt = SETTINGS.prompt.replace("{}", () => text.value.trim());
     const result = await ask({ kind: "answer", text: prompt, tokens: SETTINGS.tokens, traced: Boolean(SETTINGS.ask) }, (piece) => { output.textContent += piece; });
     const rate = result.tokens.length / result.seconds;
-    speed.textContent = `${result.tokens.length} tokens in ${result.seconds.toFixed(2)} s: ${rate.toFixed(0)} tokens per second, prompt included.`;
+    speed.textContent = `${SETTINGS.ask ? "The shadow: " : ""}${result.tokens.length} tokens in ${result.seconds.toFixed(2)} s: ${rate.toFixed(0)} tokens per second, prompt included.`;
     if (SETTINGS.ask) await escalate(prompt, result);
     status.textContent = "Ready.";
   } catch (error) {
@@ -102,6 +102,7 @@ start();
 
 // For those who drive the page from a program.
 window.shadow = {
+  settings: SETTINGS,
   ready: () => ready,
   split: (typed) => ask({ kind: "split", text: typed }),
   decide: (ids, tokens, policy) => ask({ kind: "answer", ids, tokens, traced: true }).then(({ trace }) => decide(policy, trace)),
