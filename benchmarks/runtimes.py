@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
 from shadow_peft.demo.robot_commands import Command, commands
 from shadow_peft.export.check import Answer, ends_of, generates
@@ -98,7 +98,7 @@ def measure(run: Path, base: Path, asked: list[Command]) -> dict[str, Any]:
         "rows": [asdict(row) for row in rows],
         "commands": len(asked),
         "parameters": model.num_parameters(),
-        "variant": store.read(str(run / "adapter")).config.variant,
+        "variant": reading.read(str(run / "adapter")).config.variant,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "machine": platform.processor() or platform.machine(),
     }

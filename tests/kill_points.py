@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from shadow_peft import ShadowForCausalLM
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from tests.tiny_models import causal_lm, llama, tokens
 
 TRACED = ("storage/atomic.py", "storage/files.py", "storage/tensors.py", "checkpoint/store.py")
@@ -56,7 +56,7 @@ def traced(trace: Callable[..., Any], act: Callable[[], None]) -> int:
 
 def content(folder: Path) -> str:
     """A hash of all that reading gives."""
-    stored, found = store.read(folder), hashlib.sha256()
+    stored, found = reading.read(folder), hashlib.sha256()
     found.update(json.dumps([stored.config.to_dict(), stored.dialect], sort_keys=True).encode())
     for part in (stored.tensors, stored.heads):
         for name in sorted(part):
@@ -113,7 +113,7 @@ def main(how: str, root: Path, old_variant: str, new_variant: str, stride: int) 
             assert set(os.listdir(folder)) == names[outcomes[-1]], (at, os.listdir(folder))
         third.save_pretrained(folder)
         assert set(os.listdir(folder)) == names["new"], (at, os.listdir(folder))
-        assert torch.equal(store.read(folder).tensors[UPS[new_variant]], third.state_dict()[UPS[new_variant]])
+        assert torch.equal(reading.read(folder).tensors[UPS[new_variant]], third.state_dict()[UPS[new_variant]])
         shutil.rmtree(folder.parent)
     print(json.dumps(outcomes))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading, store
 from shadow_peft.storage import atomic
 from tests.tiny_models import causal_lm, llama, tokens
 
@@ -95,7 +95,7 @@ def test_a_save_ends_an_earlier_one_and_deletes_its_leftovers(tmp_path: Path, mo
 def test_a_reader_starts_again_when_a_save_comes_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = causal_lm(llama(), variant="published"), causal_lm(llama(), seed=5, variant="published")
     old.save_pretrained(tmp_path)
-    original, calls = store.read_tensors, []
+    original, calls = reading.read_tensors, []
 
     def reads_late(path: Path) -> dict[str, torch.Tensor]:
         if not calls:
@@ -103,8 +103,8 @@ def test_a_reader_starts_again_when_a_save_comes_in_between(tmp_path: Path, monk
         calls.append(path)
         return original(path)
 
-    monkeypatch.setattr(store, "read_tensors", reads_late)
-    stored = store.read(tmp_path)
+    monkeypatch.setattr(reading, "read_tensors", reads_late)
+    stored = reading.read(tmp_path)
     assert len(calls) == 2
     assert all(torch.equal(stored.tensors[name], tensor) for name, tensor in new.state_dict().items())
 
@@ -116,7 +116,7 @@ def test_a_manifest_names_files_of_its_folder_only(listed: object, tmp_path: Pat
     (tmp_path / "outside").write_text("stays")
     (folder / ".saved").mkdir()
     (folder / ".saved" / "manifest.json").write_text(json.dumps({"written": [], "removed": [listed]}))
-    for act in (lambda: store.read(folder), lambda: causal_lm(llama()).save_pretrained(folder)):
+    for act in (lambda: reading.read(folder), lambda: causal_lm(llama()).save_pretrained(folder)):
         with pytest.raises(ValueError, match=r"Move .*\.saved away"):
             act()
     assert (tmp_path / "outside").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
-from shadow_peft.checkpoint.store import read
+from shadow_peft.checkpoint.reading import read
 from tests.tiny_models import INTEROP, adapted, causal_lm, llama
 
 PUBLISHED = {

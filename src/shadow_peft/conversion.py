@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
 from shadow_peft.backbone.truncated_config import truncated_config
-from shadow_peft.checkpoint import peft, store
+from shadow_peft.checkpoint import peft, reading
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.storage.files import read_json, write_json
@@ -49,7 +49,7 @@ def to_peft(base: PreTrainedModel, adapter: str | Path, folder: Path) -> ShadowP
     Raises:
         ValueError: no adapter of peft's computes the same, saying why; or the adapter does not fit the base.
     """
-    stored = store.read(adapter)
+    stored = reading.read(adapter)
     reason = _OTHER_MATHEMATICS.get(stored.config.variant)
     if reason is not None:
         raise ValueError(f"The variant {stored.config.variant!r} has no equal in peft: {reason}.")
@@ -75,7 +75,7 @@ def to_native(base: PreTrainedModel, adapter: str | Path, folder: Path) -> Shado
     The files keep their names, since they hold the same mathematics; what they say beside is what this library needs to load
     them without the shadow's place. Arguments, result and errors are those of `to_peft`.
     """
-    stored = store.read(adapter)
+    stored = reading.read(adapter)
     if stored.dialect != "peft" or stored.provenance:
         raise ValueError(f"{adapter} was written by this library already.")
     model = load(base, stored)
@@ -83,7 +83,7 @@ def to_native(base: PreTrainedModel, adapter: str | Path, folder: Path) -> Shado
     return model
 
 
-def load(base: PreTrainedModel, stored: store.Checkpoint) -> ShadowPeftModel:
+def load(base: PreTrainedModel, stored: reading.Checkpoint) -> ShadowPeftModel:
     """Attach a stored adapter to its base, with the shadow that an adapter of peft's names by its place.
 
     Raises:

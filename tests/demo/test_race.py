@@ -10,24 +10,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from threading import Timer
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowForCausalLM, get_shadow_model
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.cli import main
+from shadow_peft.cli.race_board import RaceBoard
+from shadow_peft.cli.screen import Screen
 from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import in_own_process, peak_memory_mb, side_by_side
-from shadow_peft.demo.race import Contender, RaceSettings, Training, lora_rank, shadow_size
-from shadow_peft.demo.report import draw_curves, examples, save_results, table
+from shadow_peft.demo.race import Contender, Progress, RaceSettings, Training, lora_rank, shadow_size
+from shadow_peft.demo.report import draw_results, examples, save_results, table
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import Scores
 from tests.tiny_models import llama
@@ -75,6 +80,39 @@ def test_embedded_shadow_is_small_and_has_the_table_of_the_base() -> None:
     assert input_embeddings(load_shadow()) is None
 
 
+def board(terminal: bool) -> tuple[RaceBoard, StringIO]:
+    """A board of three contenders, and what it writes."""
+    screen, written = Screen(), StringIO()
+    screen.console = Console(file=written, force_terminal=terminal, width=80, highlight=False, color_system=None)
+    return RaceBoard(screen, ("base + shadow", "LoRA"), ("bare base", "base + shadow", "detached shadow", "LoRA")), written
+
+
+def test_a_pipe_gets_a_line_for_every_tenth() -> None:
+    shown, written = board(terminal=False)
+    with shown:
+        for step in range(1, 101):
+            shown.show(Progress("LoRA", "training", step, 100, {"loss": 1 / step}))
+        shown.show(Progress("LoRA", "test", 50, 300))
+    lines = written.getvalue().splitlines()
+    assert lines[0] == "LoRA             step 1/100  loss 1.000"
+    assert [int(re.search(r"step (\d+)", line)[1]) for line in lines[1:-1]] == list(range(10, 101, 10))  # type: ignore[index]
+    assert lines[-1] == "LoRA             answered 50/300 test commands"
+
+
+def test_a_terminal_gets_one_table() -> None:
+    shown, written = board(terminal=True)
+    with shown:
+        shown.show(Progress("base + shadow", "training", 200, 400, {"loss": 0.25, "detached": 0.75}))
+        shown.show(Progress("bare base", "test", 300, 300))
+    last = written.getvalue().rpartition("training")[2].splitlines()
+    rows = {name: next(line for line in last if line.startswith(name)) for name in ("bare", "base +", "detached", "LoRA")}
+    assert rows["base +"].split()[3:6] == ["━" * 8, "200/400", "0.250"]
+    assert rows["detached"].split()[2] == "0.750"
+    assert rows["bare"].split()[2:] == ["━" * 16, "300/300"]
+    assert rows["LoRA"].split() == ["LoRA"]
+    assert all(len(line) <= 80 for line in last)
+
+
 def made_up_contenders() -> list[Contender]:
     lines = ["{}", "two\nlines"]
     training = Training(1234, 5.6, 789.0, {"answer": [(1, 2.0), (2, 1.0)], "detached shadow": [(1, 3.0), (2, 2.5)]})
@@ -99,11 +137,12 @@ def test_examples_show_every_answer_on_one_line() -> None:
 
 def test_results_and_picture_are_written(tmp_path: Path) -> None:
     save_results(tmp_path / "results.json", RaceSettings(), made_up_contenders(), 12.3)
-    draw_curves(tmp_path / "curves.png", made_up_contenders())
+    draw_results(tmp_path / "results.png", made_up_contenders())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["contenders"][1]["training"]["trainable"] == 1234
+    assert results["contenders"][1]["drafting"] is None
     assert results["settings"]["shadow"]["injection_hidden_size"] == RaceSettings().shadow.injection_hidden_size
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_work_in_its_own_process_has_its_own_peak() -> None:
@@ -112,21 +151,39 @@ def test_work_in_its_own_process_has_its_own_peak() -> None:
         in_own_process(commands, "train", -1)
 
 
-def test_work_side_by_side_runs_in_different_processes() -> None:
-    first, second = side_by_side(os.getpid, os.getpid)
+def say_and_return(count: int, report: Callable[[object], object]) -> int:
+    """Reports the numbers below `count`; returns the process."""
+    for number in range(count):
+        report((count, number))
+    return os.getpid()
+
+
+def test_work_side_by_side_runs_in_different_processes_and_is_heard_in_order() -> None:
+    heard: list[tuple[int, int]] = []
+    first, second = side_by_side(partial(say_and_return, 300), partial(say_and_return, 20), listener=heard.append)
     assert len({first, second, os.getpid()}) == 3
+    for count in (300, 20):
+        assert [number for of, number in heard if of == count] == list(range(count))
+
+
+def sleep(report: object) -> None:
+    time.sleep(600)
+
+
+def fail(report: object) -> None:
+    commands("train", -1)
 
 
 @pytest.mark.parametrize("ended_by", ["an interrupt", "an error"])
 def test_nothing_goes_on_where_one_fails(ended_by: str, capfd: pytest.CaptureFixture[str]) -> None:
-    started, works = time.monotonic(), [partial(time.sleep, 600)] * 2
+    started = time.monotonic()
     if ended_by == "an error":
         with pytest.raises(ValueError, match="got -1"):
-            side_by_side(*works, partial(commands, "train", -1))
+            side_by_side(sleep, sleep, fail, listener=print)
     else:
         Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            side_by_side(*works)
+            side_by_side(sleep, sleep, listener=print)
     assert time.monotonic() - started < 120
     assert "Traceback" not in capfd.readouterr().err
 
@@ -141,6 +198,9 @@ def test_demo_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = [contender["name"] for contender in results["contenders"]]
     assert names[:3] == ["bare base", "base + shadow", "detached shadow"]
     assert names[3].startswith("LoRA")
+    drafting = results["contenders"][1]["drafting"]
+    assert drafting["tokens_per_pass"] >= 1
+    assert f"{drafting['tokens_per_pass']:.1f} tokens a base pass, {drafting['speed']:.2f}x as fast as the base" in shown
     assert all(name in shown for name in names)
     lines = shown.splitlines()
     for step in (1, 2, 3):
@@ -164,5 +224,5 @@ def check_files(folder: Path, results: dict[str, list[dict[str, dict[str, object
         tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         written = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert [line.strip() for line in written] == contender["scores"]["answers"]
-    assert (folder / "curves.png").is_file()
+    assert (folder / "results.png").is_file()
     assert replace(RaceSettings(), steps=3).steps == results["settings"]["steps"]  # type: ignore[call-overload]

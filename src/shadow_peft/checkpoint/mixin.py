@@ -20,7 +20,7 @@ from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
 from shadow_peft.base.record import BaseRecord
-from shadow_peft.checkpoint import native, peft, store
+from shadow_peft.checkpoint import native, peft, reading, store
 from shadow_peft.checkpoint.folder import FILES_OF_NO_OTHERS
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.checkpoint.state_dicts import load_nested, own_entries, with_own_memory
@@ -173,7 +173,7 @@ class CheckpointMixin(ShadowAdapter):
         """
         loaded: Self = cls.from_checkpoint(
             model,
-            store.read(pretrained_shadow_path).without_heads(),
+            reading.read(pretrained_shadow_path).without_heads(),
             is_trainable=is_trainable,
             shadow_model=shadow_model,
             autocast_adapter_dtype=autocast_adapter_dtype,
@@ -185,7 +185,7 @@ class CheckpointMixin(ShadowAdapter):
     def from_checkpoint(
         cls,
         model: PreTrainedModel,
-        stored: store.Checkpoint,
+        stored: reading.Checkpoint,
         *,
         is_trainable: bool = False,
         shadow_model: PreTrainedModel | None = None,
@@ -241,7 +241,7 @@ class CheckpointMixin(ShadowAdapter):
             self.base_model.requires_grad_(False)
 
 
-def _inject_adapters(base: PreTrainedModel, stored: store.Checkpoint, record: BaseRecord) -> bool:
+def _inject_adapters(base: PreTrainedModel, stored: reading.Checkpoint, record: BaseRecord) -> bool:
     """Put the PEFT adapters of a checkpoint into a bare base; they are part of what another shadow on it reads.
 
     Raises:

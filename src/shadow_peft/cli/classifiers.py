@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.loading import check_place, load_base, named_base
 from shadow_peft.cli.options import QuantizationOptions
@@ -71,8 +71,8 @@ def load_adapted_classifier(
         raise UserError(f"cannot attach the adapter {adapter!r} to {name!r}: {one_line(error)}") from error
 
 
-def _stored(adapter: str) -> store.Checkpoint:
+def _stored(adapter: str) -> reading.Checkpoint:
     try:
-        return store.read(adapter)
+        return reading.read(adapter)
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error

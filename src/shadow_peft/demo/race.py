@@ -10,10 +10,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from shadow_peft.config import ShadowConfig
+from shadow_peft.demo.drafting import Drafting, measure_drafting
 from shadow_peft.demo.embedded import BASE_PATH, SHADOW_PATH, load_base, load_shadow, load_tokenizer
 from shadow_peft.demo.measure import peak_memory_mb
 from shadow_peft.demo.robot_commands import Command, commands
@@ -37,8 +38,32 @@ from shadow_peft.training.sft import ShadowSFTTrainer
 #: A curve: steps and losses in nats per token.
 Curve = list[tuple[int, float]]
 
-#: Takes one line about a contender's progress; it must be picklable, since contenders run in processes of their own.
-Report = Callable[[str], object]
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a contender is; it travels between processes.
+
+    Args:
+        contender: its name.
+        work: what it does.
+        done, total: optimizer steps, or commands of the test split.
+        losses: of the last steps by name, nats per token: `loss`, and `detached` where there is a shadow.
+    """
+
+    contender: str
+    work: Literal["training", "test"]
+    done: int
+    total: int
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+#: Takes what a contender says of its progress.
+Report = Callable[[Progress], object]
+
+DRAFTED_COMMANDS = 25
+"""How many commands of the test split drafting is timed on."""
+
+SHADOW_NAME, DETACHED_NAME, LORA_NAME, BASE_NAME = "base + shadow", "detached shadow", "LoRA", "bare base"
 
 #: The adapter around the pretrained shadow, chosen on the dev split (LOG.md).
 SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
@@ -86,11 +111,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table; `training` is None for a model that was not trained here."""
+    """One row of the table; `training` is None for a model that was not trained here, `drafting` where nothing drafts."""
 
     name: str
     scores: Scores
     training: Training | None = None
+    drafting: Drafting | None = None
 
 
 def race_shadow(settings: RaceSettings, output: Path, report: Report) -> list[Contender]:
@@ -102,16 +128,19 @@ def race_shadow(settings: RaceSettings, output: Path, report: Report) -> list[Co
     model = ShadowForCausalLM(adapted, shadow_loss_weight=settings.shadow_loss_weight)
     scale = settings.shadow_learning_rate_scale
     trainer_class = partial(ShadowSFTTrainer, shadow_learning_rate_scale=scale)
-    report_base, report_detached = _named(report, "base + shadow"), _named(report, "detached shadow")
-    training = _train(trainer_class, model, tokenizer, settings, settings.shadow_learning_rate, report_base)
+    rate = settings.shadow_learning_rate
+    training = _train(trainer_class, model, tokenizer, settings, rate, _Reporter(SHADOW_NAME, report))
     for folder, part in (("adapter", model), ("shadow", model.export_shadow())):
         part.save_pretrained(output / folder)
         tokenizer.save_pretrained(output / folder)
     detached = AutoModelForCausalLM.from_pretrained(output / "shadow", local_files_only=True)
     test = _test(settings)
+    attached_scores = score(model, tokenizer, test, _answered(SHADOW_NAME, report))
+    detached_scores = score(detached, tokenizer, test, _answered(DETACHED_NAME, report))
+    drafting = measure_drafting(model, base, tokenizer, test[:DRAFTED_COMMANDS])
     return [
-        Contender("base + shadow", score(model, tokenizer, test, report_base), training),
-        Contender("detached shadow", score(detached, tokenizer, test, report_detached)),
+        Contender(SHADOW_NAME, attached_scores, training, drafting),
+        Contender(DETACHED_NAME, detached_scores),
     ]
 
 
@@ -123,16 +152,16 @@ def race_lora(settings: RaceSettings, budget: int, report: Report) -> list[Conte
     rank = lora_rank(base, budget)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    report = _named(report, "LoRA")
-    training = _train(SFTTrainer, model, tokenizer, settings, settings.lora_learning_rate, report)
-    return [Contender(f"LoRA (rank {rank})", score(model, tokenizer, _test(settings), report), training)]
+    training = _train(SFTTrainer, model, tokenizer, settings, settings.lora_learning_rate, _Reporter(LORA_NAME, report))
+    scores = score(model, tokenizer, _test(settings), _answered(LORA_NAME, report))
+    return [Contender(f"{LORA_NAME} (rank {rank})", scores, training)]
 
 
 def race_base(settings: RaceSettings, report: Report) -> list[Contender]:
     """Score the bare base."""
     _limit_threads_and_output()
     tokenizer, base = load_tokenizer(settings.base), load_base(settings.base)
-    return [Contender("bare base", score(base, tokenizer, _test(settings), _named(report, "bare base")))]
+    return [Contender(BASE_NAME, score(base, tokenizer, _test(settings), _answered(BASE_NAME, report)))]
 
 
 def shadow_size(settings: RaceSettings) -> int:
@@ -148,27 +177,26 @@ def lora_rank(base: PreTrainedModel, budget: int) -> int:
     return max(1, round(budget / sum(m.in_features + m.out_features for m in linears)))
 
 
-class _ReportTenths(TrainerCallback):
-    """Report the losses whenever another tenth of the steps is done."""
+class _Reporter(TrainerCallback):
+    """Reports the losses of every entry of the log."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, name: str, report: Report) -> None:
+        self.name = name
         self.report = report
-        self.tenths = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line, unless this log entry is in the same tenth as the last line."""
-        tenths = 10 * state.global_step // state.max_steps
-        if "loss" not in logs or tenths == self.tenths:
+        """One report, but not of the summary at the end."""
+        if "loss" not in logs:
             return
-        self.tenths = tenths
-        losses = f"loss {logs.get('base_loss', logs['loss']):.3f}"
+        losses = {"loss": logs.get("base_loss", logs["loss"])}
         if "shadow_loss" in logs:
-            losses += f"  detached {logs['shadow_loss']:.3f}"
-        self.report(f"step {state.global_step}/{state.max_steps}  {losses}")
+            losses["detached"] = logs["shadow_loss"]
+        self.report(Progress(self.name, "training", state.global_step, state.max_steps, losses))
 
 
-def _named(report: Report, name: str) -> Report:
-    return lambda text: report(f"{name:<15}  {text}")
+def _answered(name: str, report: Report) -> Callable[[int, int], object]:
+    """What takes how many of the test's commands are answered."""
+    return lambda done, total: report(Progress(name, "test", done, total))
 
 
 def _train(
@@ -177,13 +205,13 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     settings: RaceSettings,
     rate: float,
-    report: Report,
+    reporter: _Reporter,
 ) -> Training:
     """Train a contender; only the learning rate and the class of the trainer differ between contenders."""
     data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
     trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_ReportTenths(report))
+    trainer.add_callback(reporter)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -199,7 +227,7 @@ def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
         output_dir="unused", save_strategy="no", report_to="none", use_cpu=True, bf16=False,
         activation_checkpointing=False, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
-        logging_steps=max(1, settings.steps // 25), max_length=None, seed=settings.seed, data_seed=settings.seed,
+        logging_steps=max(1, settings.steps // 50), max_length=None, seed=settings.seed, data_seed=settings.seed,
         disable_tqdm=True,
     )  # fmt: skip
 

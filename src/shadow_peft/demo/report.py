@@ -1,4 +1,4 @@
-"""The results of a race: a table, a plot of the curves, a JSON file, three commands with every answer."""
+"""The results of a race: a table, a picture, a JSON file, three commands with every answer."""
 
 from __future__ import annotations
 
@@ -47,17 +47,26 @@ def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Conten
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def draw_curves(path: Path, contenders: Sequence[Contender]) -> None:
-    """Plot the training losses over the steps as PNG."""
+def draw_results(path: Path, contenders: Sequence[Contender]) -> None:
+    """Plot the training losses over the steps, and the right answers beside them, as PNG; a colour a contender."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes: Any = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses: Any
+    answers: Any
+    losses, answers = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = {contender.name: f"C{index}" for index, contender in enumerate(contenders)}
     for contender in contenders:
-        for name, curve in (contender.training.curves if contender.training else {}).items():
-            axes.plot(*zip(*curve, strict=True), label=contender.name if name == "answer" else name)
-    axes.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
-    axes.legend()
+        for curve_name, curve in (contender.training.curves if contender.training else {}).items():
+            name = contender.name if curve_name == "answer" else curve_name
+            losses.plot(*zip(*curve, strict=True), label=name, color=colours.get(name))
+    losses.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
+    losses.legend()
+    shares = [100 * contender.scores.exact_match for contender in contenders]
+    bars = answers.barh(list(colours), shares, color=list(colours.values()))
+    answers.bar_label(bars, fmt="%.1f %%", padding=3)
+    answers.set(xlabel="test commands answered exactly (%)", xlim=(0, max(1.2 * max(shares), 1)))
+    answers.invert_yaxis()
     figure.savefig(path, dpi=120)
 
 

@@ -13,7 +13,7 @@ from shadow_peft.demo.robot_commands import Command
 from shadow_peft.losses.language_modeling import next_token_loss, shifted
 from shadow_peft.losses.reduction import IGNORE_INDEX
 
-BATCH = 100
+BATCH = 50
 LONGEST_ANSWER = 64
 
 
@@ -38,14 +38,14 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     commands: Sequence[Command],
-    report: Callable[[str], object],
+    report: Callable[[int, int], object],
 ) -> Scores:
-    """Generate answers greedily and score them; `report` gets a line after each batch."""
+    """Generate answers greedily and score them; `report` gets how many of how many are written after each batch."""
     model.eval()
     written: list[str] = []
     for batch in _batches(commands):
         written += answer(model, tokenizer, [command.prompt for command in batch])
-        report(f"answered {len(written)}/{len(commands)} test commands")
+        report(len(written), len(commands))
     pairs = list(zip(commands, written, strict=True))
     exact = sum(line == command.completion.strip() for command, line in pairs) / len(pairs)
     fields = sum(fields_right(command, line) for command, line in pairs) / len(pairs)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import build_stored_shadow
 from shadow_peft.base import peft_adapters
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading, store
 from shadow_peft.checkpoint.mixin import CheckpointMixin
 from shadow_peft.checkpoint.provenance import malformed
 from shadow_peft.config import ShadowConfig
@@ -140,7 +140,7 @@ class NamedAdaptersMixin(CheckpointMixin):
         """
         self._checked_name(adapter_name)
         self.add_checkpoint(
-            store.read(pretrained_shadow_path).without_heads(),
+            reading.read(pretrained_shadow_path).without_heads(),
             adapter_name,
             is_trainable=is_trainable,
             shadow_model=shadow_model,
@@ -149,7 +149,7 @@ class NamedAdaptersMixin(CheckpointMixin):
 
     def add_checkpoint(
         self,
-        stored: store.Checkpoint,
+        stored: reading.Checkpoint,
         adapter_name: str,
         *,
         is_trainable: bool = False,
@@ -195,7 +195,7 @@ class NamedAdaptersMixin(CheckpointMixin):
             ValueError: there is no adapter of this name, or the stored one has other shapes, another variant, alpha, dropout
                 or backbone; nothing is changed.
         """
-        adapter, stored = self.adapter(adapter_name), store.read(pretrained_shadow_path)
+        adapter, stored = self.adapter(adapter_name), reading.read(pretrained_shadow_path)
         if not adapter.task_heads:
             stored = stored.without_heads()
         check_swappable(adapter, stored)
@@ -256,7 +256,7 @@ class NamedAdaptersMixin(CheckpointMixin):
             raise ValueError("Adapters cannot be added while parameters are sharded over processes.")
         return adapter_name
 
-    def _require_same_base_adapters(self, stored: store.Checkpoint) -> None:
+    def _require_same_base_adapters(self, stored: reading.Checkpoint) -> None:
         """Refuse a checkpoint whose PEFT adapters for the base are not those that it carries.
 
         Raises:

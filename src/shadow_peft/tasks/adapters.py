@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shadow_peft.adapter import ShadowAdapter
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel
 
@@ -38,7 +38,7 @@ class TaskAdaptersMixin:
         raise NotImplementedError
 
     @classmethod
-    def _read(cls, path_or_repo: str | Path) -> store.Checkpoint:
+    def _read(cls, path_or_repo: str | Path) -> reading.Checkpoint:
         raise NotImplementedError
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.outputs import InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
@@ -60,7 +60,7 @@ class _AutoShadowModel:
             ValueError: there is no adapter, or it does not name its base.
             OSError: the base cannot be found.
         """
-        stored = store.read(pretrained_shadow_path)
+        stored = reading.read(pretrained_shadow_path)
         name = base_of(stored) if base_model is None else base_model
         base = cls.base_class.from_pretrained(name, **{**cls._base_settings(stored), **base_kwargs})
         return cls.task_class.from_pretrained(
@@ -73,7 +73,7 @@ class _AutoShadowModel:
         )
 
     @classmethod
-    def _base_settings(cls, stored: store.Checkpoint) -> dict[str, Any]:
+    def _base_settings(cls, stored: reading.Checkpoint) -> dict[str, Any]:
         """Arguments for loading the base so that the stored heads fit."""
         return {}
 
@@ -92,11 +92,11 @@ class AutoShadowModelForSequenceClassification(_AutoShadowModel):
     base_class = AutoModelForSequenceClassification
 
     @classmethod
-    def _base_settings(cls, stored: store.Checkpoint) -> dict[str, Any]:
+    def _base_settings(cls, stored: reading.Checkpoint) -> dict[str, Any]:
         return classifier_settings(stored)
 
 
-def classifier_settings(stored: store.Checkpoint) -> dict[str, Any]:
+def classifier_settings(stored: reading.Checkpoint) -> dict[str, Any]:
     """The arguments of `from_pretrained` that give a base the classes of a stored adapter."""
     names = stored.provenance.get("class_names")
     if names:
@@ -110,7 +110,7 @@ def class_settings(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
-def base_of(stored: store.Checkpoint) -> str:
+def base_of(stored: reading.Checkpoint) -> str:
     """Name or path of the base of a stored adapter.
 
     Raises:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.dequantize import float_copy
 from shadow_peft.backbone.implicit import master_dtype, materialized
-from shadow_peft.checkpoint import store
+from shadow_peft.checkpoint import reading
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.multi_adapter.named import DEFAULT
@@ -308,13 +308,13 @@ class ShadowTaskModel(TaskAdaptersMixin, PreTrainedModel):
         )
 
     @classmethod
-    def _read(cls, path_or_repo: str | Path) -> store.Checkpoint:
+    def _read(cls, path_or_repo: str | Path) -> reading.Checkpoint:
         """A checkpoint whose heads are those of this task.
 
         Raises:
             ValueError: they are not, or there is no checkpoint.
         """
-        stored = store.read(path_or_repo)
+        stored = reading.read(path_or_repo)
         foreign = set(stored.head_names) - set(cls.head_names)
         if foreign:
             raise ValueError(f"{stored.directory} holds {', '.join(sorted(foreign))}, which {cls.__name__} does not have.")
