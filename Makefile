@@ -51,7 +51,7 @@ $(VENV)/.fetched: $(VENV)/.with-test
 	@if $(BIN)/python -m shadow_peft.export.fetch_all; then touch $@; fi
 
 test: $(VENV)/.with-test $(VENV)/.fetched
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 --durations-min 5
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check .

@@ -15,16 +15,16 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.devices import installed
 from shadow_peft.checkpoint import reading
 from shadow_peft.demo.embedded import BASE_PATH, load_base, load_tokenizer
 from shadow_peft.demo.robot_commands import Command, commands
@@ -37,16 +37,21 @@ TOKENS = 64
 BLOCKS, BLOCK = 5, 6
 """Blocks of commands that runtime and transformers answer in turn, and commands in one."""
 
-FORMATS: list[tuple[str, str, Settings]] = [
+Format: TypeAlias = tuple[str, str, Settings]
+"""(name of the row, format of the export, its settings)."""
+
+FORMATS: list[Format] = [
     ("llama.cpp, f32", "gguf", Settings(type="f32")),
     ("llama.cpp, f16", "gguf", Settings(type="f16")),
     ("llama.cpp, bf16", "gguf", Settings(type="bf16")),
     ("llama.cpp, q8_0", "gguf", Settings(type="q8_0")),
+    ("llama.cpp, q4_k_m", "gguf", Settings(type="q4_k_m")),
     ("onnxruntime", "onnx", Settings()),
     ("OpenVINO", "openvino", Settings()),
+    ("ExecuTorch", "executorch", Settings()),
     ("page in Chromium", "html", Settings()),
 ]
-PACKAGES = ("torch", "transformers", "xllamacpp", "onnxruntime", "openvino")
+PACKAGES = ("torch", "transformers", "xllamacpp", "onnxruntime", "openvino", "executorch")
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,20 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a demo run")
     parser.add_argument("--base", type=Path, default=BASE_PATH, help="folder of its base")
     parser.add_argument("--commands", type=int, default=300, help="commands of the test split")
+    parser.add_argument("--only", nargs="+", choices=[name for name, *_ in FORMATS], help="Measure these rows again.")
     parser.add_argument("--output", type=Path, default=RESULTS)
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    results = measure(settings.run, settings.base, commands("test", settings.commands))
+    formats = [one for one in FORMATS if settings.only is None or one[0] in settings.only]
+    results = measure(settings.run, settings.base, commands("test", settings.commands), formats)
+    if settings.only is not None:
+        results = merged(json.loads(settings.output.read_text(encoding="utf-8")), results)
     settings.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 
-def measure(run: Path, base: Path, asked: list[Command]) -> dict[str, Any]:
-    """All rows, with versions and machine."""
+def measure(run: Path, base: Path, asked: list[Command], formats: Sequence[Format] = FORMATS) -> dict[str, Any]:
+    """The rows of some formats behind that of transformers, with versions and machine."""
     tokenizer = load_tokenizer(base)
     model = ShadowForCausalLM.from_pretrained(load_base(base), str(run / "adapter")).export_shadow(fold=True).eval()
     prompts = [list(tokenizer(command.prompt)["input_ids"]) for command in asked]
@@ -93,19 +102,37 @@ def measure(run: Path, base: Path, asked: list[Command]) -> dict[str, Any]:
         size = sum(path.stat().st_size for path in Path(name).iterdir())
         expected = [generates(model)(prompt, TOKENS) for prompt in prompts]
         first = Row("transformers", size / 1e6, 1.0, _exact(expected, asked, tokenizer), len(asked))
-        rows = [first, *_rows(source, prompts, expected, asked)]
+        rows = [first, *_rows(formats, source, prompts, expected, asked)]
     return {
         "rows": [asdict(row) for row in rows],
         "commands": len(asked),
         "parameters": model.num_parameters(),
         "variant": reading.read(str(run / "adapter")).config.variant,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}},
         "machine": platform.processor() or platform.machine(),
     }
 
 
-def _rows(source: Source, prompts: list[list[int]], expected: list[list[int]], asked: list[Command]) -> Iterator[Row]:
-    for name, to, settings in FORMATS:
+def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Results with the rows that were measured again in the place of those before.
+
+    Raises:
+        ValueError: they are of another shadow or of other commands.
+    """
+    first, again = before["rows"][0], after["rows"][0]
+    is_same = first["exact"] == again["exact"]
+    if not is_same or any(before[name] != after[name] for name in ("commands", "parameters", "variant")):
+        raise ValueError("The rows that are there are of another shadow, or of other commands: measure all of them.")
+    rows = {row["name"]: row for row in (*before["rows"], *after["rows"][1:])}
+    order = [first["name"], *(name for name, *_ in FORMATS)]
+    versions = {**before["versions"], **{name: one for name, one in after["versions"].items() if one != "none"}}
+    return {**before, "rows": [rows[name] for name in order if name in rows], "versions": versions}
+
+
+def _rows(
+    formats: Sequence[Format], source: Source, prompts: list[list[int]], expected: list[list[int]], asked: list[Command]
+) -> Iterator[Row]:
+    for name, to, settings in formats:
         reason = cannot_run(to)
         if reason is not None:
             raise SystemExit(f"{name} is not measured: {reason}")
@@ -158,6 +185,8 @@ def table(results: dict[str, Any]) -> str:
     for row in (Row(**row) for row in results["rows"]):
         agreed = f"{row.same} of {results['commands']}"
         lines.append(f"| {row.name} | {row.megabytes:.1f} | {row.ratio:.2f} | {row.exact:.1%} | {agreed} |")
+    measured = {row["name"] for row in results["rows"]}
+    lines += [f"| {name} | not measured | | | |" for name, *_ in FORMATS if name not in measured]
     return "\n".join(lines)
 
 

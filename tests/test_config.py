@@ -96,3 +96,14 @@ def test_wrong_arguments_of_task_models() -> None:
         ShadowForCausalLM(adapted(llama()), shadow_loss_weight=-1)
     with pytest.raises(ValueError, match="modules_to_save names score"):
         causal_lm(llama(), modules_to_save=["score"])
+
+
+def test_states_are_normalized_in_new_adapters_of_the_variant_readout_alone() -> None:
+    assert ShadowConfig(variant="readout").normalize_injection is True
+    assert ShadowConfig().normalize_injection is False
+    assert ShadowConfig.from_dict({"variant": "readout"}).normalize_injection is False  # stored before there was the option
+    assert ShadowConfig.from_dict(ShadowConfig(variant="readout").to_dict()).normalize_injection is True
+    with pytest.raises(ValueError, match="no such form"):
+        ShadowConfig(normalize_injection=True)
+    with pytest.raises(TypeError, match="normalize_injection"):
+        ShadowConfig(variant="readout", normalize_injection=1)  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def operations(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize(
     ("variant", "most"),
     [
-        ("readout", 8),  # sub, 2 mm, add; 2 sub, mm, addmm
+        ("readout", 11),  # norm, clamp, addcdiv, neg, 2 mm, add; 2 sub, mm, addmm
         ("published", 10),  # sub, mm, addmm; norm, mm, silu, 2 mm, sigmoid, lerp
         ("peft", 11),  # no norm, but biases and another dropout
     ],

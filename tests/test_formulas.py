@@ -96,7 +96,10 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     h = base.model.layers[0](x, **run)
     for i, layer in enumerate(base.model.layers[1:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
-        delta = alpha * (h - s) @ down @ up
+        if peft.shadow_config.normalize_injection:
+            delta = alpha * (F.rms_norm(h, h.shape[-1:], eps=0.0) - F.rms_norm(s, s.shape[-1:], eps=0.0)) @ down @ up
+        else:
+            delta = alpha * (h - s) @ down @ up
         if peft.shadow_config.variant == "readout":
             added = layer(h + delta, **run) - delta - h
             down, up = (get(f"shadow_output_model.output_{n}")[i] for n in ("downs", "ups"))
@@ -122,9 +125,10 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     return loss, tensors
 
 
-@pytest.mark.parametrize("variant", ["readout", "published"])
-def test_the_whole_method_in_float64(variant: str) -> None:
-    model = causal_lm(llama(attn_implementation="eager").double(), shadow_loss_weight=0.3, variant=variant)
+@pytest.mark.parametrize(("variant", "normalize"), [("readout", True), ("readout", False), ("published", False)])
+def test_the_whole_method_in_float64(variant: str, normalize: bool) -> None:
+    base = llama(attn_implementation="eager").double()
+    model = causal_lm(base, shadow_loss_weight=0.3, variant=variant, normalize_injection=normalize)
     model.peft_model.double()
     input_ids = tokens()
     expected, tensors = oracle_loss(model, input_ids, 0.3)

@@ -97,6 +97,14 @@ def test_ranks_side_by_side(variant: str, names: str) -> None:
     check_rows(model, listed, tokens(len(listed), 6))
 
 
+def test_injections_that_normalize_beside_those_that_do_not() -> None:
+    model = of_one_kind("readout")
+    for seed, name in enumerate("de"):
+        model.add_adapter(name, ShadowConfig(variant="readout", normalize_injection=False))
+        stir(model.peft_model.adapter(name), seed)
+    check_rows(model.eval(), ["a", "d", "b", "e", "d", "__base__"], tokens(6))
+
+
 @pytest.mark.parametrize("variant", OF_ONE_KIND)
 def test_two_layers_and_half_precision(variant: str) -> None:
     model = of_one_kind(variant, llama(num_hidden_layers=2))

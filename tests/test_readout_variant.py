@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from shadow_peft.layers.output_correction import correct_output, inject_transient
+from shadow_peft.layers.output_correction import correct_output, inject_transient, unit_rms
 from shadow_peft.layers.readout import ReadoutWeights, ShadowReadoutModel, read_out
 from tests.test_formulas import D, R, draw
 from tests.tiny_models import causal_lm, llama, tokens
 
 
-def reference(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    delta = alpha * torch.einsum("btd,dr,re->bte", h - s, down, up)
+def reference(h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    compared = h / h.pow(2).mean(-1, keepdim=True).sqrt() if normalize else h
+    delta = alpha * torch.einsum("btd,dr,re->bte", compared - s, down, up)
     return h + delta, delta
 
 
@@ -24,20 +25,22 @@ def inputs() -> tuple[Tensor, ...]:
     return draw(2, 3, D, seed=1), draw(2, 3, D, seed=2), draw(D, R), draw(R, D)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("grad", [True, False])
-def test_correct_is_the_formula(grad: bool) -> None:
+def test_correct_is_the_formula(grad: bool, normalize: bool) -> None:
     h, s, down, up = inputs()
     with torch.set_grad_enabled(grad):
-        found = inject_transient(h, s, down, up, 0.4)
-    for value, expected in zip(found, reference(h, s, down, up, 0.4), strict=True):
+        found = inject_transient(h, s, down, up, 0.4, normalize=normalize)
+    for value, expected in zip(found, reference(h, s, down, up, 0.4, normalize), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_of_correct(dropout: float) -> None:
+def test_gradients_of_correct(dropout: float, normalize: bool) -> None:
     def seeded(h: Tensor, s: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(3)
-        return inject_transient(h, s, down, up, 0.4, dropout)
+        return inject_transient(h, s, down, up, 0.4, dropout, normalize)
 
     assert torch.autograd.gradcheck(seeded, inputs())
 
@@ -45,9 +48,22 @@ def test_gradients_of_correct(dropout: float) -> None:
 def test_what_is_dropped_is_z() -> None:
     h, s, down, up = draw(64, 64, D, seed=1), draw(64, 64, D, seed=2), draw(D, 1), draw(1, D)
     torch.manual_seed(0)
-    ratio = (inject_transient(h, s, down, up, 1.0, 0.25)[1] / reference(h, s, down, up, 1.0)[1])[..., 0]
+    ratio = (inject_transient(h, s, down, up, 1.0, 0.25)[1] / reference(h, s, down, up, 1.0, False)[1])[..., 0]
     assert set(ratio.round(decimals=6).unique().tolist()) == {0.0, round(1 / 0.75, 6)}
     assert abs((ratio == 0).double().mean().item() - 0.25) < 0.03
+
+
+def test_what_is_normalized_has_unit_size_and_zeros_stay_zeros() -> None:
+    x = draw(2, 3, D, seed=1) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    torch.testing.assert_close(unit_rms(x).pow(2).mean(-1), torch.ones(2, 3, dtype=x.dtype))
+    assert torch.equal(unit_rms(torch.zeros(2, D)), torch.zeros(2, D))
+
+
+def test_a_normalized_injection_sees_directions_alone() -> None:
+    h, s, down, up = inputs()
+    for size in (0.01, 100.0):
+        found = inject_transient(size * h, unit_rms(s), down, up, 1.0, normalize=True)[1]
+        torch.testing.assert_close(found, inject_transient(h, unit_rms(s), down, up, 1.0, normalize=True)[1])
 
 
 @pytest.mark.parametrize("grad", [True, False])

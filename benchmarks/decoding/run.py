@@ -101,17 +101,23 @@ def beside_base(name: str, shape: str, device: str, dtype: str, peer: str, draft
     return {BASE: Process(sys.executable, BASE, **options), title: Process(python, name, **other)}
 
 
-def start_real(base: str, adapter: str | None, text: str | None) -> dict[str, Process]:
-    """A worker for every contender on a real base."""
-    source = {"base": base, "text": text}
-    processes = {name: Process(sys.executable, name, **source) for name in (BASE, "LoRA", "ours, variant published")}
-    processes["ours"] = Process(sys.executable, "ours", adapter=adapter, **source)
+def start_real(base: str, adapter: str | None, text: str | None, only: list[str] | None = None) -> dict[str, Process]:
+    """A worker for the bare base and for every contender on it, or only for some."""
+    ours = {"adapter": adapter}
+    options: dict[str, dict[str, Any]] = {BASE: {}, "LoRA": {}, "ours, variant published": {}, "ours": ours}
     for acceptance in REAL_ORACLES:
-        name = f"ours, drafts right {acceptance:.0%}"
-        processes[name] = Process(sys.executable, "ours", adapter=adapter, drafts=str(acceptance), **source)
+        options[f"ours, drafts right {acceptance:.0%}"] = {"drafts": str(acceptance), **ours}
     if adapter is not None:
-        processes["ours, its own drafts"] = Process(sys.executable, "ours", adapter=adapter, drafts="own", **source)
-    return processes
+        options["ours, its own drafts"] = {"drafts": "own", **ours}
+        options["ours, its own drafts, whole head"] = {"drafts": "own", "assistant_vocab_size": 0, **ours}
+    unknown = set(only or ()) - set(options)
+    if unknown:
+        raise ValueError(f"There is no contender {sorted(unknown)}; there are {sorted(options)}.")
+    chosen = [name for name in options if name == BASE or only is None or name in only]
+    return {
+        name: Process(sys.executable, name if name in CONTENDERS else "ours", base=base, text=text, **options[name])
+        for name in chosen
+    }
 
 
 def measure(
@@ -169,6 +175,7 @@ def main() -> None:
     parser.add_argument("--base", help="Folder of a real base; the published shadows and DoRA are left out then.")
     parser.add_argument("--adapter", help="Folder of an adapter for it, whose own drafts are measured too.")
     parser.add_argument("--text", help="A text file: its pieces are the prompts.")
+    parser.add_argument("--only", nargs="+", help="Contenders on the real base beside the bare one; all by default.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32, help="Tokens to write at batch 8; three times as many at batch 1.")
@@ -181,7 +188,7 @@ def main() -> None:
         parser.error("Name the --output of a real base; the default one is that of the random base.")
     with tempfile.TemporaryDirectory() as folder:
         if args.base is not None:
-            processes = start_real(args.base, args.adapter, args.text)
+            processes = start_real(args.base, args.adapter, args.text, args.only)
         else:
             processes = start(args.peer or make_environment(Path(folder) / "peer"))
         rows = measure(processes, args.rounds, args.prompt, args.tokens, args.batches)

@@ -48,15 +48,19 @@ class Worker:
         name: the contender.
         drafts: None for none, "own" for the shadow's own, or how often an oracle is right.
         text: a text whose pieces are the prompts, read with the base's tokenizer; None for random tokens.
+        assistant_vocab_size: what `generate` is told with drafts.
     """
 
-    def __init__(self, name: str, drafts: str | None = None, text: str | None = None) -> None:
+    def __init__(
+        self, name: str, drafts: str | None = None, text: str | None = None, assistant_vocab_size: int | None = None
+    ) -> None:
         self.model, self.drafts_by = CONTENDERS[name](), drafts
         self.ids = None
         if text is not None:
             tokenizer = AutoTokenizer.from_pretrained(SOURCE.base)
             self.ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
         self.settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+        self.vocab_size = assistant_vocab_size
         self.statistics: list[Any] = []
         self.written: dict[tuple[int, int, int], Tensor] = {}
 
@@ -70,7 +74,7 @@ class Worker:
                 self.written[batch, prompt, tokens] = written
             draft_with_oracle(self.written[batch, prompt, tokens], float(self.drafts_by), seed=len(self.statistics))
         if self.drafts_by is not None:
-            drafting |= {"use_shadow_draft": True, "return_dict_in_generate": True}
+            drafting |= {"use_shadow_draft": True, "return_dict_in_generate": True, "assistant_vocab_size": self.vocab_size}
         prefill = min(self._seconds(ids, 1, self.settings) for _ in range(2))
         whole = self._seconds(ids, tokens, drafting)
         return {"prefill": prefill, "decode": (whole - prefill) / (tokens - 1)}

@@ -31,6 +31,7 @@ from shadow_peft.layers.injection import ShadowInjectionModel
 from shadow_peft.layers.output_correction import ShadowOutputModel
 from shadow_peft.layers.readout import ShadowReadoutModel
 from shadow_peft.layers.update import ShadowUpdateModel
+from shadow_peft.losses.label_tokens import LabelTokens
 from shadow_peft.storage.sharded import is_sharded
 
 PARTS = (
@@ -70,6 +71,7 @@ class ShadowAdapter(nn.Module):
         has_implicit_shadow: whether the backbone was built from the base.
         shared_table_name: name that the embedding weight of an implicit backbone had before it was removed, or None.
         recompute_backbone: in training, save the backbone's matrix products alone, see `backbone.recompute`.
+        label_tokens: which tokens were targets in the trainings of a language model.
 
     Raises:
         TypeError: the base or the shadow is no transformers model.
@@ -112,6 +114,7 @@ class ShadowAdapter(nn.Module):
         self._checkpointing = False
         self._paused: frozenset[str] | None = None  # names of what is trained once the adapter is active again
         self.recompute_backbone = True
+        self.label_tokens = LabelTokens()
         self._configure_embeddings(shadow_model)
         self._place(master_dtype(base_model.dtype) if autocast_adapter_dtype else base_model.dtype)
 
@@ -313,6 +316,7 @@ class ShadowAdapter(nn.Module):
             )
         assert self.shadow_output_model is not None
         assert self.shadow_readout_model is not None
+        settings["normalize"] = config.normalize_injection
         return StaticStateCoupling(state, injection, self.shadow_output_model, self.shadow_readout_model, **settings)
 
     # ---------------------------------------------------------------- sizes

@@ -45,6 +45,8 @@ class ShadowConfig:
         output_hidden_size: rank q of the output correction, at least 1; None means 32. Only in the variant "readout", like
             the next.
         readout_hidden_size: rank m of the read-out's linear map, at least 1; None means 32.
+        normalize_injection: divide both states by their root mean square before the injection compares them; None means True
+            in the variant "readout". The others have no such form. A stored config without it means False.
         alpha: factor of the injected correction; None means 0.1, or 1 in the variant "readout".
         dropout: probability in [0, 1) inside injection and update, active in training only; None means 0.2, or 0 in the
             variant "readout".
@@ -88,6 +90,7 @@ class ShadowConfig:
     variant: Variant = "published"
     output_hidden_size: int = None  # type: ignore[assignment]  # stays None in the other variants
     readout_hidden_size: int = None  # type: ignore[assignment]
+    normalize_injection: bool = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _check_choice("variant", self.variant, get_args(Variant))
@@ -100,6 +103,7 @@ class ShadowConfig:
             _check_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        _check_normalization(self.variant, self.normalize_injection)
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
         _check_layers(self.shadow_init_layers, self.num_shadow_layers)
         object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
@@ -128,7 +132,7 @@ class ShadowConfig:
         unknown = sorted(set(data) - known - _NOT_FIELDS)
         if unknown:
             logger.warning("Ignoring unknown keys of a stored shadow config: %s", ", ".join(unknown))
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return cls(**{"normalize_injection": False, **{key: value for key, value in data.items() if key in known}})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `shadow_config.json` into a directory, which is created when it is missing."""
@@ -152,6 +156,7 @@ _PUBLISHED = {
     "alpha": 0.1,
     "dropout": 0.2,
     "shadow_init": "random",
+    "normalize_injection": False,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "published": _PUBLISHED,
@@ -164,6 +169,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "alpha": 1.0,
         "dropout": 0.0,
         "shadow_init": "auto",
+        "normalize_injection": True,
     },
 }
 """Variant -> what None means."""
@@ -204,6 +210,13 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
+def _check_normalization(variant: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"normalize_injection must be True, False or None, got {value!r}.")
+    if value and variant != "readout":
+        raise ValueError(f"normalize_injection is for the variant 'readout'; the formulas of {variant!r} have no such form.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from shadow_peft.base.architectures import ResidualStream
 from shadow_peft.layers.fused_update_injection import fused_update_injection
 from shadow_peft.layers.injection import ShadowInjectionModel, inject
-from shadow_peft.layers.output_correction import ShadowOutputModel, correct_output, inject_transient
+from shadow_peft.layers.output_correction import ShadowOutputModel, correct_output, inject_transient, unit_rms
 from shadow_peft.layers.readout import ShadowReadoutModel
 from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights, update
 
@@ -110,6 +110,7 @@ class StaticStateCoupling(Coupling):
         state, injection, **settings: see `Coupling`.
         output: the weights of the output correction.
         readout: the weights of the read-out.
+        normalize: whether the injection compares states of unit root mean square.
     """
 
     def __init__(
@@ -118,12 +119,15 @@ class StaticStateCoupling(Coupling):
         injection: ShadowInjectionModel,
         output: ShadowOutputModel,
         readout: ShadowReadoutModel,
+        *,
+        normalize: bool,
         **settings: Any,
     ) -> None:
         super().__init__(state, injection, **settings)
         self._readout = readout
+        self._normalize = normalize
         self._output_weights = output.weights(self._dtype)
-        self._state = self._stream.expand(state)
+        self._state = self._stream.expand(unit_rms(state) if normalize else state)
         self._aligned: Tensor | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
 
@@ -132,7 +136,7 @@ class StaticStateCoupling(Coupling):
         wide, state = self._aligned_once(h)
         down, up = self._weights_at(h, self._injection_weights[index])
         with no_autocast(h):
-            corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout)
+            corrected, delta = inject_transient(wide, state, down, up, self._alpha, self._dropout, self._normalize)
         self._pending = wide, delta
         return corrected.view_as(h)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.pages import put_between
 from benchmarks.quality.real import report
 from benchmarks.quality.real.bootstrap import mean, paired
 from benchmarks.quality.real.picture import draw, label
@@ -115,11 +116,11 @@ def test_task_table_has_deviation_and_rate(results: Results) -> None:
 def test_page_is_replaced_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.put_into(page, "new")
+    put_between(page, "new", report.BEGIN, report.END)
     assert page.read_text() == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        report.put_into(page, "new")
+        put_between(page, "new", report.BEGIN, report.END)
 
 
 def test_picture_writes_its_figures(results: Results, tmp_path: Path) -> None:

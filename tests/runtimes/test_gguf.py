@@ -11,6 +11,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from shadow_peft.export import gguf
 from shadow_peft.export.check import agreement, generates
+from shadow_peft.export.fetched import is_fetched
 from shadow_peft.export.runtimes import CannotExport, Settings, Source
 from tests.cli.conftest import tiny_tokenizer
 from tests.runtimes.conftest import TEXTS, digits_tokenizer, tiny_source
@@ -77,6 +78,30 @@ def test_types_have_their_size(source: Source, tmp_path: Path) -> None:
     weights = sum(parameter.numel() for parameter in source.model.parameters() if parameter.dim() > 1)
     saved = sizes["f32"] - sizes["q8_0"]
     assert abs(saved - weights * (4 - 34 / 32)) < 0.02 * sizes["f32"]  # blocks of 32 have one scale of 2 bytes
+
+
+def test_q4_k_m_stores_4_bits_where_rows_have_256_weights(tmp_path: Path) -> None:
+    """Blocks of 256 weights take 144 bytes as q4_k, 210 as q6_k; the type takes both."""
+    need("gguf")
+    if not is_fetched(gguf.LIBRARY):
+        pytest.skip(f"{gguf.LIBRARY.name} not fetched: python -m shadow_peft.export.fetch_all")
+    source = tiny_source(tmp_path, hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    (tmp_path / "gguf").mkdir()
+    gguf.convert(source, tmp_path / "gguf", Settings(type="q4_k_m"))
+    (file,) = (tmp_path / "gguf").iterdir()
+    weights = sum(parameter.numel() for parameter in source.model.parameters() if parameter.dim() > 1)
+    header = 40_000  # names, settings and tokens
+    assert 144 / 256 < file.stat().st_size / weights < (210 / 256) + header / weights
+    with gguf.running(tmp_path / "gguf", source.tokenizer) as run:
+        assert len(run.answer([5, 6, 7], 4)) == 4
+    assert [path.name for path in tmp_path.glob("*.gguf")] == []
+
+
+def test_q4_k_m_elsewhere_names_the_way(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "_run_converter", lambda *_: None)
+    monkeypatch.setattr(gguf.platform, "machine", lambda: "aarch64")
+    with pytest.raises(CannotExport, match="q4_k_m is written on Linux with x86-64 alone"):
+        gguf.convert(source, tmp_path, Settings(type="q4_k_m"))
 
 
 def test_a_tokenizer_that_llama_cpp_has_not_is_refused(source: Source, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ seed. Runs that are under way are locked (`flock`: the lock goes with its proces
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.locks import lock
 from benchmarks.quality.real.packages import ROOT, cache
 
 RESULTS = ROOT / "benchmarks/results/quality-smollm2"
@@ -143,33 +143,20 @@ def claimed(folder: Path, one: Run | None = None) -> Iterator[Run | None]:
     while True:
         wanted = missing(folder) if one is None else [one]
         for run in wanted:
-            lock = _lock(run, folder)
-            if lock is None:
+            locked = lock(folder, run.name)
+            if locked is None:
                 continue
             try:
                 if not run.done(folder):
                     yield run
                     return
             finally:
-                os.close(lock)
+                os.close(locked)
         if one is not None or not missing(folder):
             break
         time.sleep(WAIT)
     say_what_is_left_out(folder)
     yield None
-
-
-def _lock(run: Run, folder: Path) -> int | None:
-    """A locked file of a run, or None where another process has it."""
-    path = folder / ".locks" / run.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file
 
 
 def say_what_is_left_out(folder: Path) -> None:

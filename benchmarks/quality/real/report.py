@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.pages import put_between
 from benchmarks.quality.real.bootstrap import Difference
 from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import (
@@ -167,19 +168,6 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def put_into(page: Path, text: str) -> None:
-    """Replace what stands between the two marks of a page.
-
-    Raises:
-        ValueError: the page does not have both marks once.
-    """
-    whole = page.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise ValueError(f"{page} must have {BEGIN!r} and {END!r} once each.")
-    before, rest = whole.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", help="Print the tables and write nothing.")
@@ -193,7 +181,7 @@ def main() -> None:
         return
     from benchmarks.quality.real.picture import draw
 
-    put_into(asked.page, markdown(results))
+    put_between(asked.page, markdown(results), BEGIN, END)
     draw(results, METHODS, REFERENCE, asked.picture)
 
 

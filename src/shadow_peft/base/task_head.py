@@ -132,6 +132,19 @@ class TaskHead:
         return (weight, bias) if weight.device == h.device and weight.shape[-1:] == h.shape[-1:] else None
 
     @torch.no_grad()
+    def select(self, ids: Tensor, vocab_size: int) -> tuple[Tensor, ...] | None:
+        """Weight `[S, d]`, and bias `[S]` if there is one, of token ids `[S]` among V.
+
+        None where the logits are no linear map of the states to V, or the whole weight is not in memory on the ids' device.
+        """
+        weight, bias = self._output.weight, self._output.bias
+        if not self.is_linear or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        if weight.dim() != 2 or len(weight) != vocab_size or weight.device != ids.device:
+            return None
+        return tuple(part.index_select(0, ids) for part in (weight, bias) if part is not None)
+
+    @torch.no_grad()
     def _probe(self, width: int) -> tuple[bool, bool]:
         weight: Tensor = self._output.weight
         seen: list[Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,12 +17,13 @@ import torch
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.losses.label_tokens import MOST_STORED, LabelTokens
 
 
 def provenance(
     model: ShadowAdapter, training: Mapping[str, float] | None = None, files: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Where an adapter comes from: versions, base, base sizes, seed, the factors of the loss, and what was saved of it.
+    """Where an adapter comes from: versions, base, base sizes, seed, targets, factors of the loss, and what was saved of it.
 
     Args:
         model: the adapted model.
@@ -40,6 +42,7 @@ def provenance(
         "base_sizes": base_sizes(model),
         "base_adapters": peft_adapters.stored_configs(base),
         "seed": torch.initial_seed(),
+        "label_tokens": " ".join(map(str, model.label_tokens.most_frequent(MOST_STORED))) or None,
         "training": None if training is None else dict(training),
         "shadow_model_config": None if model.has_implicit_shadow else _plain(model.shadow_model.config.to_dict()),
         "shadow_model_has_embeddings": input_embeddings(model.shadow_model) is not None,
@@ -88,6 +91,11 @@ def stored_provenance(stored: Mapping[str, Any], known_files: Collection[str]) -
     return {name: value for name, value in origin.items() if value is not None}
 
 
+def stored_label_tokens(origin: Mapping[str, Any]) -> LabelTokens:
+    """The targets of the trainings that made an adapter; none where its provenance does not tell."""
+    return LabelTokens([int(token) for token in origin.get("label_tokens", "").split()])
+
+
 def _dict_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
@@ -108,9 +116,14 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}( [0-9]{1,9})*", value) is not None
+
+
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_sizes": (_dict_of(_is_size), "an object of positive integers"),
     "base_adapters": (_dict_of(_is_dict), "an object of PEFT configs"),
+    "label_tokens": (_is_token_ids, "token ids with a space between"),
     "training": (_dict_of(_is_factor), "an object of numbers, none of them negative"),
     "shadow_model_config": (_is_dict, "a model's config"),
     "shadow_model_has_embeddings": (lambda value: isinstance(value, bool), "true or false"),

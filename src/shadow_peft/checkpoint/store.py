@@ -19,7 +19,7 @@ from shadow_peft.base.task_head import path_of
 from shadow_peft.checkpoint import native, peft
 from shadow_peft.checkpoint.arguments import check_arguments
 from shadow_peft.checkpoint.folder import INDEX_FILE, STATE_FILE, check_target, is_trainer_folder
-from shadow_peft.checkpoint.provenance import base_sizes, provenance
+from shadow_peft.checkpoint.provenance import base_sizes, provenance, stored_label_tokens
 from shadow_peft.checkpoint.reading import PEFT_WEIGHT, Checkpoint, Dialect
 from shadow_peft.checkpoint.state_dicts import own_entries
 from shadow_peft.config import CONFIG_FILE
@@ -193,6 +193,7 @@ def load_into(model: ShadowAdapter, checkpoint: Checkpoint) -> None:
         logger.warning("The base carries PEFT adapters that %s was not made with.", checkpoint.directory)
         below = {}
     fill({**views, **heads, **below}, {**known, **checkpoint.heads, **checkpoint.base_adapters}, str(checkpoint.directory))
+    model.label_tokens = stored_label_tokens(checkpoint.provenance)
 
 
 def mirror_with_table(base: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel | None:

@@ -128,7 +128,7 @@ def detached(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
     if options.quantize == "none":
         return exported
     try:
-        return quantized(exported)
+        return quantized(exported, options.quantize)
     except CannotExport as error:
         raise UserError(f"--quantize {options.quantize}: {error}") from error
 

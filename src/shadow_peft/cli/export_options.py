@@ -17,7 +17,7 @@ LONGEST_TIMEOUT = 3600
 class ExportOptions:
     """Options of `shadow-peft export`."""
 
-    to: Literal["hf", "gguf", "onnx", "html", "openvino"] = field(
+    to: Literal["hf", "gguf", "onnx", "html", "openvino", "executorch"] = field(
         default="hf",
         metadata={"help": "Format: hf is a folder of transformers, gguf is for llama.cpp, html one page for a browser."},
     )
@@ -30,8 +30,9 @@ class ExportOptions:
     output: str | None = field(
         default=None, metadata={"help": "Folder to write into; by default one inside the adapter's, with the format's name."}
     )
-    quantize: Literal["none", "int8"] = field(
-        default="none", metadata={"help": "Quantize the weights of an hf folder with torchao, activations are not."}
+    quantize: Literal["none", "int8", "nf4"] = field(
+        default="none",
+        metadata={"help": "Store the layers of an hf folder in 8 bits (torchao) or 4 (bitsandbytes)."},
     )
     fold: bool = field(
         default=True,

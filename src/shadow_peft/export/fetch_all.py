@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from shadow_peft.export.fetched import fetch
-from shadow_peft.export.gguf import SOURCES
+from shadow_peft.export.gguf import LIBRARY, SOURCES
 from shadow_peft.export.html import packages
 from shadow_peft.export.runtimes import CannotExport
 
@@ -16,7 +16,7 @@ from shadow_peft.export.runtimes import CannotExport
 def main() -> int:
     """Fetch every package and say where it is; 1 where one cannot be fetched."""
     try:
-        for package in (SOURCES, *packages().values()):
+        for package in (SOURCES, LIBRARY, *packages().values()):
             print(fetch(package))
     except CannotExport as error:
         print(error, file=sys.stderr)

@@ -1,13 +1,15 @@
 """GGUF, for llama.cpp and what is built on it.
 
 llama.cpp's own converter writes the file. It comes with the sources of `llama-cpp-python`, which are fetched once and not
-built, and it runs in a process of its own. `xllamacpp`, llama.cpp's server in a wheel, runs the file.
+built, and it runs in a process of its own. `xllamacpp`, llama.cpp's server in a wheel, runs the file. It has no quantizer
+that can be called: the one for q4_k_m is in another build of llama.cpp, which is fetched from npm.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import urllib.request
@@ -31,6 +33,15 @@ SOURCES = Package(
     files=tuple(f"{LLAMA_CPP}/{name}" for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")),
 )
 
+LIBRARY = Package(
+    registry="npm",
+    name="@node-llama-cpp/linux-x64",
+    version="3.22.1",
+    integrity="sha512-5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg==",
+    files=("bins/linux-x64/libggml", "bins/linux-x64/libllama.v"),
+)
+"""llama.cpp as a shared library, built for Node; its quantizer is used."""
+
 USAGE = """```bash
 llama-cli -m {file}
 ```
@@ -53,10 +64,9 @@ def convert(source: Source, target: Path, settings: Settings) -> None:
     if settings.type != "q4_k_m":
         _run_converter(source.folder, file, settings.type)
         return
-    quantize = _quantizer()
     full = source.folder / "model-f32.gguf"
     _run_converter(source.folder, full, "f32")
-    quantize(full, file)
+    _quantize(full, file)
     full.unlink()
 
 
@@ -153,19 +163,16 @@ def _run_converter(folder: Path, file: Path, outtype: str) -> None:
         raise CannotExport(f"llama.cpp's converter says: {said[-1] if said else 'nothing'}")
 
 
-def _quantizer() -> Any:
-    """A function (float32 file, file of type q4_k_m) of llama.cpp's library."""
-    try:
-        import llama_cpp
-    except ImportError as error:
+def _quantize(full: Path, file: Path) -> None:
+    """Write a float32 file again as q4_k_m."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise CannotExport(
-            f"--type q4_k_m needs llama.cpp's quantizer: pip install {SOURCES.name}=={SOURCES.version} (it is compiled)"
-        ) from error
-
-    def quantize(full: Path, file: Path) -> None:
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread = _Q4_K_M, torch.get_num_threads()
-        if llama_cpp.llama_model_quantize(str(full).encode(), str(file).encode(), params):
-            raise CannotExport("llama.cpp cannot write this model as q4_k_m")
-
-    return quantize
+            "--type q4_k_m is written on Linux with x86-64 alone; elsewhere run llama.cpp's own quantizer on --type f32"
+        )
+    library = next(fetch(LIBRARY).glob("*/bins/*/libllama.*"))
+    program = Path(__file__).with_name("quantize_gguf.py")
+    words = (program, library, full, file, _Q4_K_M, torch.get_num_threads())
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise CannotExport(f"llama.cpp cannot write this model as q4_k_m: {said[-1] if said else 'it does not say why'}")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -89,13 +89,17 @@ def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Runnin
     yield Running(answer)
 
 
-def decode_step(name: str, model: PreTrainedModel, **options: Any) -> Any:
+Axes: TypeAlias = Callable[[dict[str, Any], Any], dict[str, Any]]
+"""(inputs of a step, config of the model) -> the axes that may be of any size, by input; the only inputs that are kept."""
+
+
+def decode_step(name: str, model: PreTrainedModel, axes: Axes | None = None) -> Any:
     """A step of generation in a format of transformers' exporters: new tokens behind a cache, both of any length.
 
     Args:
         name: of the format.
         model: causal language model in float32.
-        options: of the exporter.
+        axes: which axes vary; None lets the exporter find out.
 
     Raises:
         CannotExport: it cannot be traced.
@@ -103,14 +107,19 @@ def decode_step(name: str, model: PreTrainedModel, **options: Any) -> Any:
     from transformers.exporters import AutoExportConfig, AutoHfExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    config = AutoExportConfig.from_dict({"export_format": name, "dynamic": True, **options})
+    config = AutoExportConfig.from_dict({"export_format": name, "dynamic": True})
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]]) % model.config.vocab_size
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         with _quiet():
             steps = decompose_for_generation(model, sample, multi_token_decode=True)
             part, inputs = steps["decode"]
+            if axes is not None:
+                config.dynamic_shapes = axes(inputs, model.config)
+                inputs = {name: inputs[name] for name in config.dynamic_shapes} | {"use_cache": True}
             return AutoHfExporter.from_config(config).export(part, inputs, config)
+    except CannotExport:
+        raise
     except Exception as error:  # whatever the tracer does not know
         said = " ".join(str(error).split())[:200]
         raise CannotExport(f"transformers' exporter to {name} cannot trace {type(model).__name__}: {said}") from error

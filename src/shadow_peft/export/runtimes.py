@@ -144,6 +144,7 @@ RUNTIMES: dict[str, Needs] = {
     "onnx": Needs(to_write=("onnx", "onnxscript"), to_run=("onnxruntime",)),
     "html": Needs(to_write=("onnx", "onnxscript"), to_run=("playwright",)),
     "openvino": Needs(to_write=("openvino",), to_run=("openvino",)),
+    "executorch": Needs(to_write=("executorch",), to_run=("executorch",)),
 }
 """Name of a format, which is also its module's and its extra's."""
 

@@ -112,7 +112,10 @@ class BatchedDrafting:
         self._texts = RowTexts(prompts)
         self._ends = torch.zeros_like(self._texts.lengths)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._length = DraftLength(model.pass_times(config, len(prompts), self._cache))
+        self._vocabulary = model.draft_vocabulary(config, len(prompts), self._cache)
+        if self._vocabulary is not None:
+            self._vocabulary.add(prompts.flatten())
+        self._length = DraftLength(model.pass_times(config, len(prompts), self._cache, self._vocabulary))
         self._drafting_rows = model.drafting_rows(self._cache)
         self._written: list[DecodedStep] = []
 
@@ -174,11 +177,15 @@ class BatchedDrafting:
     @property
     def going_on(self) -> Tensor:
         """Rows `[B]` that have not ended and have a shadow; what the others draft is a guess that the base rejects."""
+        return self._with_shadow(self._live)
+
+    def _with_shadow(self, rows: Tensor) -> Tensor:
+        """Those of some rows `[B]` that have a shadow."""
         if self._drafting_rows is None:
-            return self._live
-        drafts = torch.zeros_like(self._live)
+            return rows
+        drafts = torch.zeros_like(rows)
         drafts[self._drafting_rows] = True
-        return self._live & drafts
+        return rows & drafts
 
     def state_of_last(self, ahead: int) -> Tensor:
         """s `[B, 1, d]` of each row's last token, `ahead` tokens being drafted already."""
@@ -187,7 +194,7 @@ class BatchedDrafting:
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[B, V]` of the next token."""
-        return self._processed(self._model.shadow_logits(state, self._cache)[:, -1], ahead)
+        return self._processed(self._model.shadow_logits(state, self._cache, self._vocabulary)[:, -1], ahead)
 
     def append(self, tokens: Tensor, ahead: int) -> bool:
         """Write a drafted token `[B]` behind each row's text; what ends a row is decided when it is verified."""
@@ -237,6 +244,8 @@ class BatchedDrafting:
             number = int(kept[row])
             self._config.statistics.record(count if drafting[row] else number, number)
         self._length.update(draft.confidences[drafting].tolist(), kept[drafting].tolist())
+        if self._vocabulary is not None:
+            self._vocabulary.update(texts.written(taken * self._with_shadow(live)))
         texts.lengths = texts.lengths + taken * live
         return taken
 

@@ -52,7 +52,9 @@ class ShadowCandidateGenerator(CandidateGenerator):
         self._kwargs = model_kwargs
         self._most = int(config.num_assistant_tokens)
         self._max_length = int(config.max_length)
-        self._length = DraftLength(drafter.pass_times(config, 1, cache))
+        self._vocabulary = drafter.draft_vocabulary(config, 1, cache)
+        self._length = DraftLength(drafter.pass_times(config, 1, cache, self._vocabulary))
+        self._num_read = 0
         self._prompt_is_read = False
         self._confidences: list[float] = []
         self._text: Tensor = torch.empty(1, 0)
@@ -63,6 +65,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
         The first pass of the base reads the prompt and has nothing to verify.
         """
         self._confidences, self._config.max_length = [], self._max_length
+        self._read(input_ids[0])
         if not self._prompt_is_read:
             self._prompt_is_read = True
             return input_ids, None
@@ -73,6 +76,16 @@ class ShadowCandidateGenerator(CandidateGenerator):
             return input_ids, None
         self._confidences = draft.confidences[0].tolist()
         return self._text, draft.logits
+
+    def _read(self, text: Tensor) -> None:
+        """Tell the vocabulary which tokens `[T]` stand behind those that it knows: the prompt, or what the base wrote."""
+        if self._vocabulary is None:
+            return
+        tokens, self._num_read = text[self._num_read :], len(text)
+        if self._prompt_is_read:
+            self._vocabulary.update(tokens)
+        else:
+            self._vocabulary.add(tokens)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Update the statistics and the acceptance estimate with what the base accepted."""
@@ -100,7 +113,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[1, V]` of the next token."""
-        logits = self._drafter.shadow_logits(state, self._cache)[:, -1].to(torch.float32)
+        logits = self._drafter.shadow_logits(state, self._cache, self._vocabulary)[:, -1].to(torch.float32)
         return self._processor(self._text, logits)
 
     def append(self, tokens: Tensor, ahead: int) -> bool:

@@ -19,10 +19,13 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from shadow_peft.cache import DraftedStates, ShadowCache
 from shadow_peft.generation.draft_length import DraftLength
+from shadow_peft.generation.draft_vocabulary import DraftVocabulary
 from shadow_peft.generation.pass_times import PassTimes
 
 SWITCH = "use_shadow_draft"
 """The generation flag that turns drafting on."""
+VOCABULARY_SIZE, DEFAULT_VOCABULARY_SIZE = "assistant_vocab_size", 8192
+"""The generation flag for the most label tokens that drafts are chosen among, and its default."""
 
 
 class Drafter(Protocol):
@@ -33,10 +36,15 @@ class Drafter(Protocol):
     ) -> Tensor:
         """s `[B, T, d]` of tokens `[B, T]` that the backbone reads ahead of the base."""
 
-    def shadow_logits(self, state: Tensor, cache: ShadowCache) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache."""
+    def shadow_logits(self, state: Tensor, cache: ShadowCache, vocabulary: DraftVocabulary | None = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]` of the rows of a cache; with a vocabulary its tokens'."""
 
-    def pass_times(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> PassTimes | None:
+    def draft_vocabulary(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> DraftVocabulary | None:
+        """The likely tokens of a generation, before it has a text; None for all tokens."""
+
+    def pass_times(
+        self, config: GenerationConfig, rows: int, cache: ShadowCache, vocabulary: DraftVocabulary | None
+    ) -> PassTimes | None:
         """What passes over so many rows, those of a cache, take; None where the length of drafts does not adapt."""
 
     def drafting_rows(self, cache: ShadowCache) -> list[int] | None:
@@ -48,11 +56,13 @@ class DraftingGenerationConfig(GenerationConfig):
 
     Attributes:
         use_shadow_draft: True.
+        assistant_vocab_size: the most label tokens that drafts are chosen among; 0 for the whole vocabulary.
         stopping_criteria: what ends the running generation.
         statistics: what becomes of its drafts.
     """
 
     use_shadow_draft: bool
+    assistant_vocab_size: int
     stopping_criteria: StoppingCriteriaList
     statistics: DraftStatistics
 

@@ -6,13 +6,22 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from shadow_peft.cache import ShadowCache, num_uncached_tokens, select_cache
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.generation.candidate_generator import ShadowCandidateGenerator
-from shadow_peft.generation.drafting import SWITCH, DraftedGenerateOutput, DraftingGenerationConfig, DraftStatistics
+from shadow_peft.generation.draft_vocabulary import DraftVocabulary
+from shadow_peft.generation.drafting import (
+    DEFAULT_VOCABULARY_SIZE,
+    SWITCH,
+    VOCABULARY_SIZE,
+    DraftedGenerateOutput,
+    DraftingGenerationConfig,
+    DraftStatistics,
+)
 from shadow_peft.generation.pass_times import PassTimes, pass_times
 from shadow_peft.layers.casts import cast_once
 from shadow_peft.model import ShadowPeftModel
@@ -58,14 +67,16 @@ class ShadowGenerationMixin(GenerationMixin):
             **kwargs: further arguments of transformers' `generate`. `num_assistant_tokens`,
                 `num_assistant_tokens_schedule` and `assistant_confidence_threshold` control the drafts. The schedule
                 "heuristic" adapts their length to what is accepted and to the time that passes take, so what is sampled with
-                the same seed may differ from run to run; with "constant" it does not.
+                the same seed may differ from run to run; with "constant" it does not. `assistant_vocab_size`, 8192 by
+                default, is the most label tokens that drafts are chosen among, see `generation.draft_vocabulary`; 0 lets
+                them be chosen among all tokens.
 
         Returns:
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
 
         Raises:
             ValueError: drafting with beams, guidance, or a cache that cannot be cropped; an unknown adapter;
-                guidance for rows of several adapters.
+                guidance for rows of several adapters; a negative `assistant_vocab_size`.
         """
         if adapter_names is not None:
             kwargs[_NAMES] = self.peft_model.row_names(adapter_names, None, len(adapter_names))
@@ -127,15 +138,32 @@ class ShadowGenerationMixin(GenerationMixin):
         """See `ShadowPeftModel.shadow_step`."""
         return self.peft_model.shadow_step(*args)
 
-    def shadow_logits(self, state: Tensor, cache: Any = None) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache."""
+    def shadow_logits(self, state: Tensor, cache: Any = None, vocabulary: DraftVocabulary | None = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; with a vocabulary its tokens'."""
         raise NotImplementedError
 
-    def pass_times(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> PassTimes | None:
+    def draft_vocabulary(self, config: GenerationConfig, rows: int, cache: ShadowCache) -> DraftVocabulary | None:
+        """The likely tokens of all adapters that draft.
+
+        None where one of them was trained without labels or before they were counted, where it does not narrow the head to
+        half, or where `assistant_vocab_size` is 0.
+        """
+        adapters = [adapter for adapter, _ in self.peft_model.drafting_adapters(cache, rows).values()]
+        likely = [adapter.label_tokens.most_frequent(config.assistant_vocab_size) for adapter in adapters]
+        vocab_size = self.peft_model.vocab_size
+        ids = sorted({token for tokens in likely for token in tokens if token < vocab_size})
+        if not all(likely) or not 0 < len(ids) <= vocab_size // 2:
+            return None
+        return DraftVocabulary(torch.tensor(ids, device=self.peft_model.base_model.device), vocab_size)
+
+    def pass_times(
+        self, config: GenerationConfig, rows: int, cache: ShadowCache, vocabulary: DraftVocabulary | None
+    ) -> PassTimes | None:
         """What passes over so many rows, those of a cache, take; None where the length of drafts does not adapt."""
         if config.num_assistant_tokens_schedule == "constant":
             return None
-        return pass_times(self.peft_model, rows, self.peft_model.drafting_adapters(cache, rows))
+        share = 1.0 if vocabulary is None else vocabulary.share
+        return pass_times(self.peft_model, rows, self.peft_model.drafting_adapters(cache, rows), share)
 
     def drafting_rows(self, cache: ShadowCache) -> list[int] | None:
         """The rows of a cache that have a shadow; None for all."""
@@ -153,13 +181,19 @@ class ShadowGenerationMixin(GenerationMixin):
         """
         asked = (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config))
         schedule, threshold = "num_assistant_tokens_schedule", "assistant_confidence_threshold"
-        given = {name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold)}
+        given = {
+            name: [a[name] for a in asked if a.get(name) is not None] for name in (schedule, threshold, VOCABULARY_SIZE)
+        }
+        kwargs.pop(VOCABULARY_SIZE, None)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if use_shadow_draft is not None:
             prepared.use_shadow_draft = use_shadow_draft
         prepared.num_assistant_tokens_schedule = next(iter(given[schedule]), "heuristic")
         if getattr(prepared, SWITCH, None) and prepared.num_assistant_tokens_schedule != "constant" and not given[threshold]:
             prepared.assistant_confidence_threshold = 0.0
+        prepared.assistant_vocab_size = next(iter(given[VOCABULARY_SIZE]), DEFAULT_VOCABULARY_SIZE)
+        if prepared.assistant_vocab_size < 0:
+            raise ValueError(f"{VOCABULARY_SIZE} must be 0 or a number of tokens, got {prepared.assistant_vocab_size}.")
         guided = prepared.guidance_scale not in (None, 1)
         if guided and getattr(prepared, SWITCH, None):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")

@@ -113,23 +113,24 @@ def _lower_median(measured: deque[Any], key: Callable[[Any], float] | None = Non
 Shares = dict[str, tuple[ShadowAdapter, int]]
 """Name -> an adapter, and the number of rows that it drafts."""
 
-_Key = tuple[torch.device, torch.dtype, int, tuple[tuple[str, int], ...]]
+_Key = tuple[torch.device, torch.dtype, int, tuple[tuple[str, int], ...], bool]
 _TIMES: WeakKeyDictionary[nn.Module, dict[_Key, PassTimes]] = WeakKeyDictionary()
 
 
-def pass_times(adapter: ShadowAdapter, rows: int, shares: Shares | None = None) -> PassTimes:
+def pass_times(adapter: ShadowAdapter, rows: int, shares: Shares | None = None, head_share: float = 1.0) -> PassTimes:
     """What is known of an adapted model's passes over so many rows, on its device and in its dtype.
 
     Args:
         adapter: the adapted model.
         rows: the number of all rows.
         shares: the adapters that draft; None is the model itself for all rows.
+        head_share: how much of the head drafting reads.
     """
     known = _TIMES.setdefault(adapter, {})
     drafters = tuple((name, own) for name, (_, own) in (shares or {}).items())
-    key = adapter.base_model.device, adapter.base_model.dtype, rows, drafters
+    key = adapter.base_model.device, adapter.base_model.dtype, rows, drafters, head_share < 1
     if key not in known:
-        known[key] = PassTimes(prior_costs(adapter, rows, shares), measures=_is_alone())
+        known[key] = PassTimes(prior_costs(adapter, rows, shares, head_share), measures=_is_alone())
     return known[key]
 
 
@@ -164,14 +165,14 @@ ACCELERATOR_PRIOR = DevicePrior(saturation=256, layer=3e8)
 """Estimates: a layer's forty kernels take some 0.3 ms to launch, in which 2 TB/s read 3e8 weights of two bytes."""
 
 
-def prior_costs(adapter: ShadowAdapter, rows: int, shares: Shares | None = None) -> Costs:
+def prior_costs(adapter: ShadowAdapter, rows: int, shares: Shares | None = None, head_share: float = 1.0) -> Costs:
     """Costs by weights, layers and rows: drafting is a pass of backbones and head, verifying adds tokens to a pass."""
     base_model, decoder = adapter.base_model, adapter.decoder
     device = CPU_PRIOR if base_model.device.type == "cpu" else ACCELERATOR_PRIOR
     head = _num_weights(base_model.get_output_embeddings())
     base_weights = _num_weights(decoder.backbone) - _num_weights(input_embeddings(decoder.backbone)) + head
     base_pass = device.of_pass(base_weights, len(decoder.layers), rows)
-    drafting = device.of_pass(head, 0, rows)
+    drafting = device.of_pass(round(head_share * head), 0, rows)
     for drafter, own_rows in [(adapter, rows)] if shares is None else shares.values():
         backbone = drafter.shadow_model
         weights = _num_weights(backbone) - _num_weights(input_embeddings(backbone))

@@ -37,6 +37,11 @@ class RowTexts:
         missing = max(0, int(places.max()) + 1 - self.tokens.shape[1])
         self.tokens = F.pad(self.tokens, (0, missing)).scatter(1, places[:, None], tokens[:, None])
 
+    def written(self, counts: Tensor) -> Tensor:
+        """The `counts` `[B]` tokens behind each row's text, of all rows one after another."""
+        places = torch.arange(self.tokens.shape[1], device=counts.device) - self.lengths[:, None]
+        return self.tokens[places.ge(0) & places.lt(counts[:, None])]
+
     def each(self, ahead: int, chosen: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The result of a function of each chosen row's text with `ahead` tokens more, one length after another.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadow_peft.layers.output_correction import unit_rms
 from shadow_peft.layers.readout import ReadoutWeights
 from shadow_peft.layers.update import NORM_EPS, Norm, UpdateWeights
 
@@ -63,9 +64,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
-def inject_transient(h: Tensor, s: Tensor, down: Tensor, up: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
+def inject_transient(
+    h: Tensor, s: Tensor, down: Tensor, up: Tensor, dropout: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
     """h + delta and delta of the variant "readout", see `output_correction`."""
-    delta = torch.bmm(drop(torch.bmm(h - s, down), dropout), up)
+    difference = (unit_rms(h) if normalize else h) - s
+    delta = torch.bmm(drop(torch.bmm(difference, down), dropout), up)
     corrected = h + delta
     return corrected, corrected - h if h.dtype.itemsize < 4 else delta
 

@@ -1,7 +1,7 @@
 """Transient injection and output correction: the injected correction is removed after the layer, and what the layer adds is
 corrected too.
 
-    delta = alpha * drop((h - s) @ D) @ U
+    delta = alpha * drop((n(h) - n(s)) @ D) @ U          n(x) = x / rms(x), or n(x) = x where nothing is normalized
     c     = layer(h + delta) - delta - h                 what the layer adds to the residual stream
     h'    = h + c + c @ E @ V                            variant "readout"
 
@@ -12,7 +12,8 @@ corrected too.
 
 The first acts like a low-rank change of the weights that read the residual stream, conditioned on the shadow; the second
 like one of the weights that write to it. The injected correction itself is removed, since such corrections accumulate over
-the layers (LOG.md has the figures of either form).
+the layers. Where nothing is normalized, h outgrows s within a few layers, and s is lost in the difference (LOG.md has the
+figures of all forms).
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ from torch.autograd.function import once_differentiable
 from shadow_peft.layers.casts import cast
 from shadow_peft.layers.dropout import apply_mask, sample_mask
 
+_SHORTEST = 1e-4
+"""Length below which a state is not scaled up further; half precision holds its inverse."""
+
 
 def inject_transient(
-    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0
+    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0, normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What a layer reads, and what is to be taken back from what it returns.
 
     Args:
         h: hidden state of the base before the layer, `[B, T, d]`.
-        s: shadow state, `[B, T, d]`.
+        s: shadow state, `[B, T, d]`; already n(s) where h is normalized, since it is the same at all layers.
         down: D, `[d, r]`.
         up: U, `[r, d]`.
         alpha: factor of the correction.
         dropout: probability of dropping entries of the down product; 0 outside training.
+        normalize: whether n divides h by its root mean square.
 
     Returns:
         h + delta and delta, both `[B, T, d]`.
@@ -46,9 +51,9 @@ def inject_transient(
     flat, state = h.flatten(0, -2), s.flatten(0, -2)
     if torch.is_grad_enabled():
         mask = sample_mask((flat.shape[0], down.shape[1]), h.device, dropout)
-        corrected, delta = _InjectTransient.apply(flat, state, down, up, mask, alpha, dropout)
+        corrected, delta = _InjectTransient.apply(flat, state, down, up, mask, alpha, dropout, normalize)
     else:
-        corrected, delta = _added(flat, _delta((flat - state) @ down, up, alpha))
+        corrected, delta = _added(flat, _delta(_difference(flat, state, normalize) @ down, up, alpha))
     return corrected.view_as(h), delta.view_as(h)
 
 
@@ -104,6 +109,23 @@ class ShadowOutputModel(nn.Module):
         return list(zip(cast(self.output_downs, dtype).unbind(0), cast(self.output_ups, dtype).unbind(0), strict=True))
 
 
+def unit_rms(x: Tensor) -> Tensor:
+    """n(x) = x / rms(x), `[..., d]`; zeros stay zeros."""
+    return x * (x.shape[-1] ** 0.5 / _length(x))
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean norm of the last dimension, `[..., 1]`, bounded from below."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_SHORTEST)
+
+
+def _difference(h: Tensor, s: Tensor, normalize: bool) -> Tensor:
+    """n(h) - s."""
+    if not normalize:
+        return h - s
+    return torch.addcdiv(s, h, _length(h), value=-(h.shape[-1] ** 0.5)).neg_()  # few operations, one rounding
+
+
 def _delta(z: Tensor, up: Tensor, alpha: float) -> Tensor:
     return z @ up if alpha == 1 else (alpha * z) @ up
 
@@ -123,26 +145,34 @@ class _InjectTransient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, s: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, alpha: float, dropout: float
-    ) -> tuple[Tensor, Tensor]:
-        z = apply_mask((h - s) @ down, mask, dropout)
+        ctx: Any, h: Tensor, s: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, alpha: float, dropout: float,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        z = apply_mask(_difference(h, s, normalize) @ down, mask, dropout)
         corrected, delta = _added(h, _delta(z, up, alpha))
         ctx.save_for_backward(corrected, s, z, down, up, mask)
-        ctx.settings = alpha, dropout
+        ctx.settings = alpha, dropout, normalize
         return corrected, delta
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_delta: Tensor) -> Any:
         corrected, s, z, down, up, mask = ctx.saved_tensors
-        alpha, dropout = ctx.settings
+        alpha, dropout, normalize = ctx.settings
         with torch.autocast(grad.device.type, enabled=False):
-            difference = torch.addmm(corrected, z, up, alpha=-alpha).sub_(s)
+            h = torch.addmm(corrected, z, up, alpha=-alpha)
             onto_delta = grad + grad_delta
             grad_up = alpha * (z.T @ onto_delta)
             grad_z = apply_mask(alpha * (onto_delta @ up.T), mask, dropout)
             through = grad_z @ down.T
-            return grad + through, -through, difference.T @ grad_z, grad_up, None, None, None
+            if not normalize:
+                return grad + through, -through, (h - s).T @ grad_z, grad_up, None, None, None, None
+            scale = h.shape[-1] ** 0.5 / _length(h)
+            unit = h * scale
+            # d n(h) / d h = scale * (1 - n n^T / d): what points along h changes nothing
+            along = (through * unit).mean(-1, keepdim=True)
+            onto_h = torch.addcmul(through, unit, along, value=-1).mul_(scale).add_(grad)
+            return onto_h, -through, (unit - s).T @ grad_z, grad_up, None, None, None, None
 
 
 class _CorrectOutput(torch.autograd.Function):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache
 from shadow_peft.multi_adapter.files import AdapterFilesMixin
 from shadow_peft.multi_adapter.mixed import BASE, MixedAdapters
 from shadow_peft.multi_adapter.row_caches import RowCaches
+from shadow_peft.multi_adapter.rows import rows_by, select_rows
 
 
 class MixedBatchesMixin(AdapterFilesMixin):
@@ -47,6 +51,22 @@ class MixedBatchesMixin(AdapterFilesMixin):
             raise ValueError("A row of '__base__' has no shadow, so nothing answers it in the mode \"shadow_only\".")
         adapters = {name: self.adapter(name) for name in dict.fromkeys(names) if name != BASE}
         return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, as the base's config tells it; 0 where it does not."""
+        return int(getattr(self.base_model.config.get_text_config(), "vocab_size", 0))
+
+    def count_label_tokens(self, targets: Tensor, names: tuple[str, ...] | None) -> None:
+        """Count targets `[B, T]` for the adapters of their rows; a compiled graph counts none."""
+        if torch.compiler.is_compiling():
+            return
+        if names is None:
+            self.label_tokens.count(targets, self.vocab_size)
+        else:
+            for name, rows in rows_by(names).items():
+                if name != BASE:
+                    self.adapter(name).label_tokens.count(select_rows(targets, rows), self.vocab_size)
 
     def drafting_adapters(self, cache: ShadowCache, num_rows: int) -> dict[str, tuple[ShadowAdapter, int]]:
         """Name -> adapter and number of its rows, for the rows of a cache that have a shadow."""

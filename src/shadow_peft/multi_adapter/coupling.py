@@ -16,6 +16,7 @@ from shadow_peft.base.architectures import ResidualStream
 from shadow_peft.base.hooks import LayerCallbacks
 from shadow_peft.coupling import align, no_autocast
 from shadow_peft.layers import grouped
+from shadow_peft.layers.output_correction import unit_rms
 from shadow_peft.layers.readout import ReadoutWeights
 from shadow_peft.layers.update import Norm
 from shadow_peft.multi_adapter.weights import StackedWeights
@@ -93,6 +94,7 @@ class GroupedCoupling:
         first_layer: index of the first adapted layer of the base.
         residual_stream: how the base's residual stream is laid out.
         dropout: probability of dropping for each piece, `[P, 1, 1]`; None outside training.
+        normalize: whether the injection compares states of unit root mean square.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class GroupedCoupling:
         first_layer: int,
         residual_stream: ResidualStream,
         dropout: Tensor | None,
+        normalize: bool,
     ) -> None:
         self._initial = state
-        self._state = residual_stream.expand(state)
+        self._normalize = normalize
+        self._state = residual_stream.expand(unit_rms(state) if normalize else state)
         self._weights = weights
         self._num_pieces = len(weights.injection[0][0])
         self._first_layer = first_layer
@@ -143,7 +147,7 @@ class GroupedStaticCoupling(GroupedCoupling):
         down, up = _at(h, self._weights.injection[layer - self._first_layer])
         x = self._pieces(wide)
         with no_autocast(h):
-            corrected, delta = grouped.inject_transient(x, self._pieces(state), down, up, self._drop(h))
+            corrected, delta = grouped.inject_transient(x, self._pieces(state), down, up, self._drop(h), self._normalize)
         self._pending = x, delta
         return self._joined(corrected, wide).reshape(h.shape)
 

@@ -18,6 +18,7 @@ _STATE = (
     "has_implicit_shadow",
     "shared_table_name",
     "recompute_backbone",
+    "label_tokens",
     "_backbone_signature",
     "_embedding_map",
     "_embedding_map_of",

@@ -29,7 +29,14 @@ from shadow_peft.multi_adapter.coupling import (
 )
 from shadow_peft.multi_adapter.row_caches import RowCaches
 from shadow_peft.multi_adapter.rows import merge_rows, rows_by, select_rows
-from shadow_peft.multi_adapter.weights import StackedWeights, pieces_of, stack_weights, versions_of
+from shadow_peft.multi_adapter.weights import (
+    Formulas,
+    StackedWeights,
+    formulas_of,
+    pieces_of,
+    stack_weights,
+    versions_of,
+)
 
 BASE = "__base__"
 """In `adapter_names`: the bare base answers this row."""
@@ -102,15 +109,15 @@ class MixedAdapters:
 
     def make_coupling(self, state: Tensor, keep_head_input: bool = False) -> MixedCoupling:
         """The coupling of one forward pass of the base, from an initial state s `[B, T, d]`."""
-        variants = {name: self._adapters[name].shadow_config.variant for name in self._rows}
+        formulas = {name: formulas_of(self._adapters[name].shadow_config) for name in self._rows}
         groups = [
-            self._group([name for name in self._rows if variants[name] == variant], state)
-            for variant in dict.fromkeys(variants.values())
+            self._group([name for name in self._rows if formulas[name] == same], state)
+            for same in dict.fromkeys(formulas.values())
         ]
         return MixedCoupling(groups, self._decoder.residual_stream, keep_head_input)
 
     def _group(self, names: Sequence[str], state: Tensor) -> RowGroup:
-        """The rows of adapters of one variant, sorted by adapter, and their coupling."""
+        """The rows of adapters with the same formulas, sorted by adapter, and their coupling."""
         rows = [row for name in names for row in self._rows[name]]
         everything = rows == list(range(len(self.names)))
         index = None if everything else torch.tensor(rows, device=state.device)
@@ -124,18 +131,19 @@ class MixedAdapters:
         dropouts = [adapter.shadow_config.dropout if adapter.training else 0.0 for adapter in adapters]
         coupling = kind(
             state,
-            self._weights(config.variant, adapters, pieces),
+            self._weights(formulas_of(config), adapters, pieces),
             config.first_injected_layer,
             self._decoder.residual_stream,
             dropout_of(dropouts, pieces, state.device),
+            config.normalize_injection,
         )
         return RowGroup(index, coupling)
 
-    def _weights(self, variant: str, adapters: Sequence[ShadowAdapter], pieces: Sequence[int]) -> StackedWeights:
+    def _weights(self, formulas: Formulas, adapters: Sequence[ShadowAdapter], pieces: Sequence[int]) -> StackedWeights:
         """The stacked weights; the steps of a generation share them in its cache while no parameter changes."""
         if self._caches is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return stack_weights(adapters, pieces, self._dtype)
-        stacked = self._caches.stacked.get(variant)
+        stacked = self._caches.stacked.get(formulas)
         if stacked is None or stacked.versions != versions_of(adapters):
-            stacked = self._caches.stacked[variant] = stack_weights(adapters, pieces, self._dtype)
+            stacked = self._caches.stacked[formulas] = stack_weights(adapters, pieces, self._dtype)
         return stacked

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from shadow_peft.multi_adapter.rows import rows_by
-from shadow_peft.multi_adapter.weights import StackedWeights
+from shadow_peft.multi_adapter.weights import Formulas, StackedWeights
 
 
 class RowCaches(Cache):
@@ -30,7 +30,7 @@ class RowCaches(Cache):
     def __init__(self, names: tuple[str, ...], parts: dict[str, Cache]) -> None:
         self.names = names
         self.parts = parts
-        self.stacked: dict[str, StackedWeights] = {}
+        self.stacked: dict[Formulas, StackedWeights] = {}
 
     @property
     def layers(self) -> list[Any]:

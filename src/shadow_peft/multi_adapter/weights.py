@@ -1,4 +1,4 @@
-"""The weights of several adapters of one variant, stacked for the pieces of a batch.
+"""The weights of several adapters with the same formulas, stacked for the pieces of a batch.
 
 The rows of a batch that several adapters answer are sorted by adapter and cut into pieces of equal size, the greatest that
 leaves no remainder: 4 + 4 rows are 2 pieces of 4, 6 + 2 rows are 4 pieces of 2, of which 3 have the same weights. So no row
@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.config import ShadowConfig
 from shadow_peft.layers.grouped import stack_padded
 from shadow_peft.layers.readout import ReadoutWeights, ShadowReadoutModel
 from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Down and up weights `[P, d, r]`, `[P, r, d]` of every adapted layer."""
+
+Formulas = tuple[str, bool]
+"""What adapters of one group share: their variant, and whether the injection normalizes."""
+
+
+def formulas_of(config: ShadowConfig) -> Formulas:
+    """What a config computes."""
+    return config.variant, config.normalize_injection
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def pieces_of(counts: Sequence[int]) -> list[int]:
 
 
 def stack_weights(adapters: Sequence[ShadowAdapter], pieces: Sequence[int], dtype: torch.dtype) -> StackedWeights:
-    """The weights of adapters of one variant.
+    """The weights of adapters with the same formulas.
 
     Args:
         adapters: the adapters.

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.task_head import TaskHead
+from shadow_peft.generation.draft_vocabulary import DraftVocabulary
 from shadow_peft.generation.mixin import ShadowGenerationMixin
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.losses.language_modeling import (
@@ -207,6 +208,8 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
 
         inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
         names = self.peft_model.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
+        if loss_only:
+            self.peft_model.count_label_tokens(targets, names)
         heads = self._heads.rows(names)
         skips_logits = not wanted and all(pair.base.reads_states for _, pair in heads.groups)
         adapted = self.peft_model.run(
@@ -287,10 +290,17 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         assert base is not None
         return token_losses(base, shadow, targets, divisor, self.loss_weights)
 
-    def shadow_logits(self, state: Tensor, cache: Any = None) -> Tensor:
-        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; zero in rows of the bare base."""
+    def shadow_logits(self, state: Tensor, cache: Any = None, vocabulary: DraftVocabulary | None = None) -> Tensor:
+        """The shadow's logits `[B, T, V]` of states s `[B, T, d]`, of the rows of a cache; zero in rows of the bare base.
+
+        With a vocabulary that is used, those of its tokens, and a floor elsewhere.
+        """
         names = self.peft_model.row_names(None, cache, len(state))
-        return self._heads.rows(names).shadow_logits(state)
+        heads: RowHeads[Any] = self._heads.rows(names)
+        if vocabulary is not None and vocabulary.is_used:
+            narrow = [None if pair.shadow is None else vocabulary.narrowed(pair.shadow) for pair in heads.by_row]
+            heads = RowHeads(tuple(Pair(p.base, head) for p, head in zip(heads.by_row, narrow, strict=True)))
+        return heads.shadow_logits(state)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of base and shadow; not possible with heads that are trained copies.
