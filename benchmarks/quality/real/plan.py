@@ -30,7 +30,8 @@ OTHERS = ("rslora", "dora", "lily", "peft-shadow", "shadow-peft-0.1.1")
 ZERO = ("readout-zero-state", "published-zero-state")
 PRETRAINED = ("readout-pretrained", "published-pretrained")
 PARTS = (
-    "readout-frozen-untrained", "readout-only", "readout-injection", "readout-correction", "published-frozen-untrained",
+    "readout-unnormalized", "readout-frozen-untrained", "readout-only", "readout-injection", "readout-correction",
+    "published-frozen-untrained",
 )  # fmt: skip
 FROZEN_PRETRAINED = ("readout-frozen-pretrained", "published-frozen-pretrained")
 WAIT = 20.0
