@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cascade.answers import Answer, Policy
 from shadow_peft.cascade.calibration import Calibration, Promise, PromiseKind, calibrate
@@ -25,9 +25,6 @@ from shadow_peft.cascade.writing import Writers
 from shadow_peft.outputs import InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NEW_TOKENS = 128
 """Longest answer where nothing else is said, in tokens."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cascade.answers import Answer, AnsweredBy, Policy
 from shadow_peft.cascade.decoding import ShadowRun, run_attached, run_shadow
@@ -17,9 +17,6 @@ from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
 from shadow_peft.cascade.signals import Takeover
 from shadow_peft.cascade.trace import Recorder
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Writers:
