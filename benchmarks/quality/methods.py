@@ -18,16 +18,18 @@ from benchmarks.quality.scoring import Inputs, Logits
 
 BUDGET, TOLERANCE = 467_000, 0.03
 LORA_RANK = 22
+UNNORMALIZED: dict[str, Any] = {"variant": "readout", "normalize_injection": False}
+"""The form that the committed results are of."""
 OURS: dict[str, Any] = {
-    "variant": "readout",
+    **UNNORMALIZED,
     "num_shadow_layers": 2, "shadow_init_layers": "even", "shadow_intermediate_size": 96,
     "injection_hidden_size": 38, "output_hidden_size": 20,
 }  # fmt: skip
-PRETRAINED: dict[str, Any] = {"variant": "readout", "injection_hidden_size": 38, "output_hidden_size": 20}
+PRETRAINED: dict[str, Any] = {**UNNORMALIZED, "injection_hidden_size": 38, "output_hidden_size": 20}
 PRETRAINED_RATE = 0.3
 OURS_LOSS_WEIGHT = 0.5
 MIXED: dict[str, Any] = {
-    "variant": "readout",
+    **UNNORMALIZED,
     "shadow_intermediate_size": 32, "injection_hidden_size": 35, "output_hidden_size": 12
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from benchmarks.quality.methods import Contender
 from benchmarks.quality.real import measures, plan
 from benchmarks.quality.real import run as real
 from benchmarks.quality.real.batches import collate
-from benchmarks.quality.real.contenders import build
+from benchmarks.quality.real.builder import build
 from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import CHOOSING, RATES, Run, claimed, dev_loss, missing, rates
 from benchmarks.quality.real.scoring import Answers, score

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 from benchmarks import devices
 from benchmarks.quality.real import measures, plan, tasks
 from benchmarks.quality.real.batches import collate
-from benchmarks.quality.real.contenders import AUTOCAST, all_methods, build
+from benchmarks.quality.real.builder import all_methods, build
+from benchmarks.quality.real.contenders import AUTOCAST
 from benchmarks.quality.real.packages import PEER, ROOT, cache, fetched
 from benchmarks.quality.real.plan import RESULTS, Run
 from benchmarks.quality.real.scoring import bare, score
