@@ -62,6 +62,7 @@ def test_an_aligned_small_model_is_pretrained_further_and_used(
     assert main([*arguments(model_folder, corpus_folder, aligned), *options]) == 0
     assert main([*arguments(model_folder, corpus_folder, further), "--small", str(aligned)]) == 0
     card, facts = (aligned / "README.md").read_text(), json.loads((aligned / "pretraining.json").read_text())["facts"]
+    assert str(tmp_path) not in card + (aligned / "pretraining.json").read_text()
     assert 0 < facts["projection"]["relative_error"] < 1
     for said in ("`a.jsonl`", "`b.jsonl`", "Licence of the text: CC0-1.0.", "relative error", "under the head of"):
         assert said in card

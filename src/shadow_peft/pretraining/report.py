@@ -70,8 +70,16 @@ def write_report(output: Path, facts: PretrainingFacts, log: Sequence[LogRow]) -
     curves = loss_curves(log)
     if curves:
         draw_losses(output / PICTURE, curves)
-    write_json({"options": dict(facts.options), "facts": _facts(facts, log), "curves": curves}, output / REPORT)
+    options = {name: _portable(value) for name, value in facts.options.items()}
+    write_json({"options": options, "facts": _facts(facts, log), "curves": curves}, output / REPORT)
     ModelCard(f"---\n{_card_data(facts).to_yaml()}\n---\n\n{_text(facts, log, bool(curves))}").save(output / CARD)
+
+
+def _portable(value: Any) -> Any:
+    """The value of an option without the folders of one machine."""
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    return portable(value) if isinstance(value, str) else value
 
 
 def _facts(facts: PretrainingFacts, log: Sequence[LogRow]) -> dict[str, Any]:
