@@ -101,7 +101,7 @@ class Coupling:
         return None
 
     def _no_autocast(self, device_type: str) -> AbstractContextManager[object]:
-        """Compute in the dtype of the operands; whether autocast is on is asked once, at the first layer on a kind of device."""
+        """`no_autocast` for the layers, which asks whether autocast is on at the first of them on a type of device."""
         if device_type not in self._autocast:
             self._autocast[device_type] = torch.is_autocast_enabled(device_type)
         return torch.autocast(device_type, enabled=False) if self._autocast[device_type] else _NOTHING
@@ -119,10 +119,11 @@ class StaticStateCoupling(Coupling):
     """The variant "readout": every layer sees the initial shadow state.
 
     Args:
-        state, injection, dtype, **settings: see `Coupling`.
+        state, injection, **settings: see `Coupling`.
         output: the weights of the output correction.
         readout: the weights of the read-out.
         normalize: whether the injection compares states of unit root mean square.
+        dtype: dtype that the base computes in; few tokens may be corrected in float32, see `takes_float32`.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class StaticStateCoupling(Coupling):
     def _read_out(self, h: Tensor) -> Tensor:
         """The final hidden state after the read-out."""
         state = self._initial[..., -h.shape[-2] :, :]
-        with self._no_autocast(h.device.type):
+        with no_autocast(h):
             replacement: Tensor = self._readout(self._computed(h), state).to(h.dtype)
             return replacement
 
@@ -273,7 +274,7 @@ def align(stream: ResidualStream, state: Tensor, h: Tensor) -> tuple[Tensor, Ten
 def takes_float32(state: Tensor, dtype: torch.dtype) -> bool:
     """Whether to correct few tokens of a base in half precision in float32: on a CPU, without gradients.
 
-    There a thin product costs its set-up, which half precision makes several times as long as the product in float32 takes.
+    There the set-up of a thin product in half precision takes several times as long as the whole product in float32.
     """
     few = state.numel() <= _FEW_TOKENS * state.shape[-1]
     return few and dtype.itemsize < 4 and state.device.type == "cpu" and not torch.is_grad_enabled()
@@ -282,7 +283,7 @@ def takes_float32(state: Tensor, dtype: torch.dtype) -> bool:
 def no_autocast(h: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtype of `h`, even inside autocast."""
     kind = h.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def _version(h: Tensor) -> int:

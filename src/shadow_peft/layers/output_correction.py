@@ -134,9 +134,7 @@ def _lack(h: Tensor, s: Tensor, normalize: bool) -> Tensor:
     return torch.addcdiv(s, h, _length(h), value=-(h.shape[-1] ** 0.5))  # few operations, one rounding
 
 
-def _inject(
-    h: Tensor, z: Tensor, up: Tensor, alpha: float, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def _inject(h: Tensor, z: Tensor, up: Tensor, alpha: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """h + delta rounded, and what that added; z `[N, r]` is the down product of s - n(h)."""
     corrected = torch.addmm(h, z, up, alpha=-alpha).to(dtype or h.dtype)
     return corrected, corrected - h
