@@ -8,6 +8,13 @@
     python -m benchmarks.cascade --name headlines --adapter FOLDER/adapter --data FOLDER/unseen.jsonl --work FOLDER \\
         --max_new_tokens 4
 
+With SmolLM2 (`make smollm2`), the same data, and `--name headlines-smollm2` at the end:
+
+    shadow-peft train --model .cache/smollm2-135m --shadow_model examples/shadows/smollm2-135m-instruct \\
+        --share_embeddings --data FOLDER/train.jsonl --output FOLDER/adapter --shadow_loss_weight 0.5 --learning_rate 1e-3 \\
+        --max_steps 300 --per_device_train_batch_size 16 --shadow_learning_rate_scale 0.3 --lr_scheduler_type cosine \\
+        --warmup_steps 20
+
 The headlines (28,614, balanced) come with OpenAI's `evals` (MIT), which took them from a public collection with terms of its
 own. They are not part of this repository.
 """

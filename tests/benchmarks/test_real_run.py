@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.quality.methods import Contender
 from benchmarks.quality.real import measures, plan
 from benchmarks.quality.real import run as real
 from benchmarks.quality.real.batches import collate
 from benchmarks.quality.real.contenders import build
+from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import CHOOSING, RATES, Run, claimed, dev_loss, missing, rates
 from benchmarks.quality.real.scoring import Answers, score
 from benchmarks.quality.real.weights import load_base
@@ -177,3 +179,13 @@ def test_the_pages_command_for_one_cell_is_accepted(capsys: pytest.CaptureFixtur
     words = line.partition("--base smollm2 ")[2].split()
     assert real.main([*words[: words.index("--out")], "--out", str(tmp_path), "--list"]) == 0
     assert "readout commands 0 0.002" in capsys.readouterr().out
+
+
+def test_the_committed_shadow_is_small_and_needs_its_base() -> None:
+    folder = ROOT / "examples/shadows/smollm2-135m-instruct"
+    weights = load_file(folder / "model.safetensors")
+    facts = json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))["facts"]
+    assert (folder / "model.safetensors").stat().st_size < 12_000_000
+    assert sum(tensor.numel() for tensor in weights.values()) == facts["trained_parameters"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert not any("embed_tokens" in name or "lm_head" in name for name in weights)

@@ -13,6 +13,7 @@ NAMES = {
     "demo": "robot commands, exact match",
     "demo-fields": "robot commands, right fields",
     "headlines": "headlines, exact match",
+    "headlines-smollm2": "headlines on SmolLM2, exact match",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shadow_peft.cli import main
@@ -78,6 +78,37 @@ def test_an_aligned_small_model_is_pretrained_further_and_used(
     data.write_text('{"text": "the red robot"}\n' * 8)
     train = ["--model", str(model_folder), "--shadow_model", str(further), "--data", str(data), "--output", str(out)]
     assert main(["train", *train, "--max_steps", "1", "--use_cpu", "--save_strategy", "no"]) == 0
+
+
+def test_a_shadow_without_embeddings_is_small_and_is_read_as_the_whole_one(
+    model_folder: Path, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "the red robot"}\n' * 8)
+    adapters = []
+    for name, options in (("whole", []), ("small", ["--no_include_embeddings"])):
+        assert main([*arguments(model_folder, corpus_folder, tmp_path / name), *options]) == 0
+        train = ["train", "--model", str(model_folder), "--shadow_model", str(tmp_path / name), "--data", str(data)]
+        train += ["--output", str(tmp_path / f"{name}-out"), "--max_steps", "1", "--use_cpu", "--save_strategy", "no"]
+        train += ["--learning_rate", "0"]
+        capsys.readouterr()
+        assert main([*train, "--share_embeddings"]) == 0
+        assert "MISSING" not in "".join(capsys.readouterr())
+        adapters.append(load_file(tmp_path / f"{name}-out" / "shadow_adapter_readout.safetensors"))
+    whole, small = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
+    assert whole.keys() - small.keys() == {"model.embed_tokens.weight", "lm_head.weight"} & whole.keys()
+    assert all(torch.equal(whole[name], value) for name, value in small.items())
+    assert adapters[0].keys() == adapters[1].keys()
+    backbones = [{name: t for name, t in stored.items() if name.startswith("shadow_model.")} for stored in adapters]
+    assert backbones[0]
+    assert all(torch.equal(backbones[0][name], value) for name, value in backbones[1].items())
+    assert main([*train, "--output", str(tmp_path / "refused")]) == 1
+    assert "add --share_embeddings" in capsys.readouterr().err
+    torn = {name: value for name, value in small.items() if "mlp.up_proj" not in name}
+    save_file(torn, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    assert main([*train, "--output", str(tmp_path / "refused"), "--share_embeddings"]) == 1
+    assert "lacks weights of its model: model.layers.0.mlp.up_proj.weight" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch uses it itself

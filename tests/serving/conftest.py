@@ -59,11 +59,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
-    """The address of an application that is served in a thread."""
+def running(app: Any, port: int = 0) -> Iterator[str]:
+    """The address of an application that is served in a thread, on a free port unless one is given."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -170,6 +170,25 @@ def test_a_key_is_asked_for(served: ServedModels) -> None:
 # ---------------------------------------------------------------- overload and time
 
 
+def test_pages_may_ask_from_the_origins_that_are_named(served: ServedModels) -> None:
+    named, other = {"Origin": "null"}, {"Origin": "https://example.org"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    allowed = "access-control-allow-origin"
+    with serving(served, keys=["secret"], allowed_origins=["null", "http://127.0.0.1:9000"]) as http:
+        preflight = http.options("/v1/completions", headers=named | asked)
+        assert (preflight.status_code, preflight.headers[allowed]) == (200, "null")
+        refused = http.post("/v1/completions", json=GOOD, headers=named)
+        assert (refused.status_code, refused.headers[allowed]) == (401, "null")
+        good = http.post("/v1/completions", json=GOOD, headers=named | {"Authorization": "Bearer secret"})
+        assert (good.status_code, good.headers[allowed]) == (200, "null")
+        assert "access-control-allow-credentials" not in good.headers
+        assert http.options("/v1/completions", headers=other | asked).status_code == 400
+        assert allowed not in http.get("/health", headers=other).headers
+    with serving(served) as http:
+        assert http.options("/v1/completions", headers=named | asked).status_code == 405
+        assert allowed not in http.get("/health", headers=named).headers
+
+
 def test_a_full_queue_is_429_with_retry_after(served: ServedModels, gate: Gate) -> None:
     with serving(served) as http, ThreadPoolExecutor(8) as pool:
         first = [pool.submit(http.post, "/v1/completions", json=GOOD)]

@@ -85,6 +85,13 @@ def listens(port: int) -> bool:
         (["--adapter", "a=x", "--adapters_in_memory", "1"], "--adapters_in_memory must be at least 2"),
         (["--adapter", "a=x", "--timeout", "0"], "--timeout must be above 0"),
         (["--adapter", "a=./nowhere"], "is no shadow adapter"),
+        (["--adapter", "a=x", "--allowed_origins", "null", "example.org"], "or null, or *; got 'example.org'"),
+        (["--model", "x"], "give --adapter; or an exported shadow as --model"),
+        (["--adapter", "a=x", "--remote_url", "http://x/v1"], "--remote_url and --remote_model go together"),
+        (
+            ["--adapter", "a=x", "--remote_url", "http://x/v1", "--remote_model", "b", "--timeout", "9"],
+            "--remote_timeout must be above 0 and below --timeout, got 30.0",
+        ),
         (["--adapter", "a=x", "--api_key_file", "nowhere"], "--api_key_file nowhere"),
     ],
     ids=str,

@@ -4,6 +4,7 @@
 *-frozen-untrained  a random backbone that stays as it is; what it would have trained goes to the maps
 *-frozen-pretrained the pretrained backbone, frozen likewise
 *-pretrained        the pretrained backbone, trained at 0.3 of the rate of the rest
+readout-unnormalized  the injection compares the states as they are
 readout-only        read-out without injection and output correction
 readout-injection   injection and output correction without read-out
 readout-correction  output correction alone: s reaches nothing
@@ -146,6 +147,7 @@ def named(variant: str) -> dict[str, Callable[[Any], Contender]]:
 ABLATIONS: dict[str, Callable[[Any], Contender]] = {
     **named("readout"),
     **named("published"),
+    "readout-unnormalized": lambda base: readout(base, normalize_injection=False),
     "readout-only": readout_only,
     "readout-injection": injection_only,
     "readout-correction": correction_only,

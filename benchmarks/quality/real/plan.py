@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.locks import lock
-from benchmarks.quality.real.packages import ROOT, cache
+from benchmarks.quality.real.packages import ROOT
 
 RESULTS = ROOT / "benchmarks/results/quality-smollm2"
 SEEDS = (0, 1, 2)
@@ -30,7 +30,8 @@ OTHERS = ("rslora", "dora", "lily", "peft-shadow", "shadow-peft-0.1.1")
 ZERO = ("readout-zero-state", "published-zero-state")
 PRETRAINED = ("readout-pretrained", "published-pretrained")
 PARTS = (
-    "readout-frozen-untrained", "readout-only", "readout-injection", "readout-correction", "published-frozen-untrained",
+    "readout-unnormalized", "readout-frozen-untrained", "readout-only", "readout-injection", "readout-correction",
+    "published-frozen-untrained",
 )  # fmt: skip
 FROZEN_PRETRAINED = ("readout-frozen-pretrained", "published-frozen-pretrained")
 WAIT = 20.0
@@ -115,16 +116,13 @@ def finals(methods: tuple[str, ...], names: tuple[str, ...], seeds: tuple[int, .
 
 def runs(folder: Path = RESULTS) -> Iterator[Run]:
     """The plan, as far as it can be told from the results that are there."""
-    has_shadow = (cache() / "smollm2-shadow").exists()
     yield from grids(CORE, folder)
     yield from finals(ZERO, CHOOSING, SEEDS[:1], folder)
     yield from finals(CORE, PLANNED, SEEDS[:1], folder)
-    if has_shadow:
-        yield from grids(PRETRAINED, folder)
+    yield from grids(PRETRAINED, folder)
     yield from finals((*CORE, *ZERO), CHOOSING, SEEDS[1:], folder)
     yield from grids(OTHERS, folder)
-    if has_shadow:
-        yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
+    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
     yield from finals((*CORE, *OTHERS), PLANNED, SEEDS, folder)
     yield from finals(PARTS, CHOOSING, SEEDS, folder)
 
@@ -155,14 +153,11 @@ def claimed(folder: Path, one: Run | None = None) -> Iterator[Run | None]:
         if one is not None or not missing(folder):
             break
         time.sleep(WAIT)
-    say_what_is_left_out(folder)
+    say_what_failed(folder)
     yield None
 
 
-def say_what_is_left_out(folder: Path) -> None:
-    """Name what the plan cannot do, on the standard error."""
-    if not (cache() / "smollm2-shadow").exists():
-        left_out = ", ".join((*PRETRAINED, *FROZEN_PRETRAINED))
-        print(f"Left out, no pretrained shadow at {cache() / 'smollm2-shadow'}: {left_out}.", file=sys.stderr)
+def say_what_failed(folder: Path) -> None:
+    """Name the runs that left an error, on the standard error."""
     for path in sorted((folder / "failed").glob("*.json")):
         print(f"Failed: {path.stem}: {json.loads(path.read_text(encoding='utf-8'))['error']}", file=sys.stderr)

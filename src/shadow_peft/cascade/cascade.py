@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cascade.answers import Answer, Policy
 from shadow_peft.cascade.calibration import Calibration, Promise, PromiseKind, calibrate
@@ -25,9 +25,6 @@ from shadow_peft.cascade.writing import Writers
 from shadow_peft.outputs import InferenceMode
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NEW_TOKENS = 128
 """Longest answer where nothing else is said, in tokens."""
@@ -241,12 +238,7 @@ class ShadowCascade:
 
     def _use(self, calibration: Calibration) -> None:
         """Take a calibration over if it belongs to this shadow."""
-        stored = calibration.provenance.get("fingerprint")
-        own = fingerprint(self.shadow)
-        if stored is not None and not _is_close(stored, own):
-            raise ValueError(
-                "This calibration was made for another shadow: on the same tokens it computes other logits. Calibrate again."
-            )
+        require_same_shadow(calibration, self.shadow)
         self.calibration = calibration
 
     def _provenance(self, quality: Quality) -> dict[str, Any]:
@@ -275,6 +267,19 @@ def fingerprint(shadow: PreTrainedModel) -> list[float]:
     last = logits[:, -1] if logits.dim() == 3 else logits
     probed: list[float] = last[0].float().log_softmax(-1)[:_PROBED].tolist()
     return [round(value, 4) for value in probed]
+
+
+def require_same_shadow(calibration: Calibration, shadow: PreTrainedModel) -> None:
+    """Refuse a calibration of another shadow; one without a fingerprint passes.
+
+    Raises:
+        ValueError: on the same tokens, this shadow computes other logits.
+    """
+    stored = calibration.provenance.get("fingerprint")
+    if stored is not None and not _is_close(stored, fingerprint(shadow)):
+        raise ValueError(
+            "This calibration was made for another shadow: on the same tokens it computes other logits. Calibrate again."
+        )
 
 
 def _is_close(stored: Any, own: list[float]) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from shadow_peft.cache import DraftedStates, ShadowCache
@@ -19,9 +18,6 @@ from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
 from shadow_peft.cascade.signals import Takeover
 from shadow_peft.cascade.trace import class_traces
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Classifiers:

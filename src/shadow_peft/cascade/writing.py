@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cascade.answers import Answer, AnsweredBy, Policy
 from shadow_peft.cascade.decoding import ShadowRun, run_attached, run_shadow
@@ -17,9 +17,6 @@ from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
 from shadow_peft.cascade.signals import Takeover
 from shadow_peft.cascade.trace import Recorder
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Writers:
@@ -92,23 +89,28 @@ class Writers:
         return Answer(self._text(own + added), who, confidence, place, tuple(own + added))
 
     def _with_remote(self, prompts: Sequence[Prompt], remote: RemoteModel, policy: Policy) -> list[Answer]:
-        """The shadow answers all prompts of a batch to their ends, in case that the remote model does not answer."""
+        drafts = zip(prompts, self.shadow_answers(prompts, policy), strict=True)
+        return [answer if place is None else self.ask(remote, prompt, answer, place) for prompt, (answer, place) in drafts]
+
+    def shadow_answers(self, prompts: Sequence[Prompt], policy: Policy) -> list[tuple[Answer, int | None]]:
+        """The shadow's answers, written to their ends in case that a remote model fails.
+
+        Returns:
+            For each prompt its answer, and the token from which the other model is to write, or None.
+        """
         ids, mask = self._encode(prompts)
         run = run_shadow(self.shadow, ids, mask, self.config)
-        answers = [self._of_shadow(run, row, policy) for row in range(len(prompts))]
-        for row, prompt in enumerate(prompts):
-            place, confidence = policy.decide(run.traces[row])
-            if place is None:
-                continue
-            try:
-                text = self._remote_text(remote, prompt, run.written[row][:place])
-            except RemoteError as error:
-                failed = AnsweredBy.SHADOW_REMOTE_FAILED
-                answers[row] = replace(answers[row], answered_by=failed, confidence=confidence, reason=str(error))
-            else:
-                who = AnsweredBy.SHADOW_THEN_REMOTE if place else AnsweredBy.REMOTE
-                answers[row] = Answer(text, who, confidence, place)
-        return answers
+        return [(self._of_shadow(run, row, policy), policy.decide(run.traces[row])[0]) for row in range(len(prompts))]
+
+    def ask(self, remote: RemoteModel, prompt: Prompt, answer: Answer, place: int) -> Answer:
+        """The remote model's answer in the place of the shadow's, from a token on; the shadow's, marked, where it fails."""
+        assert answer.tokens is not None
+        try:
+            text = self._remote_text(remote, prompt, list(answer.tokens[:place]))
+        except RemoteError as error:
+            return replace(answer, answered_by=AnsweredBy.SHADOW_REMOTE_FAILED, reason=str(error))
+        who = AnsweredBy.SHADOW_THEN_REMOTE if place else AnsweredBy.REMOTE
+        return Answer(text, who, answer.confidence, place)
 
     def _remote_text(self, remote: RemoteModel, prompt: Prompt, own: list[int]) -> str:
         """What the shadow has written, and the remote model's continuation."""

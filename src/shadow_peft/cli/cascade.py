@@ -6,13 +6,14 @@ Answering needs neither trainer nor scikit-learn, and beside a remote model no b
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from shadow_peft.cascade.answers import Answer, AnsweredBy
 from shadow_peft.cascade.calibration import Calibration
@@ -21,16 +22,20 @@ from shadow_peft.cascade.curve import draw_curves
 from shadow_peft.cascade.outcomes import QUALITIES
 from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
 from shadow_peft.cascade.storage import FILE, load_calibration
+from shadow_peft.cli.cascade_data import read_classes, read_texts
 from shadow_peft.cli.cascade_options import CascadeOptions
+from shadow_peft.cli.classifiers import adapts_classifier, is_classifier, load_adapted_classifier, load_classifier
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.generate import generation_config
-from shadow_peft.cli.loading import check_quantization, load_answering
-from shadow_peft.cli.options import OPTIONS, SamplingOptions
+from shadow_peft.cli.loading import check_quantization, load_answering, load_tokenizer, named_base
+from shadow_peft.cli.options import OPTIONS, QuantizationOptions, SamplingOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
+from shadow_peft.cli.remote import remote_model
 from shadow_peft.cli.screen import Row, Screen
 
 DESCRIPTION = """The shadow answers; where its confidence is below a threshold, the adapted base takes over, or a remote one.
+An answer is a text, or a class where the adapter was trained with --task classification.
 
 --calibrate finds the threshold that keeps a promise with the confidence that is asked for, on data that the adapter was not
 trained on. It is kept in cascade.json and used from then on; --threshold sets another."""
@@ -45,9 +50,6 @@ EXAMPLES = """examples:
 """
 CURVE, PICTURE = "cascade_curve.json", "cascade.png"
 
-API_KEY = "SHADOW_PEFT_API_KEY"
-"""Variable of the environment with the key for --remote_url."""
-
 
 def run(arguments: list[str]) -> None:
     """Parse the options, load the models, then calibrate, score and answer, whatever is asked for."""
@@ -58,12 +60,20 @@ def run(arguments: list[str]) -> None:
         raise UserError("nothing to do: give a text to answer, --calibrate, or --data to score")
     check_quantization(quantization)
     place = _place(options)
-    rows = {name: _rows(getattr(options, name)) for name in ("calibrate", "data") if getattr(options, name)}
-    remote = _remote(options)
+    remote = remote_model(options.remote_url, options.remote_model, options.timeout)
     screen = Screen()
     with quiet_libraries():
-        model, tokenizer = load_answering(options.model, options.adapter, None, quantization, dtype=options.dtype)
-        made = make_cascade(model, tokenizer, options, sampling, remote)
+        classes = is_classifier(str(options.model)) if options.adapter is None else adapts_classifier(options.adapter)
+        if classes:
+            check_classes(options, sampling)
+            model, tokenizer = load_classes(options, quantization)
+            rows = read_rows(options, partial(read_classes, names=list(model.config.id2label.values())))
+        else:
+            check_texts(options)
+            rows = read_rows(options, read_texts)
+            model, tokenizer = load_answering(options.model, options.adapter, None, quantization, dtype=options.dtype)
+        config = None if classes else generation_config(model, tokenizer, sampling)
+        made = make_cascade(model, tokenizer, options, config, remote)
         set_seed(options.seed)
         if options.calibrate:
             calibrate(made, rows["calibrate"], options, place, screen)
@@ -73,11 +83,54 @@ def run(arguments: list[str]) -> None:
             show(_answers(made, [_prompt(text, options.chat)])[0])
 
 
+def check_texts(options: CascadeOptions) -> None:
+    """Refuse options of classes.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    if options.class_column is not None:
+        raise UserError("--class_column belongs to classifiers, and this model writes texts")
+    if (options.prompt is None) != (options.completion is None):
+        raise UserError("--prompt and --completion are templates of one row: give both or neither")
+
+
+def check_classes(options: CascadeOptions, sampling: SamplingOptions) -> None:
+    """Refuse options of texts.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    given = [name for name, value in vars(sampling).items() if value != getattr(SamplingOptions(), name)]
+    given += [name for name in ("chat", "completion") if getattr(options, name)]
+    if given:
+        raise UserError(f"--{given[0]} belongs to models that write texts, and this one tells classes apart")
+    if options.takeover == "token":
+        raise UserError("--takeover token: a class is decided at once, so the other model takes over per answer")
+    if options.quality != "exact_match":
+        raise UserError(f"--quality {options.quality}: a class is right or wrong, which is exact_match")
+
+
+def load_classes(
+    options: CascadeOptions, quantization: QuantizationOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier with its adapter, or an exported one, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if options.adapter is None:
+        place = str(options.model)
+        return load_classifier(place, dtype=options.dtype), load_tokenizer(place)
+    tokenizer = load_tokenizer(options.adapter, options.model or named_base(options.adapter))
+    return load_adapted_classifier(options.adapter, options.model, quantization, dtype=options.dtype), tokenizer
+
+
 def make_cascade(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     options: CascadeOptions,
-    sampling: SamplingOptions,
+    config: GenerationConfig | None,
     remote: RemoteModel | None,
 ) -> ShadowCascade:
     """The cascade with the threshold that is given, or the calibration that is stored.
@@ -85,7 +138,6 @@ def make_cascade(
     Raises:
         UserError: there is neither, or they do not fit the models.
     """
-    config = generation_config(model, tokenizer, sampling)
     found: Calibration | None = None
     try:
         stored = Path(options.adapter or str(options.model))
@@ -201,39 +253,14 @@ def _place(options: CascadeOptions) -> Path:
     return place
 
 
-def _rows(data: str) -> list[dict[str, Any]]:
-    """The rows of a file, a folder or a dataset.
-
-    Raises:
-        UserError: they cannot be read, or have no references.
-    """
-    try:
-        from shadow_peft.training.sources import load_examples
-        from shadow_peft.training.templates import PromptTemplate
-    except ImportError as error:
-        raise UserError(f"{error}; reading data needs the extra train: pip install 'shadow-peft[train]'") from error
-    try:
-        rows = [dict(row) for row in load_examples(data, PromptTemplate())]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if "completion" not in rows[0]:
-        raise UserError(f"{data}: rows of plain text have no right answer; give prompt and completion, or messages")
-    return rows
+def read_rows(options: CascadeOptions, read: Callable[..., list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `--calibrate` and `--data`, by the option that names them."""
+    return {name: read(data, options) for name in ("calibrate", "data") if (data := getattr(options, name))}
 
 
 def _reference(row: dict[str, Any]) -> str:
     completion = row["completion"]
     return str(completion if isinstance(completion, str) else completion[-1]["content"])
-
-
-def _remote(options: CascadeOptions) -> RemoteModel | None:
-    if options.remote_url is None:
-        return None
-    try:
-        key = os.environ.get(API_KEY)
-        return RemoteModel(str(options.remote_model), options.remote_url, api_key=key, timeout=options.timeout)
-    except ImportError as error:
-        raise UserError(f"{error}; a remote model needs the extra: pip install 'shadow-peft[cascade]'") from error
 
 
 def _prompt(text: str, chat: bool) -> Prompt:

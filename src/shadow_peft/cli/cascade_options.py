@@ -48,6 +48,14 @@ class CascadeOptions:
         metadata={"help": "What an answer is worth: all or nothing, the F1 of its words, or its share of right fields."},
     )
     data: str | None = field(default=None, metadata={"help": "Data with right answers to score the cascade on."})
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "Template over the columns of the data, as it was trained with; by default prompt, or text."},
+    )
+    completion: str | None = field(default=None, metadata={"help": "Template of the right answer; goes with --prompt."})
+    class_column: str | None = field(
+        default=None, metadata={"help": "Of a classifier, the column of the data with the class; by default label."}
+    )
     output: str | None = field(
         default=None, metadata={"help": "Folder for cascade.json and the curve; by default that of adapter or model."}
     )
@@ -67,6 +75,10 @@ class CascadeOptions:
             raise ValueError("--calibrate finds the threshold; drop --threshold")
         if self.output is not None and self.calibrate is None:
             raise ValueError("--output is where --calibrate writes; drop it, or add --calibrate")
+        if (self.prompt or self.class_column) and self.calibrate is None and self.data is None:
+            raise ValueError("--prompt and --class_column say how data are read; add --calibrate or --data")
+        if self.completion is not None and self.prompt is None:
+            raise ValueError("--completion goes with --prompt: both are templates of one row")
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"--target must lie between 0 and 1, got {self.target}")
         if not 0 <= self.confidence < 1:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadow_peft.cli.errors import UserError, one_line
-from shadow_peft.cli.loading import check_place, load_tokenizer, named_base
+from shadow_peft.cli.classifiers import load_adapted_classifier, load_classifier
+from shadow_peft.cli.errors import UserError
+from shadow_peft.cli.loading import load_tokenizer, named_base
 from shadow_peft.cli.options import OPTIONS, ClassifyOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
-from shadow_peft.tasks.auto import AutoShadowModelForSequenceClassification
 
 DESCRIPTION = "Prints the class of one or more texts and its probability, one line each."
 EXAMPLES = """examples:
@@ -49,15 +49,9 @@ def _load(options: ClassifyOptions) -> tuple[PreTrainedModel, PreTrainedTokenize
         UserError: it cannot be loaded.
     """
     if options.adapter is None:
-        check_place(str(options.model))
-        loader: Any = AutoModelForSequenceClassification
-    else:
-        loader = AutoShadowModelForSequenceClassification
-    tokenizer = load_tokenizer(options.adapter, options.model or named_base(str(options.adapter)))
-    try:
-        model = loader.from_pretrained(options.adapter or options.model, dtype=options.dtype).eval()
-    except Exception as error:  # of a damaged folder it may be of any type
-        raise UserError(f"cannot load a classifier from {options.adapter or options.model!r}: {one_line(error)}") from error
+        return load_classifier(str(options.model), dtype=options.dtype), load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.adapter, named_base(options.adapter))
+    model = load_adapted_classifier(options.adapter, dtype=options.dtype)
     if options.shadow_only:
         model.set_inference_mode("shadow_only")
     return model, tokenizer

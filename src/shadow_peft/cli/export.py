@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
-from shadow_peft.checkpoint import reading
+from shadow_peft.cli.classifiers import adapts_classifier, load_adapted_classifier
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.export_options import ExportOptions
 from shadow_peft.cli.export_runtime import compare_runtime, require_runtime, write_for_runtime
-from shadow_peft.cli.loading import check_place, load_answering, load_model, load_tokenizer, named_base
+from shadow_peft.cli.loading import load_answering, load_model, load_tokenizer, named_base
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.prompts import read_prompts
@@ -27,7 +27,6 @@ from shadow_peft.export.check import agreement, classifies, ends_of, generates
 from shadow_peft.export.folded import fold
 from shadow_peft.export.quantized import quantized
 from shadow_peft.export.runtimes import CannotExport
-from shadow_peft.tasks.auto import AutoShadowModelForSequenceClassification
 from shadow_peft.tasks.sequence_classification import ShadowForSequenceClassification
 
 DESCRIPTION = (
@@ -100,8 +99,9 @@ def load(options: ExportOptions, shadow: str) -> tuple[PreTrainedModel, PreTrain
     if Path(shadow, "config.json").is_file() and not Path(shadow, CONFIG_FILE).is_file():
         return _load_projected(options, shadow)
     name = named_base(shadow) if options.model is None else options.model
-    if _is_classifier(shadow):
-        model, tokenizer = _load_classifier(shadow, name), load_tokenizer(shadow, name)
+    model: Any
+    if adapts_classifier(shadow):
+        model, tokenizer = load_adapted_classifier(shadow, name, dtype="auto"), load_tokenizer(shadow, name)
     else:
         model, tokenizer = load_answering(options.model, shadow, dtype="auto")
     model.set_inference_mode("shadow_only")
@@ -153,20 +153,3 @@ def _load_projected(options: ExportOptions, shadow: str) -> tuple[PreTrainedMode
     if not options.fold:
         raise UserError(f"{shadow} keeps its projection apart already; drop --no_fold to fold it")
     return model, load_tokenizer(shadow, options.model or shadow), hf.Origin(shadow, options.model)
-
-
-def _is_classifier(adapter: str) -> bool:
-    try:
-        return any("classifier" in name for name in reading.read(adapter).head_names)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter!r} is no shadow adapter: {one_line(error)}") from error
-
-
-def _load_classifier(adapter: str, name: str) -> PreTrainedModel:
-    check_place(name)
-    try:
-        loader = AutoShadowModelForSequenceClassification
-        model: PreTrainedModel = loader.from_pretrained(adapter, base_model=name, dtype="auto")
-    except Exception as error:  # of a damaged folder it may be of any type
-        raise UserError(f"cannot attach the adapter {adapter!r} to {name!r}: {one_line(error)}") from error
-    return model

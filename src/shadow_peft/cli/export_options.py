@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from shadow_peft.cli.ranges import Dtype, require
+
+LONGEST_TIMEOUT = 3600
+"""Seconds that a page waits for an answer, at most."""
 
 
 @dataclass
@@ -46,6 +51,18 @@ class ExportOptions:
     page_prompt: str = field(
         default="{}", metadata={"help": "What the page puts around the typed text, with {} in its place; \\n is a new line."}
     )
+    remote_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible endpoint that the page asks where the shadow is unsure; by default it asks none."
+        },
+    )
+    remote_model: str | None = field(default=None, metadata={"help": "Name of the model there."})
+    timeout: float = field(default=30.0, metadata={"help": "Most seconds that the endpoint may take for an answer."})
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Confidence below which the page asks; by default the adapter's cascade.json has it."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
 
     def __post_init__(self) -> None:
@@ -57,3 +74,28 @@ class ExportOptions:
             raise ValueError(f"--quantize is for --to hf, got --to {self.to}")
         if not self.fold and self.to != "hf":
             raise ValueError(f"--no_fold is for --to hf; {self.to} needs a stock model")
+        self._check_remote()
+
+    def _check_remote(self) -> None:
+        if (self.remote_url is None) != (self.remote_model is None):
+            raise ValueError("--remote_url and --remote_model go together: where the endpoint is, and its model's name")
+        if self.remote_url is None:
+            if self.threshold is not None:
+                raise ValueError("--threshold says when the page asks; add --remote_url and --remote_model")
+            return
+        if self.to != "html":
+            raise ValueError(f"--remote_url is for --to html, got --to {self.to}")
+        if not is_endpoint(self.remote_url):
+            raise ValueError(f"--remote_url is an address such as http://127.0.0.1:8000/v1, got {self.remote_url!r}")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ValueError("--threshold is not a number")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"--timeout must be above 0, up to {LONGEST_TIMEOUT}, got {self.timeout}")
+
+
+def is_endpoint(url: str) -> bool:
+    """Whether a text is the address of an endpoint: of http or https, with a host, and no name, password or query.
+
+    An IPv6 address is none: a content security policy cannot name it.
+    """
+    return re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./~%+-]*)?", url, re.ASCII) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -10,12 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.export_options import ExportOptions
+from shadow_peft.cli.export_page import page_of
 from shadow_peft.export import hf
 from shadow_peft.export.check import agreement, ends_of, generates
-from shadow_peft.export.runtimes import CannotExport, Page, Running, Settings, Source, cannot_run, runtime
-
-EXAMPLES = 6
-"""Prompts of `--check` that a page offers."""
+from shadow_peft.export.runtimes import CannotExport, Running, Settings, Source, cannot_run, runtime
 
 
 def require_runtime(options: ExportOptions) -> None:
@@ -76,38 +73,6 @@ def compare_runtime(
         f"\n{differ} of {found.prompts} prompts are split into other tokens than transformers splits them" if differ else ""
     )
     return f"run by {options.to}, {found.same} of {found.prompts} answers are those of transformers{prompt}{tokens}"
-
-
-def page_of(model: PreTrainedModel, origin: hf.Origin, options: ExportOptions) -> Page:
-    """What the page says and offers."""
-    base = None if origin.base is None else Path(origin.base).name
-    facts = {"shadow": f"{type(model).__name__}, {model.num_parameters():,} parameters"}
-    if origin.base_parameters is not None:
-        share = model.num_parameters() / origin.base_parameters
-        facts["its base"] = f"{base}, {origin.base_parameters:,} parameters; the shadow has {share:.0%} of them"
-    if origin.variant is not None:
-        facts["variant"] = origin.variant
-    prompt = options.page_prompt.replace("\\n", "\n")
-    return Page(
-        title=options.page_title or f"Shadow of {base or Path(origin.adapter).name}",
-        about=options.page_about,
-        facts=facts,
-        prompt=prompt,
-        examples=_examples(options.check, prompt),
-        max_tokens=options.check_tokens,
-    )
-
-
-def _examples(check: str | None, prompt: str) -> tuple[str, ...]:
-    """The first prompts of a file that begin and end as the page's prompt does, without what it puts around."""
-    before, _, after = prompt.partition("{}")
-    found = []
-    for line in Path(check).read_text(encoding="utf-8").splitlines() if check is not None else ():
-        row = json.loads(line) if line.strip() else {}
-        text = row.get("prompt", row.get("text"))
-        if isinstance(text, str) and text.startswith(before) and text.endswith(after):
-            found.append(text[len(before) : len(text) - len(after)])
-    return tuple(found[:EXAMPLES])
 
 
 def _split_otherwise(run: Running, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from shadow_peft.backbone.projection import carried_projection
 from shadow_peft.checkpoint import peft
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.options import QuantizationOptions
+from shadow_peft.cli.quiet import no_reports
 from shadow_peft.config import CONFIG_FILE
 from shadow_peft.storage.files import read_json
 from shadow_peft.storage.hub import local_directory
@@ -204,6 +205,21 @@ def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.
     return torch.float32 if stored is None else stored
 
 
+def _load_complete(name: str, may_lack_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model all of whose weights are there, but for the embeddings and what is tied to them."""
+    with no_reports():
+        loaded: Any = load_model(name, output_loading_info=True, **kwargs)
+    model, info = loaded
+    missing = set(info["missing_keys"])
+    tables = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables}
+    if missing and missing <= embeddings and not may_lack_embeddings:
+        raise UserError(f"{name} was saved without embeddings; it is a shadow for its base: add --share_embeddings")
+    if missing - embeddings:
+        raise UserError(f"{name} lacks weights of its model: {', '.join(sorted(missing - embeddings))}")
+    return cast(PreTrainedModel, model)
+
+
 def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
     """Load a model from a folder or the hub as the shadow of a base; with the base's head it starts as the model itself.
 
@@ -211,13 +227,13 @@ def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings:
         name: folder or hub id.
         base: the base; a shadow of another width gets a projection that fits the two heads by least squares.
         tokens: number of tokens of the base's tokenizer.
-        share_embeddings: remove its embedding table, so that it is fed the base's embeddings.
+        share_embeddings: remove its embedding table, so that it is fed the base's embeddings; it may lack one.
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, or its vocabulary is smaller.
+        UserError: there is no such model, it is no causal language model, weights are missing, or its vocabulary is smaller.
     """
-    shadow = load_model(name, **kwargs)
+    shadow = _load_complete(name, may_lack_embeddings=share_embeddings, **kwargs)
     known = shadow.get_input_embeddings().weight.shape[0]
     if known < tokens:
         raise UserError(

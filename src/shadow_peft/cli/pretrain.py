@@ -70,6 +70,8 @@ def _pretrain(options: PretrainOptions, checkpoint: Path | None, arguments: list
             corpus = _corpus(options)
             stream, held_out = split_blocks(blocks(open_corpus(corpus), tokenizer, corpus.context), corpus.held_out)
         student, fit = _student(options, base, len(tokenizer), stream)
+        if not options.include_embeddings and not shares_embeddings(student.model):
+            raise ValueError("--no_include_embeddings: the embeddings of this shadow are its own, and not the base's")
         trainer = _trainer(options, student, stream, held_out, resumes=checkpoint is not None)
         if options.teacher_cache is not None:
             student.cache = _teacher_cache(options, student, stream, trainer, screen)
@@ -86,7 +88,7 @@ def _pretrain(options: PretrainOptions, checkpoint: Path | None, arguments: list
         progress.close()
     seconds = trainer.seconds()
     evaluation = trainer.evaluate()
-    save_finished(student, tokenizer, output)
+    save_finished(student, tokenizer, output, options.include_embeddings)
     write_report(output, _facts(options, trainer, arguments, seconds, fit), trainer.state.log_history)
     screen.panel("done", _tail(output, seconds, evaluation))
     screen.command("use it", next_command(options.model, options.output, shares_embeddings(student.model)))

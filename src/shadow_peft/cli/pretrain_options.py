@@ -90,6 +90,10 @@ class PretrainOptions:
     seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
     dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base, in which the shadow computes, too."})
     use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU where there is a GPU, too."})
+    include_embeddings: bool = field(
+        default=True,
+        metadata={"help": "Write the base's embeddings, too; without them the shadow is small, and needs its base."},
+    )
     compile: bool = field(default=False, metadata={"help": "Compile the shadow, which needs a C++ compiler."})
 
     def __post_init__(self) -> None:

@@ -37,6 +37,17 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@contextmanager
+def no_reports() -> Iterator[None]:
+    """Within it, transformers logs errors alone: its caller looks at what was loaded itself."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     text = one_line(message) if isinstance(message, Warning) else str(message)
     print(f"note: {text}", file=sys.stderr)

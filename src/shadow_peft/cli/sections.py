@@ -63,23 +63,27 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "adapter", "model", "remote_url", "remote_model", "timeout", "threshold", "takeover", "chat", "dtype",
             *QUANTIZATION, "config",
         ),
-        "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output", "data", "batch_size"),
+        "calibration": ("calibrate", "target", "promise", "confidence", "quality", "output"),
+        "data": ("data", "prompt", "completion", "class_column", "batch_size"),
         "how they answer (what is not given stays as the model's own file has it)": (
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         ),
     },
     "serve": {
         "what answers": (
-            "adapter", "model", "base_name", "adapters_in_memory", "draft", "dtype", *QUANTIZATION, "device", "config",
+            "adapter", "model", "base_name", "remote_url", "remote_model", "remote_timeout", "adapters_in_memory", "draft",
+            "dtype", *QUANTIZATION, "device", "config",
         ),
-        "where": ("host", "port", "api_key_file", "cors", "check"),
+        "where": ("host", "port", "api_key_file", "allowed_origins", "check"),
         "limits": ("max_prompt_tokens", "max_new_tokens", "max_queue", "timeout", "max_batch", "window"),
     },
     "export": {
         "what is written": (
             "to", "output", "overwrite", "model", "fold", "dtype", "type", "quantize", "config",
         ),
-        "the page in the browser (--to html)": ("page_title", "page_about", "page_prompt"),
+        "the page in the browser (--to html)": (
+            "page_title", "page_about", "page_prompt", "remote_url", "remote_model", "threshold", "timeout",
+        ),
         "what it is compared on": ("check", "check_prompts", "check_tokens"),
     },
     "playground": {

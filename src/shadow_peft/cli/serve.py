@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from shadow_peft.cascade.storage import FILE
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.loading import check_place, check_quantization, load_base, load_tokenizer, named_base
 from shadow_peft.cli.options import OPTIONS, QuantizationOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
-from shadow_peft.cli.serve_options import ServeOptions
+from shadow_peft.cli.remote import remote_model
+from shadow_peft.cli.serve_options import ANY_PAGE, ServeOptions
 from shadow_peft.serving.app import build_app, serve
 from shadow_peft.serving.limits import Limits
-from shadow_peft.serving.routes import ServedModels, load_served
+from shadow_peft.serving.routes import ServedModels, load_served, load_served_shadow
 
 DESCRIPTION = """Serves one base with many adapters to clients of OpenAI's API: completions, chat completions and responses.
 
@@ -50,20 +52,25 @@ def run(arguments: list[str]) -> None:
             return
         if not keys and options.host not in LOOPBACK:
             print(f"anybody who reaches {options.host} may use this server: there is no --api_key_file", file=sys.stderr)
-        app = build_app(served, limits, draft=options.draft, keys=keys, enable_cors=options.cors)
+        if not keys and set(options.allowed_origins) & set(ANY_PAGE):
+            print(
+                "any web page may use this server from this machine's browser: there is no --api_key_file", file=sys.stderr
+            )
+        app = build_app(served, limits, draft=options.draft, keys=keys, allowed_origins=options.allowed_origins)
         print(f"serving {', '.join(served.routes)} on http://{options.host}:{options.port}/v1", flush=True)
         serve(app, options.host, options.port, limits)
 
 
 def load(options: ServeOptions, quantization: QuantizationOptions) -> ServedModels:
-    """The base with its adapters, on the device.
+    """The base with its adapters, or an exported shadow, on the device.
 
     Raises:
-        UserError: one of them cannot be loaded, or they do not fit.
+        UserError: one of them cannot be loaded, they do not fit, or nobody would ask the remote model.
     """
     adapters = options.named_adapters()
-    first = next(iter(adapters.values()))
-    name = options.model or named_base(first)
+    first = next(iter(adapters.values()), None)
+    name = options.model or named_base(str(first))
+    remote = remote_model(options.remote_url, options.remote_model, options.remote_timeout)
     check_place(name)
     tokenizer = load_tokenizer(first, name)
     if not tokenizer.is_fast:
@@ -78,7 +85,14 @@ def load(options: ServeOptions, quantization: QuantizationOptions) -> ServedMode
     if not quantized:
         base.to(device)
     try:
-        return load_served(base, tokenizer, adapters, base_name=options.base_name, capacity=options.adapters_in_memory)
+        if remote is not None and not adapters:
+            return load_served_shadow(base, tokenizer, name, remote, name=options.base_name)
+        served = load_served(
+            base, tokenizer, adapters, base_name=options.base_name, capacity=options.adapters_in_memory, remote=remote
+        )
+        if remote is not None and not served.cascades:
+            raise ValueError(f"no adapter has a {FILE}, so nobody would ask {remote.base_url}; calibrate one of them")
+        return served
     except (ValueError, OSError) as error:
         raise UserError(one_line(error)) from error
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from shadow_peft.cli.ranges import Dtype, require
+
+ANY_PAGE = ("null", "*")
+"""Origins that any web page can have: null is that of files, and of frames without an origin."""
 
 
 @dataclass
@@ -13,12 +17,24 @@ class ServeOptions:
     """Options of `shadow-peft serve`."""
 
     adapter: list[str] = field(
-        metadata={"help": "NAME=PLACE of each adapter: its name in requests, and its folder or hub id."}
+        default_factory=list,
+        metadata={"help": "NAME=PLACE of each adapter: its name in requests, and its folder or hub id."},
     )
     model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the base; by default the one that the first adapter names."}
+        default=None,
+        metadata={"help": "Base, by default the one that the first adapter names; or an exported shadow without adapters."},
     )
-    base_name: str = field(default="base", metadata={"help": "Name of the bare base in requests."})
+    base_name: str = field(default="base", metadata={"help": "Name of the base, or of the exported shadow, in requests."})
+    remote_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint that cascades ask instead of the adapted base."}
+    )
+    remote_model: str | None = field(
+        default=None,
+        metadata={"help": "Name of the model there; the variable SHADOW_PEFT_API_KEY holds its key."},
+    )
+    remote_timeout: float = field(
+        default=30.0, metadata={"help": "Most seconds that the endpoint may take, before the shadow's answer is sent."}
+    )
     adapters_in_memory: int | None = field(
         default=None,
         metadata={"help": "Most adapters in memory, those used least recently make room; by default all are."},
@@ -29,7 +45,10 @@ class ServeOptions:
     api_key_file: str | None = field(
         default=None, metadata={"help": "File of API keys, one a line; a request must bring one of them."}
     )
-    cors: bool = field(default=False, metadata={"help": "Let web pages of any origin call the server."})
+    allowed_origins: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Origins of web pages that may call the server, such as http://127.0.0.1:9000; null is any file."},
+    )
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
     max_new_tokens: int = field(
         default=1024, metadata={"help": "Longest answer in tokens, and its length where a request names none."}
@@ -43,9 +62,16 @@ class ServeOptions:
     check: bool = field(default=False, metadata={"help": "Load everything, say what would be served, and end."})
 
     def __post_init__(self) -> None:
-        self.named_adapters()
+        if not self.adapter and (self.model is None or self.remote_url is None):
+            raise ValueError("give --adapter; or an exported shadow as --model, and who it asks as --remote_url")
+        if (self.remote_url is None) != (self.remote_model is None):
+            raise ValueError("--remote_url and --remote_model go together: where the endpoint is, and its model's name")
         if self.base_name in self.named_adapters():
             raise ValueError(f"--base_name {self.base_name} is the name of an adapter, too")
+        wrong = [origin for origin in self.allowed_origins if not is_origin(origin)]
+        if wrong:
+            example = "scheme, host and port, such as http://127.0.0.1:9000, or null, or *"
+            raise ValueError(f"--allowed_origins takes {example}; got {wrong[0]!r}")
         for name in ("max_prompt_tokens", "max_new_tokens", "max_queue", "max_batch"):
             require(name, getattr(self, name), 1)
         require("adapters_in_memory", self.adapters_in_memory, 2)
@@ -53,6 +79,8 @@ class ServeOptions:
         require("window", self.window, 0)
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"--timeout must be above 0, got {self.timeout}")
+        if self.remote_url is not None and not 0 < self.remote_timeout < self.timeout:
+            raise ValueError(f"--remote_timeout must be above 0 and below --timeout, got {self.remote_timeout}")
 
     def named_adapters(self) -> dict[str, str]:
         """Name -> place.
@@ -69,3 +97,8 @@ class ServeOptions:
                 raise ValueError(f"--adapter has two of the name {name}")
             found[name] = place
         return found
+
+
+def is_origin(text: str) -> bool:
+    """Whether a text is what a browser sends as `Origin`, or a star for all."""
+    return text in ANY_PAGE or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@,;]+", text) is not None

@@ -1,4 +1,6 @@
-"""One page for a browser, with model, tokenizer and runtime inside; it opens from a file and asks nothing of any host.
+"""One page for a browser, with model, tokenizer and runtime inside; it opens from a file.
+
+It asks nothing of any host, unless it was made with an endpoint to ask where the shadow is unsure (`Ask`).
 
 model.html   page, style and script of `page/`; transformers.js and onnxruntime-web, fetched once as
              `page/packages.lock.json` names them; the ONNX graph and the tokenizer. Parts are gzip in base64.
@@ -13,7 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadow_peft.export import onnx
 from shadow_peft.export.fetched import Package, fetch
-from shadow_peft.export.runtimes import CannotExport, Page, Running, Settings, Source
+from shadow_peft.export.runtimes import Ask, CannotExport, Page, Running, Settings, Source
 
 FILE = "model.html"
 USAGE = "Open `{file}` in a browser. It needs neither a network nor a server."
@@ -31,6 +33,7 @@ _LARGEST = 350_000_000
 
 _PARTS = Path(__file__).with_name("page")
 _MODEL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", onnx.FILE)
+_SCRIPTS = ("confidence.js", "ask.js", "page.js")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -54,10 +57,18 @@ def convert(source: Source, target: Path, settings: Settings) -> None:
         raise CannotExport(f"the weights have {weights / 1e6:.0f} MB, and a page holds up to {_LARGEST / 1e6:.0f}")
     if not source.tokenizer.is_fast:
         raise CannotExport("transformers.js needs a tokenizer.json, which this tokenizer has not")
+    (target / FILE).write_text(compose(settings.page, read_parts(source, settings)), encoding="utf-8")
+
+
+def read_parts(source: Source, settings: Settings) -> dict[str, bytes]:
+    """What a page carries, by name: the runtime, the graph and the tokenizer.
+
+    Raises:
+        CannotExport: the model has no ONNX graph, or the packages cannot be fetched.
+    """
     parts = _runtime_parts()
     onnx.convert(source, source.folder, settings)
-    parts |= {name: (source.folder / name).read_bytes() for name in _MODEL}
-    (target / FILE).write_text(compose(settings.page, parts), encoding="utf-8")
+    return parts | {name: (source.folder / name).read_bytes() for name in _MODEL}
 
 
 def compose(page: Page, parts: dict[str, bytes]) -> str:
@@ -67,11 +78,13 @@ def compose(page: Page, parts: dict[str, bytes]) -> str:
         page: what it says.
         parts: name -> content of what it carries.
     """
-    read = {name: (_PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "worker.js", "page.js")}
+    read = {name: (_PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "worker.js", *_SCRIPTS)}
     packed = {name: base64.b64encode(gzip.compress(content, mtime=0)).decode() for name, content in parts.items()}
     facts = page.facts | {"size of this page": f"{sum(map(len, packed.values())) / 1e6:.1f} MB"}
     named = ", ".join(f"{package.name} {package.version}" for package in packages().values())
-    settings = json.dumps({"prompt": page.prompt, "tokens": page.max_tokens}).replace("<", "\\u003c")
+    settings: dict[str, Any] = {"prompt": page.prompt, "tokens": page.max_tokens}
+    if page.ask is not None:
+        settings["ask"] = asdict(page.ask) | {"origin": page.ask.origin}
     values = {
         "title": html.escape(page.title),
         "about": f"<p>{html.escape(page.about)}</p>" if page.about else "",
@@ -83,8 +96,9 @@ def compose(page: Page, parts: dict[str, bytes]) -> str:
             f'<script type="text/plain" data-part="{name}">{text}</script>' for name, text in packed.items()
         ),
         "worker": read["worker.js"],
-        "settings": settings,
-        "script": read["page.js"],
+        "settings": json.dumps(settings).replace("<", "\\u003c"),  # JavaScript, so an infinite threshold is a number
+        "script": "".join(read[name] for name in _SCRIPTS),
+        **_ask_parts(page.ask),
     }
     pieces = (_PARTS / "page.html").read_text(encoding="utf-8").split("@")
     return "".join(values.get(piece, piece) if index % 2 else piece for index, piece in enumerate(pieces))
@@ -118,14 +132,14 @@ def opened(file: Path, **context: Any) -> Iterator[Browser]:
 
     Args:
         file: the page.
-        context: of playwright's `new_context`: viewport, color_scheme, ...
+        context: of playwright's `new_context`: viewport, color_scheme, ...; it is offline if nothing else is said.
     """
     from playwright.sync_api import sync_playwright
 
     program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program)
-        browser = Browser(chromium.new_context(offline=True, **context).new_page())
+        browser = Browser(chromium.new_context(**{"offline": True} | context).new_page())
         browser.page.on("request", lambda request: _note(browser.requests, request.url))
         browser.page.on("console", lambda said: browser.errors.append(said.text) if said.type == "error" else None)
         browser.page.on("pageerror", lambda error: browser.errors.append(str(error)))
@@ -176,3 +190,15 @@ def _examples(examples: tuple[str, ...]) -> str:
     items = "\n".join(f'<li><button type="button">{html.escape(text)}</button></li>' for text in examples)
     section = '<section aria-labelledby="examples-title">\n<h2 id="examples-title">Examples</h2>'
     return f'{section}\n<ul class="examples">\n{items}\n</ul>\n</section>'
+
+
+def _ask_parts(ask: Ask | None) -> dict[str, str]:
+    """The origin that the page may send to, the switch, and what the page says of what is typed."""
+    if ask is None:
+        return {"origin": "", "ask": "", "privacy": "It needs no network, and what you type stays in this window."}
+    model, origin = html.escape(ask.model), html.escape(ask.origin)
+    switch = f"""<p class="ask"><label><input type="checkbox" id="ask" role="switch" checked aria-describedby="ask-hint">
+Ask {model} at {origin} where the shadow is unsure</label></p>
+<p id="ask-hint" class="hint">Only then your text goes to that server. Switched off, it stays in this window.</p>"""
+    privacy = f"What you type stays in this window, unless the shadow is unsure and the switch is on: then {origin} gets it."
+    return {"origin": f" {origin}", "ask": switch, "privacy": privacy}

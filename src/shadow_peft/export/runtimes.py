@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,6 +44,33 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Whom the page asks where the shadow is unsure: a model behind an OpenAI-compatible endpoint.
+
+    Attributes:
+        url: of the endpoint, such as "http://127.0.0.1:8000/v1".
+        model: its name there.
+        scorer: of a cascade, as plain data: the signal, the knots and levels of its curve, and the head or None.
+        threshold: the confidence below which it is asked; may be infinite.
+        takeover: "answer" or "token".
+        timeout: the most seconds that it may take for an answer.
+    """
+
+    url: str
+    model: str
+    scorer: dict[str, Any]
+    threshold: float
+    takeover: str = "answer"
+    timeout: float = 30.0
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port of the endpoint."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+
+@dataclass(frozen=True)
 class Page:
     """What the page in the browser says and offers.
 
@@ -53,6 +81,7 @@ class Page:
         prompt: what is put around the typed text, with `{}` in its place.
         examples: texts to choose from.
         max_tokens: most tokens of an answer.
+        ask: whom the page may ask; None makes a page that sends nothing.
     """
 
     title: str = "A shadow model"
@@ -61,6 +90,7 @@ class Page:
     prompt: str = "{}"
     examples: tuple[str, ...] = ()
     max_tokens: int = 64
+    ask: Ask | None = None
 
 
 @dataclass(frozen=True)

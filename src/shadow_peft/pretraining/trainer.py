@@ -155,9 +155,24 @@ def finished(student: Student) -> PreTrainedModel:
     return model.export_shadow().to(model.base_model.dtype)
 
 
-def save_finished(student: Student, tokenizer: PreTrainedTokenizerBase, output: Path) -> PreTrainedModel:
-    """Write the finished model and the tokenizer into a folder."""
+def save_finished(
+    student: Student, tokenizer: PreTrainedTokenizerBase, output: Path, include_embeddings: bool = True
+) -> PreTrainedModel:
+    """Write the finished model into a folder.
+
+    Args:
+        student: what was trained.
+        tokenizer: the base's, written beside a model that has embeddings.
+        output: the folder.
+        include_embeddings: False leaves out the base's embedding table and what is tied to it. Such a folder is small; it is
+            a shadow for this base and no model of its own.
+    """
     model = finished(student)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    if include_embeddings:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        return model
+    tables = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
+    model.save_pretrained(output, state_dict={k: t for k, t in model.state_dict().items() if k not in names})
     return model

@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers.cli.serving.server import build_server
@@ -19,7 +20,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from shadow_peft.serving.batcher import Batcher
 from shadow_peft.serving.decoding import Decoder
 from shadow_peft.serving.guard import Guard, refusal
-from shadow_peft.serving.handlers import Chats, Completions, Responses
+from shadow_peft.serving.handlers import ANSWERED_BY, Chats, Completions, Responses
 from shadow_peft.serving.limits import Limits
 from shadow_peft.serving.manager import BatchedState
 from shadow_peft.serving.metrics import Metrics
@@ -38,7 +39,7 @@ def build_app(
     *,
     draft: bool = False,
     keys: Collection[str] = (),
-    enable_cors: bool = False,
+    allowed_origins: Collection[str] = (),
 ) -> FastAPI:
     """The application of ASGI.
 
@@ -47,16 +48,17 @@ def build_app(
         limits: None takes the defaults.
         draft: let the shadows draft for greedy requests that are not streamed.
         keys: API keys, one of which a request must bring; none lets everybody in.
-        enable_cors: let pages of any origin call the server.
+        allowed_origins: origins of web pages that may call the server; "null" is that of pages opened from a file, and of
+            any page that hides its own, "*" is all.
     """
     limits, metrics = limits or Limits(), Metrics()
     decoder = Decoder(served, draft)
     batcher = Batcher(decoder.kind, decoder.together, decoder.answer, limits, metrics)
     state = BatchedState(served, batcher, limits, metrics)
     handlers = [kind(served, state) for kind in (Chats, Completions, Responses, TranscriptionHandler, SystemOneHandler)]
-    app: FastAPI = build_server(served, *handlers, generation_state=state, enable_cors=enable_cors)
+    app: FastAPI = build_server(served, *handlers, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
-    app.router.lifespan_context = _closing(batcher)
+    app.router.lifespan_context = _closing(batcher, decoder)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
 
@@ -65,6 +67,14 @@ def build_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(Guard, limits=limits, keys=keys, metrics=metrics, paths=PATHS)
+    if allowed_origins:  # before the guard, so that a page can read its refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=[ANSWERED_BY, "Retry-After"],
+        )
     return app
 
 
@@ -76,11 +86,12 @@ def serve(app: FastAPI, host: str, port: int, limits: Limits) -> None:
     uvicorn.Server(config).run()
 
 
-def _closing(batcher: Batcher) -> Any:
+def _closing(batcher: Batcher, decoder: Decoder) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> Any:
         yield
         batcher.close()
+        decoder.close()
 
     context: AbstractAsyncContextManager[Any] | Any = lifespan
     return context

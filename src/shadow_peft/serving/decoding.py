@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -24,6 +26,9 @@ from shadow_peft.serving.routes import ServedModels
 from shadow_peft.serving.row_text import RowText, cut_at
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
+MOST_REMOTE = 32
+"""Requests for which remote models are asked at once."""
+
 
 class Decoder:
     """Answers batches.
@@ -35,6 +40,11 @@ class Decoder:
 
     def __init__(self, served: ServedModels, draft: bool = False) -> None:
         self._served, self._draft = served, draft
+        self._waiting = ThreadPoolExecutor(MOST_REMOTE, thread_name_prefix="shadow-peft-remote")
+
+    def close(self) -> None:
+        """Wait for the remote models that are still asked, each no longer than its own time limit."""
+        self._waiting.shutdown()
 
     def kind(self, request: Request) -> tuple[str, ...]:
         """Requests of one kind may share a batch."""
@@ -69,7 +79,7 @@ class Decoder:
         """
         kind, first = self.kind(batch[0]), batch[0].route
         if first.answering == "cascade":
-            answer_by_cascade(self._served.cascades[first.adapter], batch)
+            answer_by_cascade(self._served.cascades[first.adapter], batch, self._waiting)
             return
         with self._served.use([request.route.adapter for request in batch]), torch.no_grad():
             if "drafted" in kind:
@@ -77,7 +87,7 @@ class Decoder:
             else:
                 self._answer_rows(batch, self._served.shadow if first.answering == "shadow" else self._served.attached)
 
-    def _answer_rows(self, batch: Sequence[Request], model: ShadowForCausalLM) -> None:
+    def _answer_rows(self, batch: Sequence[Request], model: PreTrainedModel) -> None:
         rows = [Row(request, self._served.tokenizer) for request in batch]
         samplers = RowProcessors([request.prompt for request in batch], [self._processors(r) for r in batch], batch)
         self._generate(
@@ -102,7 +112,7 @@ class Decoder:
             row = Row(request, self._served.tokenizer)
             any(row.take(token) for token in sequence)
 
-    def _generate(self, model: ShadowForCausalLM, batch: Sequence[Request], eos_token_id: Any = None, **kwargs: Any) -> Any:
+    def _generate(self, model: Any, batch: Sequence[Request], eos_token_id: Any = None, **kwargs: Any) -> Any:
         ids, mask = padded([request.prompt for request in batch], batch[0].config.pad_token_id or 0, model.device)
         config = GenerationConfig(
             do_sample=False,
@@ -110,8 +120,9 @@ class Decoder:
             pad_token_id=batch[0].config.pad_token_id,
             eos_token_id=eos_token_id,
         )
-        names = [request.route.adapter for request in batch]
-        return model.generate(ids, attention_mask=mask, adapter_names=names, generation_config=config, **kwargs)
+        if isinstance(model, ShadowForCausalLM):  # else it is a shadow without a base
+            kwargs["adapter_names"] = [request.route.adapter for request in batch]
+        return model.generate(ids, attention_mask=mask, generation_config=config, **kwargs)
 
     def _processors(self, request: Request) -> LogitsProcessorList:
         """What a request's own config does to logits, as transformers' `generate` would do for it alone."""

@@ -56,7 +56,7 @@ class Guard:
         await self._until_hung_up(scope, body, receive, counted)
 
     def _admits(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> bool:
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._keys or scope["path"] in OPEN_PATHS:
             return True
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and any([hmac.compare_digest(given.strip(), key) for key in self._keys])

@@ -24,6 +24,9 @@ ANSWERED_BY = "x-shadow-answered-by"
 
 MOST_STOPS = 16
 LARGEST_SEED = 2**63 - 1
+OF_THE_SHADOW = ("logit_bias", "chat_template_kwargs", "suffix", "tools")
+"""Fields that a cascade with a remote model refuses, since they would reach the shadow alone."""
+
 
 Check = Callable[[Any], bool]
 
@@ -115,11 +118,23 @@ class CheckedHandler:
         route = self.model_manager.route(body["model"])
         if route.answering == "cascade" and "seed" in body:
             raise HTTPException(400, "A cascade takes no seed: its answers share one source of random numbers.")
+        if self.model_manager.asks_remote(route):
+            self._check_remote(body)
         body.setdefault("stream", False)
         try:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except TemplateError as error:
             raise HTTPException(400, f"The chat template refuses these messages: {error}") from error
+
+    def _check_remote(self, body: dict[str, Any]) -> None:
+        """Refuse what a remote model would not be told.
+
+        Raises:
+            HTTPException: 400.
+        """
+        wrong = [name for name in OF_THE_SHADOW if name in body]
+        if wrong:
+            raise HTTPException(400, f"{wrong[0]} is not supported by a cascade that asks another server.")
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
         """The response, with a header that says who answered, of a cascade."""
@@ -147,7 +162,7 @@ class CheckedHandler:
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         config.max_length, config.num_beams, config.num_return_sequences = None, None, None
-        config.seed = body.get("seed")
+        config.seed, config.body = body.get("seed"), body
         return config
 
 
@@ -167,6 +182,11 @@ class Chats(CheckedHandler, ChatCompletionHandler):
         _require_template(self.model_manager)
         return await super().handle_request(body, request_id)
 
+    def _check_remote(self, body: dict[str, Any]) -> None:
+        super()._check_remote(body)
+        if self.model_manager.cascades[self.model_manager.route(body["model"]).adapter].takeover == "token":
+            raise HTTPException(400, "Another server cannot go on within a chat: use /v1/completions for this cascade.")
+
 
 class Responses(CheckedHandler, ResponseHandler):
     """/v1/responses."""
@@ -179,6 +199,9 @@ class Responses(CheckedHandler, ResponseHandler):
         if isinstance(body.get("input"), list) and not all(map(_is_message, body["input"])):
             raise HTTPException(400, "input must be a text or a list of messages with role and text.")
         return await super().handle_request(body, request_id)
+
+    def _check_remote(self, body: dict[str, Any]) -> None:
+        raise HTTPException(400, "A cascade that asks another server answers completions and chat completions.")
 
 
 def check_fields(body: dict[str, Any], required: tuple[str, ...]) -> None:

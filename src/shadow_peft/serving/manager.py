@@ -124,8 +124,8 @@ class BatchedManager(BaseGenerateManager):
         config.max_new_tokens = self._allowed_tokens(len(prompt), config.max_new_tokens, model)
         own = copy.deepcopy(config)
         stops, own.stop_strings = _as_tuple(own.stop_strings), None
-        seed = vars(own).pop("seed", None)
-        request = Request(self._route, prompt, own, stops=stops, seed=seed, **ways)
+        seed, body = vars(own).pop("seed", None), vars(own).pop("body", None)
+        request = Request(self._route, prompt, own, stops=stops, seed=seed, body=body, **ways)
         try:
             self._batcher.submit(request)
         except OverloadedError as error:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -46,6 +47,7 @@ class Request:
         on_text: takes pieces of the answer; None where only the whole counts.
         on_end: takes the answer, or what went wrong.
         keep_special: pieces have special tokens, too.
+        body: what the client sent.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Request:
         on_text: Callable[[str], None] | None,
         on_end: Callable[[Written | Exception], None],
         keep_special: bool = False,
+        body: dict[str, Any] | None = None,
     ) -> None:
         self.route, self.prompt, self.config, self.stops, self.seed = route, prompt, config, stops, seed
         self.on_text, self._on_end, self.keep_special = on_text, on_end, keep_special
+        self.body = body or {}
         self._loop = asyncio.get_running_loop()
         self.arrived = time.monotonic()
         self.over = False

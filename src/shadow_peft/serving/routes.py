@@ -15,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cli.serving.model_manager import ModelManager
 
 from shadow_peft.cascade.cascade import ShadowCascade
+from shadow_peft.cascade.remote import RemoteModel
 from shadow_peft.cascade.storage import FILE, load_calibration
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.multi_adapter.pool import AdapterPool
 from shadow_peft.storage.hub import local_directory
+from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
 Answering = Literal["attached", "shadow", "cascade"]
@@ -43,13 +45,13 @@ class ServedModels(ModelManager):
     """One base with its adapters, as the handlers of transformers see it; it loads nothing on request.
 
     Args:
-        model: with all adapters, or with the first one where a pool loads the others; in eval mode.
+        model: with all adapters, or with the first one where a pool loads the others; or an exported shadow; in eval mode.
         tokenizer: with a chat template, if chats are to be answered.
         adapters: names of all adapters.
-        base_name: the name of the bare base.
+        base_name: the name of the bare base, or of the exported shadow.
         pool: loads adapters that are asked for.
         room: the most adapters of the pool in one batch; None is any number.
-        cascades: adapter -> its cascade.
+        cascades: adapter, or the name of an exported shadow -> its cascade.
 
     Raises:
         ValueError: the model is in training mode, or two routes have one name.
@@ -57,7 +59,7 @@ class ServedModels(ModelManager):
 
     def __init__(
         self,
-        model: ShadowForCausalLM,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         adapters: Sequence[str],
         *,
@@ -76,6 +78,8 @@ class ServedModels(ModelManager):
         self.attached, self.shadow = (_view(model, mode) for mode in ("base_shadow", "shadow_only"))
         self.created = int(time.time())
         routes = [Route(base_name, BASE)]
+        if base_name in self.cascades:
+            routes.append(Route(f"{base_name}:cascade", base_name, "cascade"))
         for name in adapters:
             routes += [Route(name, name), Route(f"{name}:shadow", name, "shadow")]
             if name in self.cascades:
@@ -94,9 +98,15 @@ class ServedModels(ModelManager):
             raise HTTPException(404, f"There is no model {name[:100]!r} here, see /v1/models.")
         return self.routes[name]
 
+    def asks_remote(self, route: Route) -> bool:
+        """Whether a route may ask another server."""
+        return route.answering == "cascade" and self.cascades[route.adapter].remote is not None
+
     def takes_room(self, route: Route) -> bool:
         """Whether the adapter of a route is one that a pool loads."""
-        return route.adapter not in (BASE, self.model.active_adapter) and route.answering != "cascade"
+        if self._pool is None or route.answering == "cascade":
+            return False
+        return route.adapter not in (BASE, self.model.active_adapter)
 
     def use(self, adapters: Sequence[str]) -> AbstractContextManager[Any]:
         """Inside the context, these adapters are in memory."""
@@ -130,6 +140,7 @@ def load_served(
     *,
     base_name: str = "base",
     capacity: int | None = None,
+    remote: RemoteModel | None = None,
 ) -> ServedModels:
     """Attach stored adapters to a base; those with a `cascade.json` get a cascade.
 
@@ -140,6 +151,7 @@ def load_served(
         base_name: the name of the bare base.
         capacity: the most adapters in memory, the first one included, which stays; None loads all. Cascades hold adapters
             of their own.
+        remote: whom the cascades ask instead of their adapted base.
 
     Raises:
         ValueError: no adapter, an adapter that does not fit, a malformed name, or a calibration of another shadow.
@@ -163,15 +175,42 @@ def load_served(
         directory = local_directory(path)
         if (directory / FILE).is_file():
             own = ShadowForCausalLM.from_pretrained(base, directory).eval()
-            cascades[name] = ShadowCascade(own, tokenizer, calibration=load_calibration(directory))
+            cascades[name] = ShadowCascade(own, tokenizer, remote=remote, calibration=load_calibration(directory))
     return ServedModels(
         model.eval(), tokenizer, list(adapters), base_name=base_name, pool=pool, room=room, cascades=cascades
     )
 
 
-def _view(model: ShadowForCausalLM, mode: Any) -> ShadowForCausalLM:
+def load_served_shadow(
+    shadow: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    remote: RemoteModel,
+    *,
+    name: str = "base",
+) -> ServedModels:
+    """An exported shadow without its base, and its cascade with a remote model.
+
+    Args:
+        shadow: in eval mode.
+        tokenizer: of it.
+        path: the folder or hub repository that has its `cascade.json`.
+        remote: whom the cascade asks.
+        name: of the shadow.
+
+    Raises:
+        ValueError: there is no calibration, or one of another shadow.
+    """
+    directory = local_directory(path)
+    if not (directory / FILE).is_file():
+        raise ValueError(f"There is no {FILE} in {path}: calibrate a cascade, and write it there.")
+    cascade = ShadowCascade(shadow, tokenizer, remote=remote, calibration=load_calibration(directory))
+    return ServedModels(shadow, tokenizer, [], base_name=name, cascades={name: cascade})
+
+
+def _view(model: PreTrainedModel, mode: Any) -> Any:
     """A model of the same parts in a mode of its own, whose generation config says nothing: requests bring theirs."""
-    view = type(model)(model.peft_model, inference_mode=mode)
+    view = type(model)(model.peft_model, inference_mode=mode) if isinstance(model, ShadowTaskModel) else copy.copy(model)
     view.generation_config = GenerationConfig()
     return view
 

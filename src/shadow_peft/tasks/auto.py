@@ -93,11 +93,16 @@ class AutoShadowModelForSequenceClassification(_AutoShadowModel):
 
     @classmethod
     def _base_settings(cls, stored: reading.Checkpoint) -> dict[str, Any]:
-        names = stored.provenance.get("class_names")
-        if names:
-            return class_settings(names)
-        weight = stored.heads.get("classifier_head.weight")
-        return {} if weight is None else {"num_labels": int(weight.shape[0])}
+        return classifier_settings(stored)
+
+
+def classifier_settings(stored: reading.Checkpoint) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that give a base the classes of a stored adapter."""
+    names = stored.provenance.get("class_names")
+    if names:
+        return class_settings(names)
+    weight = stored.heads.get("classifier_head.weight")
+    return {} if weight is None else {"num_labels": int(weight.shape[0])}
 
 
 def class_settings(names: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 const element = (id) => document.getElementById(id);
-const [form, text, go, stop, status, output, speed] =
-  ["form", "text", "go", "stop", "status", "answer", "speed"].map(element);
+const [form, text, go, stop, status, output, by, speed] =
+  ["form", "text", "go", "stop", "status", "answer", "by", "speed"].map(element);
 const source = URL.createObjectURL(new Blob([element("worker-source").textContent], { type: "text/javascript" }));
 
-let worker, waiting, ready, count = 0;
+let worker, waiting, ready, asking, count = 0;
 
 // Ask the worker; `shown` gets pieces of text while it works.
 function ask(request, shown) {
@@ -39,16 +39,42 @@ function busy(is) {
   output.setAttribute("aria-busy", String(is));
 }
 
+function answered(who, said) {
+  by.dataset.who = who;
+  by.textContent = said;
+}
+
+// Where the shadow is unsure of its answer, the server's takes its place, or goes on where it got unsure.
+async function escalate(prompt, { tokens, trace }) {
+  const { place, confidence } = decide(SETTINGS.ask, trace);
+  const { model, origin, timeout } = SETTINGS.ask;
+  const stated = `confidence ${confidence.toFixed(2)}`;
+  if (place === null) return answered("shadow", `The shadow in this page answered (${stated}).`);
+  if (!element("ask").checked) return answered("shadow", `The shadow in this page answered. It is unsure (${stated}), and asking is switched off.`);
+  status.textContent = `The shadow is unsure. Asking ${model} at ${origin}, for up to ${timeout} s …`;
+  asking = new AbortController();
+  try {
+    const own = place > 0 ? await ask({ kind: "text", tokens: tokens.slice(0, place) }) : "";
+    output.textContent = own + await askServer(SETTINGS.ask, prompt + own, SETTINGS.tokens - place, asking.signal);
+    const begun = place > 0 ? "began, and got unsure" : "was unsure";
+    answered("server", `${model} at ${origin} answered. The shadow ${begun} (${stated}).`);
+  } catch (error) {
+    answered("failed", `${model} at ${origin} did not answer (${error.message}). This is the shadow's answer, of which it is unsure (${stated}).`);
+  }
+  asking = undefined;
+}
+
 async function respond() {
   if (go.disabled || !text.value.trim()) return;
   busy(true);
-  output.textContent = speed.textContent = "";
+  output.textContent = by.textContent = speed.textContent = "";
   status.textContent = "Answering …";
   try {
     const prompt = SETTINGS.prompt.replace("{}", () => text.value.trim());
-    const result = await ask({ kind: "answer", text: prompt, tokens: SETTINGS.tokens }, (piece) => { output.textContent += piece; });
+    const result = await ask({ kind: "answer", text: prompt, tokens: SETTINGS.tokens, traced: Boolean(SETTINGS.ask) }, (piece) => { output.textContent += piece; });
     const rate = result.tokens.length / result.seconds;
-    speed.textContent = `${result.tokens.length} tokens in ${result.seconds.toFixed(2)} s: ${rate.toFixed(0)} tokens per second, prompt included.`;
+    speed.textContent = `${SETTINGS.ask ? "The shadow: " : ""}${result.tokens.length} tokens in ${result.seconds.toFixed(2)} s: ${rate.toFixed(0)} tokens per second, prompt included.`;
+    if (SETTINGS.ask) await escalate(prompt, result);
     status.textContent = "Ready.";
   } catch (error) {
     status.textContent = `No answer: ${error.message}`;
@@ -63,6 +89,7 @@ text.addEventListener("keydown", (event) => {
   respond();
 });
 stop.addEventListener("click", () => {
+  if (asking) return asking.abort();
   worker.terminate();
   waiting.forEach((one) => one.reject(new Error("stopped.")));
   start();
@@ -75,7 +102,10 @@ start();
 
 // For those who drive the page from a program.
 window.shadow = {
+  settings: SETTINGS,
   ready: () => ready,
   split: (typed) => ask({ kind: "split", text: typed }),
+  decide: (ids, tokens, policy) => ask({ kind: "answer", ids, tokens, traced: true }).then(({ trace }) => decide(policy, trace)),
+  askServer: (policy, prompt, tokens) => askServer(policy, prompt, tokens, new AbortController().signal),
   answer: (ids, tokens) => ask({ kind: "answer", ids, tokens }).then((result) => result.tokens),
 };

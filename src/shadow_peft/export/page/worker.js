@@ -39,8 +39,38 @@ async function load(parts) {
 const numbers = (tensor) => [...tensor.data].map(Number);
 const split = (text, special) => numbers(tokenizer(text, { add_special_tokens: special }).input_ids);
 
-// Greedy answer to token ids; `shown` is called with each piece of text.
-async function answer(ids, tokens, shown) {
+// Probability of the likeliest token, its margin over the second, and one minus the entropy in units of the uniform one's.
+function stepConfidence(scores) {
+  let [first, second] = [-Infinity, -Infinity];
+  for (const score of scores) {
+    if (score > first) [first, second] = [score, first];
+    else if (score > second) second = score;
+  }
+  let [sum, weighted] = [0, 0];
+  for (const score of scores) {
+    const weight = Math.exp(score - first);
+    sum += weight;
+    if (weight > 0) weighted += weight * (score - first);
+  }
+  const certainty = 1 - (Math.log(sum) - weighted / sum) / Math.log(scores.length);
+  return [1 / sum, (1 - Math.exp(second - first)) / sum, Math.min(1, Math.max(0, certainty))];
+}
+
+// Logits processors that change nothing and record the confidence in each token.
+function recording(trace) {
+  class Recorder extends transformers.LogitsProcessor {
+    _call(ids, logits) {
+      trace.push(stepConfidence(logits.data));
+      return logits;
+    }
+  }
+  const processors = new transformers.LogitsProcessorList();
+  processors.push(new Recorder());
+  return processors;
+}
+
+// Greedy answer to token ids; `shown` is called with each piece of text, a `trace` gets the confidence in each token.
+async function answer(ids, tokens, shown, trace) {
   const { Tensor, TextStreamer } = transformers;
   const shape = [1, ids.length];
   const streamer = new TextStreamer(tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: shown });
@@ -48,6 +78,7 @@ async function answer(ids, tokens, shown) {
     input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), shape),
     attention_mask: new Tensor("int64", new BigInt64Array(ids.length).fill(1n), shape),
     max_new_tokens: tokens, do_sample: false, streamer,
+    logits_processor: trace ? recording(trace) : null,
   });
   return numbers(output).slice(ids.length);
 }
@@ -55,11 +86,13 @@ async function answer(ids, tokens, shown) {
 const tasks = {
   load: ({ parts }) => load(parts),
   split: ({ text }) => split(text, false),
-  async answer({ text, ids, tokens, task }) {
+  text: ({ tokens }) => tokenizer.decode(tokens, { skip_special_tokens: true }),
+  async answer({ text, ids, tokens, traced, task }) {
     const prompt = ids ?? split(text, true);
+    const trace = traced ? [] : undefined;
     const begun = performance.now();
-    const found = await answer(prompt, tokens, (piece) => postMessage({ task, piece }));
-    return { tokens: found, seconds: (performance.now() - begun) / 1000 };
+    const found = await answer(prompt, tokens, (piece) => postMessage({ task, piece }), trace);
+    return { tokens: found, trace, seconds: (performance.now() - begun) / 1000 };
   },
 };
 
