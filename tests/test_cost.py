@@ -108,9 +108,12 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.float32_products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not str(func).removeprefix("aten.").startswith(self.VIEWS)
+        name = str(func).removeprefix("aten.")
+        self.count += not name.startswith(self.VIEWS)
+        self.float32_products += name.startswith(("mm", "addmm")) and args[0].dtype == torch.float32
         return func(*args, **(kwargs or {}))
 
 
@@ -123,7 +126,7 @@ def operations(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize(
     ("variant", "most"),
     [
-        ("readout", 11),  # norm, clamp, addcdiv, neg, 2 mm, add; 2 sub, mm, addmm
+        ("readout", 10),  # norm, clamp, addcdiv, mm, addmm, sub; 2 sub, mm, addmm
         ("published", 10),  # sub, mm, addmm; norm, mm, silu, 2 mm, sigmoid, lerp
         ("peft", 11),  # no norm, but biases and another dropout
     ],
@@ -135,6 +138,40 @@ def test_operations_per_layer(variant: str, most: int) -> None:
         return operations(get_shadow_model(base, ShadowConfig(variant=variant)).eval(), ids) - alone
 
     assert (added(8) - added(4)) / 4 <= most
+
+
+def step_operations(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[int, int]:
+    """Operations, and products in float32, of one more step of an undrafted greedy generation."""
+    counters = [Operations(), Operations()]
+    for counter, tokens_made in zip(counters, (4, 5), strict=True):
+        with counter:
+            model.generate(prompt, max_new_tokens=tokens_made, do_sample=False, eos_token_id=None, pad_token_id=0)
+    first, second = counters
+    return second.count - first.count, second.float32_products - first.float32_products
+
+
+@pytest.mark.parametrize(("dtype", "per_layer", "once"), [(torch.float32, 10, 62), (torch.bfloat16, 14, 77)])
+def test_operations_of_a_decoding_step(dtype: torch.dtype, per_layer: int, once: int) -> None:
+    """In half precision on a CPU a layer has four casts more; once a step, backbone, read-out and preparation."""
+
+    def added(layers: int) -> int:
+        base = llama(num_hidden_layers=layers).to(dtype).eval()
+        alone, _ = step_operations(base, tokens())
+        model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(variant="readout"))).eval()
+        return step_operations(model, tokens())[0] - alone
+
+    few, many = added(4), added(8)
+    assert (many - few) / 4 <= per_layer
+    assert few <= 3 * per_layer + once
+
+
+def test_few_tokens_of_a_base_in_half_precision_are_corrected_in_float32() -> None:
+    base = llama(num_hidden_layers=4).to(torch.bfloat16)
+    model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(variant="readout"))).eval()
+    assert step_operations(model, tokens())[1] == 3 * 4 + 4  # four products a layer, four of the read-out
+    with torch.no_grad(), Operations() as counter:
+        model(torch.zeros(1, 17, dtype=torch.long))
+    assert counter.float32_products == 0
 
 
 def test_a_trained_head_is_the_only_head_computed() -> None:

@@ -183,6 +183,8 @@ class ShadowAdapter(nn.Module):
     def project(self, states: Tensor) -> Tensor:
         """P of the backbone's states `[B, T, S]`: `[B, T, d]`."""
         projection: nn.Module = self.shadow_hidden_projection
+        if isinstance(projection, nn.Identity):
+            return states
         with self._backbone_precision() as autocast:
             if autocast is not None:
                 projection = with_cast_weights(projection, self.base_model.dtype)

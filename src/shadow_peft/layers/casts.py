@@ -41,6 +41,16 @@ def cast(parameter: Tensor, dtype: torch.dtype, device: torch.device | None = No
     return made
 
 
+def cast_pairs(downs: Tensor, ups: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of two stacks of weights `[N, ...]` in a dtype, one a layer."""
+
+    def make() -> list[tuple[Tensor, Tensor]]:
+        return list(zip(cast(downs, dtype).unbind(0), cast(ups, dtype).unbind(0), strict=True))
+
+    pairs: list[tuple[Tensor, Tensor]] = derived(("pairs", dtype), [downs, ups], make)
+    return pairs
+
+
 def derived(key: Any, parameters: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     """What `make` makes of parameters; inside `cast_once()` what it made before, if none of them has changed.
 

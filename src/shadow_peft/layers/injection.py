@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shadow_peft.layers.casts import cast
+from shadow_peft.layers.casts import cast_pairs
 from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 
@@ -82,6 +82,4 @@ class ShadowInjectionModel(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(D, U) of every injected layer in the dtype of the computation, with one cast and one split for all layers."""
-        downs = cast(self.injection_downs, dtype).unbind(0)
-        ups = cast(self.injection_ups, dtype).unbind(0)
-        return list(zip(downs, ups, strict=True))
+        return cast_pairs(self.injection_downs, self.injection_ups, dtype)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shadow_peft.layers.casts import cast
+from shadow_peft.layers.casts import cast_pairs
 from shadow_peft.layers.dropout import apply_mask, sample_mask
 
 _SHORTEST = 1e-4
@@ -32,7 +32,14 @@ _SHORTEST = 1e-4
 
 
 def inject_transient(
-    h: Tensor, s: Tensor, down: Tensor, up: Tensor, alpha: float, dropout: float = 0.0, normalize: bool = False
+    h: Tensor,
+    s: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: float,
+    dropout: float = 0.0,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a layer reads, and what is to be taken back from what it returns.
 
@@ -44,6 +51,7 @@ def inject_transient(
         alpha: factor of the correction.
         dropout: probability of dropping entries of the down product; 0 outside training.
         normalize: whether n divides h by its root mean square.
+        dtype: without gradients, the dtype that h + delta is rounded to; None is that of `h`.
 
     Returns:
         h + delta and delta, both `[B, T, d]`.
@@ -53,7 +61,7 @@ def inject_transient(
         mask = sample_mask((flat.shape[0], down.shape[1]), h.device, dropout)
         corrected, delta = _InjectTransient.apply(flat, state, down, up, mask, alpha, dropout, normalize)
     else:
-        corrected, delta = _added(flat, _delta(_difference(flat, state, normalize) @ down, up, alpha))
+        corrected, delta = _inject(flat, _lack(flat, state, normalize) @ down, up, alpha, dtype)
     return corrected.view_as(h), delta.view_as(h)
 
 
@@ -106,7 +114,7 @@ class ShadowOutputModel(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(E, V) of every injected layer in the dtype of the computation."""
-        return list(zip(cast(self.output_downs, dtype).unbind(0), cast(self.output_ups, dtype).unbind(0), strict=True))
+        return cast_pairs(self.output_downs, self.output_ups, dtype)
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -119,28 +127,24 @@ def _length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_SHORTEST)
 
 
-def _difference(h: Tensor, s: Tensor, normalize: bool) -> Tensor:
-    """n(h) - s."""
+def _lack(h: Tensor, s: Tensor, normalize: bool) -> Tensor:
+    """s - n(h)."""
     if not normalize:
-        return h - s
-    return torch.addcdiv(s, h, _length(h), value=-(h.shape[-1] ** 0.5)).neg_()  # few operations, one rounding
+        return s - h
+    return torch.addcdiv(s, h, _length(h), value=-(h.shape[-1] ** 0.5))  # few operations, one rounding
 
 
-def _delta(z: Tensor, up: Tensor, alpha: float) -> Tensor:
-    return z @ up if alpha == 1 else (alpha * z) @ up
-
-
-def _added(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """h + delta, and what that added: in half precision a rounded sum adds something else than delta."""
-    corrected = h + delta
-    return corrected, corrected - h if h.dtype.itemsize < 4 else delta
+def _inject(h: Tensor, z: Tensor, up: Tensor, alpha: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """h + delta rounded, and what that added; z `[N, r]` is the down product of s - n(h)."""
+    corrected = torch.addmm(h, z, up, alpha=-alpha).to(dtype or h.dtype)
+    return corrected, corrected - h
 
 
 class _InjectTransient(torch.autograd.Function):
     """`inject_transient` on flat tensors, deterministic.
 
     Saved are h + delta, which the layer saves anyway as the input of its norm, s, which is one for all layers, and z, which
-    is thin; h comes back as (h + delta) - alpha * z @ U, up to rounding. The gradients can't be differentiated again.
+    is thin; h comes back as (h + delta) + alpha * z @ U, up to rounding. The gradients can't be differentiated again.
     """
 
     @staticmethod
@@ -148,8 +152,8 @@ class _InjectTransient(torch.autograd.Function):
         ctx: Any, h: Tensor, s: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, alpha: float, dropout: float,
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        z = apply_mask(_difference(h, s, normalize) @ down, mask, dropout)
-        corrected, delta = _added(h, _delta(z, up, alpha))
+        z = apply_mask(_lack(h, s, normalize) @ down, mask, dropout)
+        corrected, delta = _inject(h, z, up, alpha)
         ctx.save_for_backward(corrected, s, z, down, up, mask)
         ctx.settings = alpha, dropout, normalize
         return corrected, delta
@@ -160,9 +164,9 @@ class _InjectTransient(torch.autograd.Function):
         corrected, s, z, down, up, mask = ctx.saved_tensors
         alpha, dropout, normalize = ctx.settings
         with torch.autocast(grad.device.type, enabled=False):
-            h = torch.addmm(corrected, z, up, alpha=-alpha)
+            h = torch.addmm(corrected, z, up, alpha=alpha)
             onto_delta = grad + grad_delta
-            grad_up = alpha * (z.T @ onto_delta)
+            grad_up = -alpha * (z.T @ onto_delta)
             grad_z = apply_mask(alpha * (onto_delta @ up.T), mask, dropout)
             through = grad_z @ down.T
             if not normalize:
