@@ -105,5 +105,9 @@ def test_states_are_normalized_in_new_adapters_of_the_variant_readout_alone() ->
     assert ShadowConfig.from_dict(ShadowConfig(variant="readout").to_dict()).normalize_injection is True
     with pytest.raises(ValueError, match="no such form"):
         ShadowConfig(normalize_injection=True)
-    with pytest.raises(TypeError, match="normalize_injection"):
-        ShadowConfig(variant="readout", normalize_injection=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["normalize_injection", "train_base_adapters", "train_shadow_embeddings"])
+def test_a_switch_is_true_or_false(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
+        ShadowConfig(variant="readout", **{name: 1})  # type: ignore[arg-type]

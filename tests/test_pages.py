@@ -99,6 +99,8 @@ def test_every_other_command_is_one_that_there_is() -> None:
                 assert words[-1].startswith((".", "torch", "dist/shadow_peft-")), f"{page}: not from the index"
             elif words[0].endswith("python") and words[1] == "-m":
                 assert find_spec(words[2]) is not None, (page, words)
+            elif words[0].endswith("/pip"):  # of the environment of another engine
+                assert words[1] in ("install", "uninstall"), (page, words)
             else:
                 assert words[0] in ("shadow-peft", "accelerate", "git") or words[:2] == ["pip", "wheel"], (page, words)
 

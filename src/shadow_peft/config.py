@@ -99,6 +99,8 @@ class ShadowConfig:
                 object.__setattr__(self, name, value)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
+        for name in ("train_shadow_embeddings", "train_base_adapters", "normalize_injection"):
+            _check_switch(name, getattr(self, name))
         for name in ("alpha", "dropout"):
             _check_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
@@ -212,9 +214,12 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
-def _check_normalization(variant: str, value: object) -> None:
+def _check_switch(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"normalize_injection must be True, False or None, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def _check_normalization(variant: str, value: bool) -> None:
     if value and variant != "readout":
         raise ValueError(f"normalize_injection is for the variant 'readout'; the formulas of {variant!r} have no such form.")
 

@@ -69,6 +69,9 @@ OTHERS = {
     "pip": "the environment of the tests is what it makes",
     "git": "packs an archive of the clone, which a clean clone alone has",
     ".venv/bin/python": "modules of the benchmarks, which have tests of their own",
+    "python": "makes the environment of another engine",
+    "vllm/bin/pip": "fills it, with 3.5 GB",
+    "vllm/bin/python": "runs in it; its results are committed",
     "accelerate": "what it launches runs here in one process, and once by accelerate; tests/distributed launches two",
 }
 
@@ -124,8 +127,7 @@ def test_modules_and_targets_named_in_sentences_are_there() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
     modules = set(re.findall(r"`python -m ([\w.]+)", text))
     assert {"benchmarks.quality.sweep", "tests.conformance.sweep"} <= modules
-    files = [f"{name.replace('.', '/')}.py" for name in modules]
-    assert all((ROOT / file).is_file() or (ROOT / "src" / file).is_file() for file in files), modules
+    assert {name for name in modules if find_spec(name) is None} == set()
     targets = re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"`make (?:\S+=\S+ )?([a-z]+)`", text)) <= set(targets)
 

@@ -44,9 +44,11 @@ def test_completion_loss_is_the_mean_over_completion_tokens() -> None:
 
 def test_score_of_a_model_that_knows_nothing() -> None:
     drawn = commands("test", 3)
-    lines: list[str] = []
-    scores = score(llama(vocab_size=300, eos_token_id=1), tiny_tokenizer(), drawn, lines.append)
-    assert lines == ["answered 3/3 test commands"]
+    heard: list[tuple[int, int]] = []
+    scores = score(
+        llama(vocab_size=300, eos_token_id=1), tiny_tokenizer(), drawn, lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(3, 3)]
     assert scores.exact_match == 0.0
     assert scores.fields == 0.0
     assert scores.loss > 4
