@@ -65,7 +65,7 @@ def draw_results(path: Path, contenders: Sequence[Contender]) -> None:
     shares = [100 * contender.scores.exact_match for contender in contenders]
     bars = answers.barh(list(colours), shares, color=list(colours.values()))
     answers.bar_label(bars, fmt="%.1f %%", padding=3)
-    answers.set(xlabel="test commands answered exactly (%)", xlim=(0, max(1.2 * max(shares), 1)))
+    answers.set(xlabel="test commands answered exactly (%)", xlim=(0, max(1.3 * max(shares), 1)))
     answers.invert_yaxis()
     figure.savefig(path, dpi=120)
 
