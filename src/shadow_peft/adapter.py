@@ -312,10 +312,8 @@ class ShadowAdapter(nn.Module):
         }
         injection = self.shadow_injection_model
         if self.shadow_update_model is not None:
-            before_down = config.variant == "peft"
-            return EvolvingStateCoupling(
-                state, injection, self.shadow_update_model, dropout_before_down=before_down, **settings
-            )
+            settings["dropout_before_down"] = config.variant == "peft"
+            return EvolvingStateCoupling(state, injection, self.shadow_update_model, **settings)
         assert self.shadow_output_model is not None
         assert self.shadow_readout_model is not None
         settings["normalize"] = config.normalize_injection
