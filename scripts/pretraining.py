@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -62,11 +63,11 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int)
 
 
 def training_arguments(schedule: Schedule) -> TrainingArguments:
-    """AdamW, warm-up, constant rate, cosine decay over the last quarter."""
+    """AdamW, warm-up, constant rate, cosine decay over the last quarter; processes of torchrun share a step's blocks."""
     return TrainingArguments(
         output_dir=str(schedule.work), max_steps=schedule.steps, learning_rate=schedule.learning_rate, weight_decay=0.1,
         per_device_train_batch_size=schedule.micro_batch, per_device_eval_batch_size=schedule.micro_batch,
-        gradient_accumulation_steps=schedule.batch // schedule.micro_batch,
+        gradient_accumulation_steps=schedule.batch // schedule.micro_batch // int(os.environ.get("WORLD_SIZE", 1)),
         adam_beta2=0.95, lr_scheduler_type="warmup_stable_decay", warmup_steps=200,
         lr_scheduler_kwargs={"num_decay_steps": schedule.steps // 4}, bf16=True, use_cpu=True,
         logging_steps=50, eval_strategy="steps", eval_steps=250, save_steps=250, save_total_limit=2,
@@ -114,6 +115,8 @@ def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: D
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=schedule.resume)
     facts["seconds"] = round(time.monotonic() - started)
+    if not trainer.is_world_process_zero():
+        return
     save(model, tokenizer, schedule.output)
     save_curve(trainer.state.log_history, schedule, facts)
 

@@ -34,6 +34,8 @@ PARTS = (
     "published-frozen-untrained",
 )  # fmt: skip
 FROZEN_PRETRAINED = ("readout-frozen-pretrained", "published-frozen-pretrained")
+DRAFTED = ("readout", "published", *PRETRAINED)
+"""The methods whose decoding is timed."""
 WAIT = 20.0
 
 

@@ -53,7 +53,7 @@ def run(wanted: Run, settings: Settings = SETTINGS, device: str = "cpu") -> dict
     peak = devices.peak(device)
     scores = {split: score(contender, splits[split]) for split in ("dev", "test")}
     after = None if classifies else score(contender, text)["loss"]
-    drafts = can_draft(contender.model) and not classifies
+    drafts = wanted.method in plan.DRAFTED and not classifies
     return {
         **asdict(wanted), "base": NAME, "precision": precision(wanted.method), **scores,
         "forgetting": {"before": before, "after": after}, "trainable": contender.trainable, **asdict(cost),
@@ -61,15 +61,6 @@ def run(wanted: Run, settings: Settings = SETTINGS, device: str = "cpu") -> dict
         "decoding": measures.decoding(contender.model, base, prompts(splits["test"])) if drafts else None,
         "settings": asdict(settings), "machine": devices.machine(device) | {"load": round(os.getloadavg()[0], 1)},
     }  # fmt: skip
-
-
-def can_draft(model: Any) -> bool:
-    """Whether a model is one of this library's and drafts."""
-    try:
-        from shadow_peft.generation.mixin import ShadowGenerationMixin
-    except ImportError:  # the published package has none
-        return False
-    return isinstance(model, ShadowGenerationMixin)
 
 
 def precision(method: str) -> str:
