@@ -6,14 +6,13 @@ python -m benchmarks.starting_points.report --print    only prints the table
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.pages import put_between
+from benchmarks.pages import put_between, report_options
 from benchmarks.quality.table import shown, table
 from benchmarks.starting_points.plan import RESULTS, ROOT, SEEDS, STARTS, Cell
 
@@ -104,12 +103,7 @@ def draw(found: dict[str, list[Result]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="Print the table and write nothing.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE, help="A page with the two marks.")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    asked = parser.parse_args()
+    asked = report_options(__doc__, RESULTS, PAGE, PICTURE)
     found = results(asked.results)
     if asked.print:
         print(markdown(found))

@@ -8,12 +8,10 @@ It can be run at any time: what is missing is a dash, and each row says how many
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from benchmarks.pages import put_between
+from benchmarks.pages import put_between, report_options
 from benchmarks.quality.real.bootstrap import Difference
 from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import (
@@ -169,12 +167,7 @@ def markdown(results: Results) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="Print the tables and write nothing.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE, help="A page with the two marks.")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    asked = parser.parse_args()
+    asked = report_options(__doc__, RESULTS, PAGE, PICTURE)
     results = Results(asked.results)
     if asked.print:
         print(markdown(results))
