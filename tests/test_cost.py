@@ -45,7 +45,7 @@ def test_shadow_logits_are_computed_only_where_somebody_reads_them(shadow_heads:
     model.shadow_loss_weight = 0.0
     model.train()
     outputs = model(ids, labels=ids)
-    assert shadow_heads.calls == 0
+    assert shadow_heads.calls == 1  # the loss of the adapted base
     assert outputs.shadow_logits is None
     assert model(ids, labels=ids, output_shadow_logits=True).shadow_logits is not None
     model.eval()
@@ -53,6 +53,18 @@ def test_shadow_logits_are_computed_only_where_somebody_reads_them(shadow_heads:
     before = shadow_heads.calls
     model.generate(ids, max_new_tokens=3, do_sample=False)
     assert shadow_heads.calls == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_behind_frozen_heads_are_computed_once_in_a_training_step(shadow_heads: Counter, dtype: torch.dtype) -> None:
+    model, ids = causal_lm(llama().to(dtype)), tokens()
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert shadow_heads.calls == 2  # the adapted base's and the shadow's
+    trained = causal_lm(llama().to(dtype), modules_to_save=["lm_head"])
+    trained.train()
+    trained(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained.peft_model.task_heads["lm_head"].parameters())
 
 
 def test_every_trainable_parameter_of_the_smallest_base_gets_a_gradient() -> None:

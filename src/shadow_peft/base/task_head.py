@@ -131,6 +131,15 @@ class TaskHead:
             return None
         return (weight, bias) if weight.device == h.device and weight.shape[-1:] == h.shape[-1:] else None
 
+    def is_frozen_for(self, h: Tensor) -> bool:
+        """Whether nothing in the head is trained and its output embedding is in memory, whole, on the device of `h`.
+
+        Never in a compiled graph, which `losses.frozen_head` would break.
+        """
+        weight = self._output.weight
+        whole = type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2 and weight.device == h.device
+        return whole and not torch.compiler.is_compiling() and not any(p.requires_grad for p in self._view.parameters())
+
     @torch.no_grad()
     def select(self, ids: Tensor, vocab_size: int) -> tuple[Tensor, ...] | None:
         """Weight `[S, d]`, and bias `[S]` if there is one, of token ids `[S]` among V.

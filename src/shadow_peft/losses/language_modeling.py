@@ -8,8 +8,9 @@ batch. So a step of 16 sequences has the same gradient whether it is taken at on
 target has the loss 0.
 
 Logits `[N, V]` of all tokens never exist at once: they are computed from states `[N, d]` in chunks of tokens, of those that
-have a target, and recomputed in the backward pass; or, where a head is one plain linear map, by torch's
-`linear_cross_entropy`, which has the gradient ready after one pass.
+have a target. Behind a frozen head they are computed once, the gradient of the states beside them (`losses.frozen_head`);
+behind a trained one by torch's `linear_cross_entropy` where it is one plain linear map, else twice, again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from shadow_peft.losses.distillation import distillation_sum
+from shadow_peft.losses.frozen_head import CHUNK, Factors, frozen_head_loss
 from shadow_peft.losses.reduction import IGNORE_INDEX, at_least_float32, token_count
 
 
@@ -89,6 +91,9 @@ class Head(Protocol):
     def linear_for(self, states: Tensor, /) -> tuple[Tensor, Tensor | None] | None:
         """Weight `[V, d]` and bias if the logits are one linear map of `states` whose weight is in memory, or None."""
 
+    def is_frozen_for(self, states: Tensor, /) -> bool:
+        """Whether nothing in it is trained, and all of it is in memory where the states are."""
+
 
 class Logits:
     """A head for logits that were computed already."""
@@ -100,6 +105,10 @@ class Logits:
     def linear_for(self, states: Tensor) -> None:
         """No linear map is left."""
         return None
+
+    def is_frozen_for(self, states: Tensor) -> bool:
+        """The gradient of computed logits is as large as they are, so it is not kept beside them."""
+        return False
 
 
 class LogitSource(NamedTuple):
@@ -141,10 +150,6 @@ def total_losses(parts: Sequence[TokenLosses]) -> TokenLosses:
     return TokenLosses(base, shadow, distillation)
 
 
-CHUNK = 256
-"""Tokens whose logits exist at once."""
-
-
 def token_losses(
     base: LogitSource, shadow: LogitSource | None, targets: Tensor, count: Tensor | int | None, weights: LossWeights
 ) -> TokenLosses:
@@ -172,8 +177,10 @@ def token_losses(
 
 
 def _cross_entropy(source: LogitSource, targets: Tensor) -> Tensor:
-    """Summed cross entropy of targets `[N]`, by torch's fused form where the head allows it."""
+    """Summed cross entropy of targets `[N]`, in the cheapest form that the head allows."""
     states, head = source
+    if head.is_frozen_for(states):
+        return frozen_head_loss(head, states, targets.to(states.device), None, _CROSS_ENTROPY)[0]
     linear = head.linear_for(states) if _FUSED and states.shape[0] else None
     if linear is None:
         return _in_chunks(_Terms(head), targets, states)[0]
@@ -192,6 +199,7 @@ def _cross_entropy(source: LogitSource, targets: Tensor) -> Tensor:
 
 
 _FUSED = hasattr(F, "linear_cross_entropy")  # from torch 2.13 on
+_CROSS_ENTROPY = Factors(1.0, 0.0)
 
 
 @dataclass(frozen=True)

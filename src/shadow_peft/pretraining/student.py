@@ -2,7 +2,7 @@
 
     loss = a * CE(q, next token) + b * KL(p || q)        p the base's, q the shadow's next-token distribution
 
-KL reads the base's k most likely tokens, see `losses.sparse_distillation`. They are computed beside the shadow, or read from
+KL reads the base's k most likely tokens, see `losses.frozen_head`. They are computed beside the shadow, or read from
 a cache, see `teacher_cache`.
 
 To align a small model with the base's head is to train its projection alone: p is then what the small model's own head says
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from shadow_peft.base.task_head import TaskHead
 from shadow_peft.inputs import ModelInputs
+from shadow_peft.losses.frozen_head import CHUNK, Factors, TopTokens, frozen_head_loss, top_tokens
 from shadow_peft.losses.language_modeling import shifted
 from shadow_peft.losses.reduction import token_count
-from shadow_peft.losses.sparse_distillation import CHUNK, Factors, TopTokens, student_loss, top_tokens
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.pretraining.teacher_cache import TeacherCache
 
@@ -84,7 +84,7 @@ class Student(nn.Module):
         distils = self.training and self.objective.distillation > 0
         states, teacher = self._states_and_teacher(input_ids, index, distils)
         factors = Factors(self.objective.next_token, self.objective.distillation) if self.training else Factors(1.0, 0.0)
-        total, sums = student_loss(self._head, states.flatten(0, 1), targets, teacher, factors)
+        total, sums = frozen_head_loss(self._head, states.flatten(0, 1), targets, teacher, factors)
         count = token_count(targets, None)
         return {"loss": total / count, "terms": sums / count}
 

@@ -24,7 +24,7 @@ from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shadow_peft.losses.sparse_distillation import TopTokens
+from shadow_peft.losses.frozen_head import TopTokens
 from shadow_peft.storage.files import read_json, write_json
 from shadow_peft.storage.tensors import write_tensors
 

@@ -1,4 +1,4 @@
-"""Next-token loss and distillation from the k most likely next tokens of a teacher, through a head that is not trained.
+"""Next-token loss, and distillation from the k most likely next tokens of a teacher, behind a head that is not trained.
 
 For one token, p_1 ... p_k are the teacher's probabilities of its k most likely next tokens, q_1 ... q_k the student's of the
 same ones, and p_0, q_0 those of all other tokens together:
@@ -57,7 +57,7 @@ def top_tokens(logits: Tensor, k: int) -> TopTokens:
     return TopTokens(top.indices, top.values.to(scores.dtype) - scores.logsumexp(-1, keepdim=True))
 
 
-def student_loss(
+def frozen_head_loss(
     head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, teacher: TopTokens | None, factors: Factors
 ) -> tuple[Tensor, Tensor]:
     """a CE + b KL, summed over the tokens that have a target.

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadow_peft.losses import sparse_distillation
-from shadow_peft.losses.sparse_distillation import Factors, TopTokens, student_loss, top_tokens
+from shadow_peft.losses import frozen_head
+from shadow_peft.losses.frozen_head import Factors, TopTokens, frozen_head_loss, top_tokens
 
 N, D, V = 21, 6, 40
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_distillation, "CHUNK", 8)
+    monkeypatch.setattr(frozen_head, "CHUNK", 8)
     torch.manual_seed(0)
 
 
@@ -47,7 +47,7 @@ def test_value_and_gradient_are_those_of_the_plain_formulas(k: int, factors: Fac
 
     ce, kl = plain(head(states), targets, teacher_logits, k)
     (expected,) = torch.autograd.grad(2 * (factors.cross_entropy * ce + factors.divergence * kl), states)
-    total, sums = student_loss(head, states, targets, top_tokens(teacher_logits, k), factors)
+    total, sums = frozen_head_loss(head, states, targets, top_tokens(teacher_logits, k), factors)
     (2 * total).backward()
     torch.testing.assert_close(sums, torch.stack([ce, kl]).detach())
     torch.testing.assert_close(total, factors.cross_entropy * ce + factors.divergence * kl)
@@ -57,7 +57,7 @@ def test_value_and_gradient_are_those_of_the_plain_formulas(k: int, factors: Fac
 
 def test_all_but_one_token_give_the_divergence_of_the_whole_vocabulary() -> None:
     states, head, targets, teacher_logits = problem()
-    _, sums = student_loss(head, states, targets, top_tokens(teacher_logits, 2 * V), Factors(0.0, 1.0))
+    _, sums = frozen_head_loss(head, states, targets, top_tokens(teacher_logits, 2 * V), Factors(0.0, 1.0))
     q, p = head(states).log_softmax(-1), teacher_logits.log_softmax(-1)
     by_token = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(sums[1], by_token[targets.ne(-100)].sum().detach())
@@ -65,7 +65,7 @@ def test_all_but_one_token_give_the_divergence_of_the_whole_vocabulary() -> None
 
 def test_without_a_teacher_the_divergence_is_zero() -> None:
     states, head, targets, _ = problem()
-    total, sums = student_loss(head, states, targets, None, Factors(1.0, 0.0))
+    total, sums = frozen_head_loss(head, states, targets, None, Factors(1.0, 0.0))
     assert sums[1] == 0
     torch.testing.assert_close(total, F.cross_entropy(head(states), targets, reduction="sum"))
 
@@ -73,13 +73,13 @@ def test_without_a_teacher_the_divergence_is_zero() -> None:
 def test_without_gradients_nothing_is_differentiated() -> None:
     states, head, targets, _ = problem()
     with torch.no_grad():
-        total, _ = student_loss(head, states, targets, None, Factors(1.0, 0.0))
+        total, _ = frozen_head_loss(head, states, targets, None, Factors(1.0, 0.0))
     assert not total.requires_grad
 
 
 def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_slope() -> None:
     states, head, targets, _ = problem()
-    total, sums = student_loss(head, states, targets, top_tokens(head(states).detach(), 7), Factors(0.0, 1.0))
+    total, sums = frozen_head_loss(head, states, targets, top_tokens(head(states).detach(), 7), Factors(0.0, 1.0))
     total.backward()
     assert sums[1].abs() < 1e-9
     assert states.grad.abs().max() < 1e-9
@@ -88,7 +88,7 @@ def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_slope() -> N
 def test_a_teacher_that_is_certain_is_finite() -> None:
     states, head, targets, _ = problem()
     certain = TopTokens(torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1, dtype=torch.float64))
-    total, sums = student_loss(head, states, targets, certain, Factors(0.0, 1.0))
+    total, sums = frozen_head_loss(head, states, targets, certain, Factors(0.0, 1.0))
     total.backward()
     assert torch.isfinite(sums).all()
     assert torch.isfinite(states.grad).all()
@@ -96,10 +96,10 @@ def test_a_teacher_that_is_certain_is_finite() -> None:
 
 def test_half_precision_is_summed_in_single() -> None:
     states, head, targets, teacher_logits = problem()
-    expected, _ = student_loss(head, states, targets, top_tokens(teacher_logits, 5), Factors(1.0, 1.0))
+    expected, _ = frozen_head_loss(head, states, targets, top_tokens(teacher_logits, 5), Factors(1.0, 1.0))
     half = head.to(torch.bfloat16)
     low = states.detach().to(torch.bfloat16).requires_grad_()
-    total, sums = student_loss(half, low, targets, top_tokens(teacher_logits, 5), Factors(1.0, 1.0))
+    total, sums = frozen_head_loss(half, low, targets, top_tokens(teacher_logits, 5), Factors(1.0, 1.0))
     total.backward()
     assert sums.dtype == torch.float32
     assert low.grad.dtype == torch.bfloat16
