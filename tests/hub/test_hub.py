@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel
-from tests.hub.fake import FakeHub, connected, running
+from tests.hub.fake import FakeHub, Repository, connected, running
 from tests.test_atomic_save import stop_after_commit
 from tests.test_base_adapters import shadowed, with_lora
 from tests.tiny_models import adapted, causal_lm, llama, tokens
@@ -135,6 +135,22 @@ def test_only_the_files_of_the_adapter_are_fetched(hub: FakeHub) -> None:
     repository.commit("main", {**repository.commits[repository.branches["main"]], "pytorch_model.bin": b"not wanted"})
     ShadowForCausalLM.from_pretrained(llama(), "org/shadow")
     assert not [r for r in hub.requests if r.path.endswith("pytorch_model.bin")]
+
+
+def test_adapters_in_folders_of_a_repository(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["org/many"] = Repository(private=False)
+    models = {name: causal_lm(llama(), seed=seed) for seed, name in enumerate(["one", "nested/two"])}
+    files: dict[str, bytes] = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        files |= {f"{name}/{path.name}": path.read_bytes() for path in (tmp_path / name).iterdir()}
+    hub.repositories["org/many"].commit("main", files)
+    hub.repositories["org/many"].commit("v1", {name.replace("one/", "other/"): data for name, data in files.items()})
+    for name, model in models.items():
+        assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), f"org/many/{name}")), logits(model))
+    assert torch.equal(logits(ShadowForCausalLM.from_pretrained(llama(), "org/many/other@v1")), logits(models["one"]))
+    with pytest.raises(ValueError, match="'org/many' has no adapter in a folder 'three'"):
+        ShadowForCausalLM.from_pretrained(llama(), "org/many/three")
 
 
 def test_what_is_in_the_cache_needs_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,13 @@ _PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", ".saved/*"]
 
 
 def local_directory(path_or_repo: str | Path) -> Path:
-    """The directory of a checkpoint: a local one, or a snapshot of the hub repository `repo_id` or `repo_id@revision`.
+    """The directory of a checkpoint: a local one, or a snapshot of a hub repository or of a folder in it.
+
+    Args:
+        path_or_repo: a directory, `owner/name` or `owner/name/folder`; `@revision` may follow the last two.
 
     Raises:
-        ValueError: it is neither a directory nor a repository that can be read.
+        ValueError: it is neither a directory nor a repository that can be read, or the repository has no such folder.
     """
     path = Path(path_or_repo)
     if path.is_dir():
@@ -33,9 +36,12 @@ def _snapshot(path_or_repo: str) -> Path:
         RevisionNotFoundError,
     )
 
-    repo_id, _, revision = path_or_repo.partition("@")
+    place, _, revision = path_or_repo.partition("@")
+    owner, *rest = place.split("/", 2)
+    repo_id, folder = "/".join([owner, *rest[:1]]), "".join(rest[1:]).rstrip("/")
+    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _PATTERNS]
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_PATTERNS))
+        directory = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)) / folder
     except RevisionNotFoundError as error:
         raise ValueError(f"The hub repository {repo_id!r} has no revision {revision!r}.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
@@ -47,6 +53,9 @@ def _snapshot(path_or_repo: str) -> Path:
         raise ValueError(
             f"{path_or_repo!r} is no directory, and the hub cannot be reached for a repository of that name: {error}"
         ) from error
+    if folder and not directory.is_dir():
+        raise ValueError(f"The hub repository {repo_id!r} has no adapter in a folder {folder!r}.")
+    return directory
 
 
 def push(
