@@ -107,7 +107,16 @@ def test_states_are_normalized_in_new_adapters_of_the_variant_readout_alone() ->
         ShadowConfig(normalize_injection=True)
 
 
-@pytest.mark.parametrize("name", ["normalize_injection", "train_base_adapters", "train_shadow_embeddings"])
+@pytest.mark.parametrize("variant", ["published", "peft"])
+def test_the_other_variants_use_the_state_of_the_shadow(variant: str) -> None:
+    assert ShadowConfig.from_dict({"variant": "readout"}).use_shadow_state is True
+    with pytest.raises(ValueError, match=f"use_shadow_state is for the variant 'readout'; the formulas of '{variant}'"):
+        ShadowConfig(variant=variant, use_shadow_state=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["normalize_injection", "train_base_adapters", "train_shadow_embeddings", "use_shadow_state"]
+)
 def test_a_switch_is_true_or_false(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
         ShadowConfig(variant="readout", **{name: 1})  # type: ignore[arg-type]

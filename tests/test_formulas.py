@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -92,12 +93,15 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     mask = torch.full((input_ids.shape[1],) * 2, float("-inf"), dtype=x.dtype).triu(1)[None, None]
     backbone = {name.removeprefix("shadow_model."): t for name, t in tensors.items() if name.startswith("shadow_model.")}
     s0 = s = torch.func.functional_call(peft.shadow_model, backbone, kwargs={"inputs_embeds": x}).last_hidden_state
+    if not peft.shadow_config.use_shadow_state:
+        s = torch.zeros_like(s)
     run = {"attention_mask": mask, "position_embeddings": rotary}
     h = base.model.layers[0](x, **run)
     for i, layer in enumerate(base.model.layers[1:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
         if peft.shadow_config.normalize_injection:
-            delta = alpha * (F.rms_norm(h, h.shape[-1:], eps=0.0) - F.rms_norm(s, s.shape[-1:], eps=0.0)) @ down @ up
+            unit_h, unit_s = (F.rms_norm(x, x.shape[-1:], eps=1e-30) for x in (h, s))
+            delta = alpha * (unit_h - unit_s) @ down @ up
         else:
             delta = alpha * (h - s) @ down @ up
         if peft.shadow_config.variant == "readout":
@@ -117,7 +121,7 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     if peft.shadow_config.variant == "readout":
         names = ("gate_down", "gate_up", "gate_bias", "down", "up")
         a, b, bias, down, up = (get(f"shadow_readout_model.{n}") for n in names)
-        final = final + torch.tanh(final @ a @ b + bias) * (s0 - final) + (final - s0) @ down @ up
+        final = final + torch.tanh(final @ a @ b + bias) * (s - final) + (final - s) @ down @ up
     loss = torch.zeros((), dtype=x.dtype)
     for state, factor in ((final, 1.0), (s0, weight)):
         logits = base.lm_head(state)[:, :-1]
@@ -125,10 +129,17 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     return loss, tensors
 
 
-@pytest.mark.parametrize(("variant", "normalize"), [("readout", True), ("readout", False), ("published", False)])
-def test_the_whole_method_in_float64(variant: str, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"variant": "readout"}, {"variant": "readout", "normalize_injection": False},
+        {"variant": "readout", "use_shadow_state": False}, {"variant": "published"},
+    ],
+    ids=["readout", "not normalized", "without state", "published"],
+)  # fmt: skip
+def test_the_whole_method_in_float64(config: dict[str, Any]) -> None:
     base = llama(attn_implementation="eager").double()
-    model = causal_lm(base, shadow_loss_weight=0.3, variant=variant, normalize_injection=normalize)
+    model = causal_lm(base, shadow_loss_weight=0.3, **config)
     model.peft_model.double()
     input_ids = tokens()
     expected, tensors = oracle_loss(model, input_ids, 0.3)

@@ -14,8 +14,13 @@ from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.fixture(params=FAMILIES)
+WITHOUT_STATE = "llama, whose adapter does not use the shadow's state"
+
+
+@pytest.fixture(params=[*FAMILIES, WITHOUT_STATE])
 def model(request: pytest.FixtureRequest) -> ShadowForCausalLM:
+    if request.param == WITHOUT_STATE:
+        return causal_lm(llama(), num_shadow_layers=2, variant="readout", use_shadow_state=False)
     return causal_lm(FAMILIES[request.param](), num_shadow_layers=2)
 
 
@@ -84,7 +89,8 @@ def test_chunked_prefill(name: str, mode: str) -> None:
 def test_a_conversation_continues_from_its_cache(model: ShadowForCausalLM, mode: str) -> None:
     model.set_inference_mode(mode)
     first = model.generate(tokens(1, 6), return_dict_in_generate=True, **GREEDY)
-    assert isinstance(first.past_key_values, ShadowCache)
+    runs_shadow = mode == "shadow_only" or model.peft_model.shadow_config.use_shadow_state
+    assert isinstance(first.past_key_values, ShadowCache) == runs_shadow
     longer = torch.cat([first.sequences, tokens(1, 4, seed=9)], 1)
     mask = torch.ones_like(longer)  # or else generate takes a generated 0 for padding
     second = model.generate(longer, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)

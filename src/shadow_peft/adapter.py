@@ -302,6 +302,7 @@ class ShadowAdapter(nn.Module):
     def make_coupling(self, state: Tensor, keep_head_input: bool = False) -> Coupling:
         """The coupling of one forward pass of the base, of the adapter's variant, from an initial state s `[B, T, d]`."""
         config = self.shadow_config
+        state = state if config.use_shadow_state else torch.zeros_like(state)
         settings: dict[str, Any] = {
             "first_layer": config.first_injected_layer,
             "alpha": config.alpha,

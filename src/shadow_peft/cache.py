@@ -200,7 +200,7 @@ def num_uncached_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int 
     cache = model_kwargs.get("past_key_values")
     given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     lengths = [tensor.shape[-1] for tensor in given if tensor is not None]
-    if not isinstance(cache, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
+    if not isinstance(cache, Cache) or lengths[:1] != [input_ids.shape[1]]:
         return None
     held = cache.get_seq_length()
     return input_ids.shape[1] - held if held else None

@@ -47,6 +47,8 @@ class ShadowConfig:
         readout_hidden_size: rank m of the read-out's linear map, at least 1; None means 32.
         normalize_injection: divide both states by their root mean square before the injection compares them; None means True
             in the variant "readout". The others have no such form. A stored config without it means False.
+        use_shadow_state: whether the corrections of the variant "readout" see the shadow's state. With False they see zeros,
+            and answers without drafts do not run the shadow, which still learns its own loss, drafts and can be detached.
         alpha: factor of the injected correction; None means 0.1, or 1 in the variant "readout".
         dropout: probability in [0, 1) inside injection and update, active in training only; None means 0.2, or 0 in the
             variant "readout".
@@ -91,6 +93,7 @@ class ShadowConfig:
     output_hidden_size: int = None  # type: ignore[assignment]  # stays None in the other variants
     readout_hidden_size: int = None  # type: ignore[assignment]
     normalize_injection: bool = None  # type: ignore[assignment]
+    use_shadow_state: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("variant", self.variant, get_args(Variant))
@@ -99,13 +102,15 @@ class ShadowConfig:
                 object.__setattr__(self, name, value)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
-        for name in ("train_shadow_embeddings", "train_base_adapters", "normalize_injection"):
+        for name in ("train_shadow_embeddings", "train_base_adapters", "normalize_injection", "use_shadow_state"):
             _check_switch(name, getattr(self, name))
         for name in ("alpha", "dropout"):
             _check_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
-        _check_normalization(self.variant, self.normalize_injection)
+        if self.variant != "readout":
+            _check_unset("normalize_injection", self.normalize_injection, False, self.variant)
+            _check_unset("use_shadow_state", self.use_shadow_state, True, self.variant)
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
         _check_layers(self.shadow_init_layers, self.num_shadow_layers)
         object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
@@ -219,9 +224,9 @@ def _check_switch(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
-def _check_normalization(variant: str, value: bool) -> None:
-    if value and variant != "readout":
-        raise ValueError(f"normalize_injection is for the variant 'readout'; the formulas of {variant!r} have no such form.")
+def _check_unset(name: str, value: object, unset: object, variant: str) -> None:
+    if value != unset:
+        raise ValueError(f"{name} is for the variant 'readout'; the formulas of {variant!r} have no such form.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
 from shadow_peft.base import peft_adapters
-from shadow_peft.base.hooks import Attachment, attachments_of, restored_on_failure
+from shadow_peft.base.hooks import Attachment, LayerCallbacks, attachments_of, restored_on_failure
 from shadow_peft.base.quantization import GradientKernels, trains_beside_quantized
 from shadow_peft.base.record import BaseRecord
 from shadow_peft.base.signature import Signature, replace_cache, returned_cache
@@ -169,6 +169,7 @@ class ShadowPeftModel(MixedBatchesMixin):
         *,
         skip_head: bool = False,
         keep_head_input: bool = False,
+        reads_state: bool = True,
     ) -> AdaptedOutput:
         """Run what a mode asks for, once.
 
@@ -178,18 +179,22 @@ class ShadowPeftModel(MixedBatchesMixin):
                 which every mode becomes inside `disable_adapter()`.
             skip_head: run the base's backbone without its task head.
             keep_head_input: return the input of the base's head, which itself computes nothing then.
+            reads_state: False lets "base_shadow" leave out a backbone that the adapter does not use.
 
         Raises:
             ValueError: no tokens, a cache that does not hold the same tokens of all networks that run, or a cached prefix in
                 a training with gradient checkpointing.
             RuntimeError: the adapter was unloaded.
         """
-        attachment = self.attachment
-        mode = mode if attachment.enabled else "base_only"
+        mode = mode if self.attachment.enabled else "base_only"
+        alone = mode == "base_shadow" and not reads_state and self.skips_shadow(inputs.cache, inputs.adapter_names)
+        mode = "base_only" if alone else mode
         inputs = self._ready(inputs, mode)
         if mode == "base_only":
-            outputs = self._run_base(inputs, skip_head)
-            return AdaptedOutput(outputs, cache=returned_cache(outputs))
+            zeros = inputs.zero_state(self.base_hidden_size, self.base_model.dtype)
+            coupling = self.make_coupling(zeros, keep_head_input) if alone else None
+            outputs = self._run_base(inputs, skip_head, coupling)
+            return AdaptedOutput(outputs, None, None if coupling is None else coupling.head_input, returned_cache(outputs))
         if mode == "base_shadow":
             check_in_step(inputs.cache)
         names = inputs.adapter_names
@@ -199,14 +204,13 @@ class ShadowPeftModel(MixedBatchesMixin):
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
             cache = self.with_shadow_cache(shadow_only_cache(own_cache), names)
             return AdaptedOutput(shadow_state=state, cache=cache)
-        coupling = adapter.make_coupling(state, keep_head_input)
-        with attachment.active(coupling):
-            outputs = self._run_base(inputs, skip_head)
+        coupled = adapter.make_coupling(state, keep_head_input)
+        outputs = self._run_base(inputs, skip_head, coupled)
         cache = inputs.cache
         if cache is None:
             cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache), names)
         replace_cache(outputs, cache)
-        return AdaptedOutput(outputs, state, coupling.head_input, cache)
+        return AdaptedOutput(outputs, state, coupled.head_input, cache)
 
     def _ready(self, inputs: ModelInputs, mode: Mode) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""
@@ -225,13 +229,14 @@ class ShadowPeftModel(MixedBatchesMixin):
         inputs = replace(inputs.checked(), cache=cache, extra=extra, use_cache=use_cache)
         return inputs.with_positions(self.decoder.first_position)
 
-    def _run_base(self, inputs: ModelInputs, skip_head: bool) -> Any:
-        """Run the base, or its backbone alone."""
+    def _run_base(self, inputs: ModelInputs, skip_head: bool, coupling: LayerCallbacks | None) -> Any:
+        """Run the base, or its backbone alone; bare where there is no coupling."""
         model, signature = self.base_model, self._base_signature
         if skip_head:
             model, signature = self.decoder.backbone, self._decoder_signature
         cache = None if inputs.cache is None else inputs.cache.base
-        return model(**inputs.tokens, **{**inputs.extra, **inputs.arguments(signature, cache), "return_dict": True})
+        with self.attachment.active(coupling):
+            return model(**inputs.tokens, **{**inputs.extra, **inputs.arguments(signature, cache), "return_dict": True})
 
     def shadow_step(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: ShadowCache

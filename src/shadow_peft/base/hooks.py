@@ -92,8 +92,8 @@ class Attachment:
         return getattr(self._thread, "coupling", None)
 
     @contextmanager
-    def active(self, coupling: LayerCallbacks) -> Iterator[None]:
-        """Inside the context, forward passes of the base in this thread run coupled."""
+    def active(self, coupling: LayerCallbacks | None) -> Iterator[None]:
+        """Inside the context, forward passes of the base in this thread run coupled, or bare."""
         self._thread.coupling = coupling
         try:
             yield

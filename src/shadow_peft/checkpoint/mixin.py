@@ -161,7 +161,7 @@ class CheckpointMixin(ShadowAdapter):
 
         Args:
             model: the base.
-            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`, with or without `@revision`.
+            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`; `@revision` may follow.
             is_trainable: False freezes the adapter.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
             autocast_adapter_dtype: keep the adapter in float32 whatever the base's dtype; False casts it to that dtype.

@@ -101,17 +101,20 @@ class ShadowGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Let the base prepare the kind of cache that is asked for, and add one for the backbone."""
+        """Let the base prepare the kind of cache that is asked for, and add one for the backbone where it runs."""
         base, name = self.peft_model.base_model, self.peft_model.cache_name
         given, names = model_kwargs.pop("past_key_values", None), model_kwargs.get(_NAMES)
         if name is not None and given is not None:
             model_kwargs[name] = select_cache(given, self.inference_mode == "base_shadow")
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         prepared = None if name is None else model_kwargs.pop(name, None)
-        if given is not None:
+        drafts = getattr(generation_config, SWITCH, None)
+        alone = self.inference_mode == "base_shadow" and not drafts and self.peft_model.skips_shadow(given, names)
+        if given is not None and not drafts:
             model_kwargs["past_key_values"] = given
-        elif prepared is not None:
-            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(prepared, names)
+        elif given is not None or prepared is not None:
+            cache = prepared if given is None else given
+            model_kwargs["past_key_values"] = cache if alone else self.peft_model.with_shadow_cache(cache, names)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

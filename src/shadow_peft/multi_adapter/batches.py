@@ -74,6 +74,11 @@ class MixedBatchesMixin(AdapterFilesMixin):
             return {name: (self.adapter(name), len(rows)) for name, rows in cache.shadow.rows.items()}
         return {self.active_adapter: (self, num_rows)}
 
+    def skips_shadow(self, cache: Any, names: tuple[str, ...] | None) -> bool:
+        """Whether a call whose shadow nobody reads leaves it out: the adapter does not use it, no cache has its tokens."""
+        uses = names is not None or self.shadow_config.use_shadow_state
+        return not uses and getattr(cache, "shadow", None) is None
+
     def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None) -> Any:
         """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
 

@@ -127,6 +127,7 @@ class MixedAdapters:
             return RowGroup(index, adapters[0].make_coupling(state))
         pieces = pieces_of([len(self._rows[name]) for name in names])
         config = adapters[0].shadow_config
+        state = state if config.use_shadow_state else torch.zeros_like(state)
         kind = GroupedStaticCoupling if config.variant == "readout" else GroupedEvolvingCoupling
         dropouts = [adapter.shadow_config.dropout if adapter.training else 0.0 for adapter in adapters]
         coupling = kind(

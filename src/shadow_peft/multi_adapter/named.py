@@ -128,7 +128,7 @@ class NamedAdaptersMixin(CheckpointMixin):
         """Load a stored adapter beside those that there are. Stored heads belong to the task models and are left out.
 
         Args:
-            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`, with or without `@revision`.
+            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`; `@revision` may follow.
             adapter_name: a name that is free.
             is_trainable: whether it is trained once it is active.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.

@@ -24,13 +24,13 @@ from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights
 Pairs = list[tuple[Tensor, Tensor]]
 """Down and up weights `[P, d, r]`, `[P, r, d]` of every adapted layer."""
 
-Formulas = tuple[str, bool]
-"""What adapters of one group share: their variant, and whether the injection normalizes."""
+Formulas = tuple[str, bool, bool]
+"""What adapters of one group share: their variant, whether the injection normalizes, whether the shadow's state is used."""
 
 
 def formulas_of(config: ShadowConfig) -> Formulas:
     """What a config computes."""
-    return config.variant, config.normalize_injection
+    return config.variant, config.normalize_injection, config.use_shadow_state
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class _AutoShadowModel:
         """Load the base that an adapter was trained on, and attach the adapter with its heads.
 
         Args:
-            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`, with or without `@revision`.
+            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`; `@revision` may follow.
             base_model: folder or hub id of the base; None is the one that the adapter names.
             is_trainable: False freezes the adapter.
             inference_mode: "base_shadow" or "shadow_only".

@@ -279,7 +279,7 @@ class ShadowTaskModel(TaskAdaptersMixin, PreTrainedModel):
 
         Args:
             model: the base.
-            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`, with or without `@revision`.
+            pretrained_shadow_path: a directory, or on the hub `owner/name` or `owner/name/folder`; `@revision` may follow.
             is_trainable: False freezes the adapter and the heads and sets eval mode.
             shadow_model: the explicit shadow of the adapter; adapters saved by this library rebuild theirs without it.
             shadow_loss_weight: None uses the stored one, or 0.05 if none is stored; other factors of the loss are the stored

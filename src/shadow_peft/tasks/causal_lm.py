@@ -216,6 +216,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
             replace(inputs, adapter_names=names),
             self.inference_mode,
             keep_head_input=skips_logits or self._heads.replaces_base(names),
+            reads_state=shadow_wanted or (targets is not None and self.loss_weights.need_shadow),
         )
         result = self._with_logits(adapted, heads, kept, wanted, shadow_wanted)
         if adapted.base is None and kwargs.get("output_hidden_states"):

@@ -125,13 +125,14 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs
         ).checked()
         names = self.peft_model.row_names(adapter_names, past_key_values, inputs.num_rows)
-        adapted = self.peft_model.run(replace(inputs, adapter_names=names), self.inference_mode, skip_head=True)
+        wants_shadow = self.wants_shadow_logits(output_shadow_logits)
+        inputs = replace(inputs, adapter_names=names)
+        adapted = self.peft_model.run(inputs, self.inference_mode, skip_head=True, reads_state=wants_shadow)
         padding = getattr(self.config.get_text_config(), "pad_token_id", None)
         last = last_tokens(next(iter(inputs.tokens.values())), attention_mask, padding)
         heads = self._heads(names)
         shadow_logits = loss = None
-        wants_shadow = adapted.base is None or self.wants_shadow_logits(output_shadow_logits)
-        if adapted.shadow_state is not None and wants_shadow:
+        if adapted.shadow_state is not None and (wants_shadow or adapted.base is None):
             shadow_logits = heads.shadow_logits(_pooled(adapted.shadow_state, last))
         if adapted.base is not None:
             logits = heads.base_logits(_pooled(adapted.base[0], last))

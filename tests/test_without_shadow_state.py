@@ -1,0 +1,148 @@
+"""Adapters that do not use the shadow's state: the shadow runs where it is read, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from shadow_peft import ShadowCache, ShadowConfig, ShadowForCausalLM
+from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens
+
+FORM: dict[str, Any] = {"variant": "readout", "use_shadow_state": False}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+class Runs:
+    """Counts the passes of a backbone."""
+
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        self.count = 0
+        backbone.register_forward_pre_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def model() -> ShadowForCausalLM:
+    return causal_lm(llama(), **FORM)
+
+
+@pytest.fixture
+def runs(model: ShadowForCausalLM) -> Iterator[Runs]:
+    return Runs(model.peft_model.shadow_model)
+
+
+def test_answers_without_drafts_do_not_run_the_shadow(model: ShadowForCausalLM, runs: Runs) -> None:
+    ids = tokens(2, 6)
+    text = model.generate(ids, **GREEDY)
+    assert runs.count == 0
+    assert torch.equal(model.generate(ids, use_shadow_draft=True, **GREEDY), text)
+    assert runs.count > 0
+    with torch.no_grad():
+        assert torch.equal(model(text, use_cache=False).logits[:, 5:-1].argmax(-1), text[:, 6:])
+
+
+def test_the_shadow_changes_nothing_but_its_own_logits(model: ShadowForCausalLM) -> None:
+    ids = tokens()
+    before = model(ids)
+    with torch.no_grad():
+        for parameter in model.peft_model.shadow_model.parameters():
+            parameter.mul_(1.5)
+    after = model(ids)
+    assert torch.equal(after.logits, before.logits)
+    assert not torch.equal(after.shadow_logits, before.shadow_logits)
+
+
+def test_logits_with_and_without_the_shadow_are_the_same(model: ShadowForCausalLM, runs: Runs) -> None:
+    ids = tokens()
+    both = model(ids)
+    alone = model(ids, output_shadow_logits=False)
+    assert runs.count == 1
+    assert alone.shadow_logits is None
+    torch.testing.assert_close(alone.logits, both.logits, rtol=0, atol=1e-6)
+
+
+def test_each_kind_of_cache_is_continued_as_it_was_begun(model: ShadowForCausalLM, runs: Runs) -> None:
+    ids = tokens(2, 9)
+    whole = model(ids).logits[:, -1]
+    runs.count = 0
+    for reads, kind in ((False, DynamicCache), (True, ShadowCache)):
+        cache = model(ids[:, :5], use_cache=True, output_shadow_logits=reads).past_key_values
+        assert type(cache) is kind
+        for step in range(5, 9):
+            last = model(ids[:, step : step + 1], past_key_values=cache, output_shadow_logits=False)
+        torch.testing.assert_close(last.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
+        assert runs.count == (5 if reads else 0)  # a cache that holds the shadow's tokens is kept in step
+    alone = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="tokens that the shadow has not seen"):
+        model.generate(alone.sequences, past_key_values=alone.past_key_values, use_shadow_draft=True, **GREEDY)
+    longer = model.generate(alone.sequences, past_key_values=alone.past_key_values, **GREEDY)
+    assert torch.equal(longer, model.generate(ids, max_new_tokens=16, do_sample=False))
+
+
+def test_an_assistant_of_transformers_drafts_for_it(model: ShadowForCausalLM) -> None:
+    ids = tokens(1, 6)
+    text = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, assistant_model=llama(seed=5), **GREEDY), text)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), text)
+
+
+def test_the_shadow_learns_from_its_own_loss_alone(model: ShadowForCausalLM, runs: Runs) -> None:
+    ids = tokens()
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.peft_model.shadow_model.parameters())
+    runs.count = 0
+    model.zero_grad()
+    model.shadow_loss_weight = 0.0
+    model(ids, labels=ids).loss.backward()
+    assert runs.count == 0
+    assert all(p.grad is None for p in model.peft_model.shadow_model.parameters())
+    assert model.peft_model.shadow_injection_model.injection_ups.grad.any()
+
+
+def test_detached_it_answers_alone(model: ShadowForCausalLM, runs: Runs) -> None:
+    ids = tokens()
+    shadow = model(ids).shadow_logits
+    model.set_inference_mode("shadow_only")
+    torch.testing.assert_close(model(ids).logits, shadow)
+    assert model.generate(ids, **GREEDY).shape == (3, 18)
+    assert runs.count > 1
+
+
+def test_a_classifier_runs_the_shadow_where_it_is_read() -> None:
+    model, ids = classifier(qwen3_classifier(), **FORM), tokens()
+    runs = Runs(model.peft_model.shadow_model)
+    alone = model(ids, output_shadow_logits=False)
+    assert runs.count == 0
+    torch.testing.assert_close(alone.logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_in_a_mixed_batch_every_row_is_what_it_is_alone(model: ShadowForCausalLM) -> None:
+    for name, config in (("second", FORM), ("with_state", {"variant": "readout"}), ("published", {})):
+        model.peft_model.add_adapter(name, ShadowConfig(**config))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=generator)
+    names, ids = ["with_state", "second", "default", "__base__", "published", "second"], tokens(6, 7)
+    mixed = model(ids, adapter_names=names)
+    for row, name in enumerate(names[:3]):
+        model.peft_model.set_adapter(name)
+        alone = model(ids[row : row + 1])
+        torch.testing.assert_close(mixed.logits[row : row + 1], alone.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mixed.shadow_logits[row : row + 1], alone.shadow_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_what_was_saved(model: ShadowForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)
+    assert loaded.peft_model.shadow_config.use_shadow_state is False
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
