@@ -16,9 +16,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "shadow": (
             "variant", "num_shadow_layers", "injection_hidden_size", "gate_hidden_size", "output_hidden_size",
-            "readout_hidden_size", "normalize_injection", "use_shadow_state", "alpha", "dropout", "shadow_model",
-            "share_embeddings", "shadow_loss_weight", "distillation_weight", "distillation_temperature",
-            "distillation_warmup_ratio",
+            "readout_hidden_size", "normalize_injection", "alpha", "dropout", "shadow_model", "share_embeddings",
+            "shadow_loss_weight", "distillation_weight", "distillation_temperature", "distillation_warmup_ratio",
         ),
         "training": (
             "learning_rate", "shadow_learning_rate_scale", "num_train_epochs", "max_steps", "per_device_train_batch_size",
