@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shadow_peft.losses import frozen_head
 from shadow_peft.losses.frozen_head import Factors, TopTokens, frozen_head_loss, top_tokens
 
 N, D, V = 21, 6, 40
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made |= {tensor.dtype for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +121,46 @@ def test_half_precision_is_summed_in_single() -> None:
     assert sums.dtype == torch.float32
     assert low.grad.dtype == torch.bfloat16
     torch.testing.assert_close(total.double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_sum(dtype: torch.dtype) -> None:
+    states, head, targets, _ = problem()
+    low = states.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        total, sums = frozen_head_loss(head.float(), low, targets, None, Factors(1.0, 0.0))
+    assert total.dtype == torch.float32
+    assert total == sums[0]
+    (gradient,) = torch.autograd.grad(2.0**17 * total, low)
+    assert torch.isfinite(gradient).all()
+
+
+def test_single_precision_needs_no_double() -> None:
+    states, head, targets, teacher_logits = problem()
+    teacher, low = top_tokens(teacher_logits.float(), 5), states.detach().float().requires_grad_()
+    head = head.float()
+    with Dtypes() as seen:
+        frozen_head_loss(head, low, targets, teacher, Factors(1.0, 1.0))[0].backward()
+    assert torch.float32 in seen.made
+    assert torch.float64 not in seen.made
+
+
+@pytest.mark.parametrize("target", [-1, V])
+def test_a_target_that_is_no_token_is_an_error(target: int) -> None:
+    states, head, targets, _ = problem()
+    targets[3] = target
+    with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+        frozen_head_loss(head, states, targets, None, Factors(1.0, 0.0))
+
+
+def test_nobody_is_given_what_a_chunk_saves() -> None:
+    states, head, targets, _ = problem()
+    saved: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        frozen_head_loss(lambda h: head(h).tanh(), states, targets, None, Factors(1.0, 0.0))
+    assert saved == [(N, D)]  # the gradient

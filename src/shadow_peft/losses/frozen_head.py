@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from shadow_peft.losses.reduction import IGNORE_INDEX, at_least_float32
 
@@ -90,22 +91,18 @@ class _GradientBeside(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(states) if wanted else states
-        sums = torch.zeros(2, dtype=torch.float64, device=states.device)
+        sums = at_least_float32(states.new_zeros(2))
         for start in range(0, states.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            chunk = states[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                logits = head(chunk)
             top = None if teacher is None else TopTokens(teacher.ids[part], teacher.log_probs[part])
-            terms, slope = _terms_and_slope(logits.detach(), targets[part], top, factors)
+            terms, own = _of_chunk(head, states[part], targets[part], top, factors, wanted)
             sums += terms
-            if wanted:
-                (gradient[part],) = torch.autograd.grad(logits, chunk, slope.to(logits.dtype))
+            if own is not None:
+                gradient[part] = own
         if wanted:
             ctx.save_for_backward(gradient)
-        sums = sums.to(at_least_float32(states).dtype)
         ctx.mark_non_differentiable(sums)
-        return sums @ sums.new_tensor(factors), sums
+        return factors.cross_entropy * sums[0] + factors.divergence * sums[1], sums  # no product that autocast would round
 
     @staticmethod
     @once_differentiable
@@ -114,11 +111,34 @@ class _GradientBeside(torch.autograd.Function):
         return gradient * total, None, None, None, None
 
 
+def _of_chunk(
+    head: Callable[[Tensor], Tensor],
+    states: Tensor,
+    targets: Tensor,
+    teacher: TopTokens | None,
+    factors: Factors,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The summed CE and KL `[2]` of a chunk, and if wanted their gradient `[N, d]`; its logits are gone at the end.
+
+    Its graph lives no longer, so whoever checkpoints or offloads what a forward pass saves is not given it.
+    """
+    states = states.detach().requires_grad_(wanted)
+    with torch.set_grad_enabled(wanted), saved_tensors_hooks(_itself, _itself):
+        logits = head(states)
+    terms, slope = _terms_and_slope(logits.detach(), targets, teacher, factors)
+    return terms, torch.autograd.grad(logits, states, slope.to(logits.dtype))[0] if wanted else None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _terms_and_slope(logits: Tensor, targets: Tensor, teacher: TopTokens | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """The summed CE and KL `[2]` of logits z `[N, V]`, and d(a CE + b KL)/dz `[N, V]`."""
     known = targets.ne(IGNORE_INDEX)
     a, b = (known * factor for factor in factors)
-    index = targets.clamp(min=0)[:, None]
+    index = targets.where(known, 0)[:, None]  # any other target that is no token is an error
     z = at_least_float32(logits)
     z = z - z.amax(-1, keepdim=True)
     target_score = z.gather(-1, index)
@@ -137,4 +157,4 @@ def _terms_and_slope(logits: Tensor, targets: Tensor, teacher: TopTokens | None,
         slope = weights.mul_(((a + b * (1 - p_0 / q_0)) / total.squeeze(-1))[:, None])
         slope.scatter_add_(-1, teacher.ids, b[:, None] * (q * (p_0 / q_0)[:, None] - p))
     slope.scatter_add_(-1, index, -a[:, None].to(slope.dtype))
-    return torch.stack([cross_entropy.sum(), divergence.sum()]).double(), slope
+    return torch.stack([cross_entropy.sum(), divergence.sum()]), slope
