@@ -209,3 +209,28 @@ def test_gpt2_trains_and_saves_no_copy_of_its_table() -> None:
     assert not [name for name in model.adapter_state_dict() if "wte" in name]
     assert not [n for n, p in model.shadow_model.named_parameters() if p.shape == (VOCABULARY, WIDTH)]
     assert isinstance(ShadowForCausalLM(model).peft_model, ShadowPeftModel)
+
+
+class WideProducts(TorchDispatchMode):
+    """Counts batched products that have one column for each token of the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        self.count += func is torch.ops.aten.bmm.default and result.shape[-1] == VOCABULARY
+        return result
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_costs_one_product_with_a_frozen_head(rows: int, drafts: bool) -> None:
+    """A batch of products, which torch makes of a slice's last tokens, would copy the head's weight for every row."""
+    model, ids = causal_lm(llama()), tokens(rows, 6)
+    with WideProducts() as products, torch.no_grad():
+        model.generate(ids, max_new_tokens=3, do_sample=False, use_shadow_draft=drafts)
+        model(ids, logits_to_keep=1)
+        model.peft_model.base_model(ids, logits_to_keep=1)
+    assert products.count == 0

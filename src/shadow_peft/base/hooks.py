@@ -221,10 +221,19 @@ class _FinalHidden(_Hook):
 class _PreHead(_Hook):
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
         coupling = self.attachment.coupling
-        if coupling is None:
-            return None
-        h = coupling.pre_head(args[0])
-        return None if h is None else (h, *args[1:])
+        h = None if coupling is None else coupling.pre_head(args[0])
+        h = packed(args[0]) if h is None else h
+        return None if h is args[0] else (h, *args[1:])
+
+
+def packed(h: Tensor) -> Tensor:
+    """`h` `[B, T, d]` without gaps between its rows.
+
+    Of a slice, such as the last tokens, torch's `matmul` makes a batch of products where the weight needs no gradient, and
+    copies the weight for it: on a CPU a frozen head then costs twenty times its product. So freezing a base slows it too.
+    """
+    dense = h.dim() != 3 or h.stride(0) == h.shape[1] * h.shape[2]
+    return h if dense else h.clone(memory_format=torch.contiguous_format)
 
 
 def _first(output: Any) -> Tensor:

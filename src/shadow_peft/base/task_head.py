@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shadow_peft.base.hooks import packed
+
 
 class _HiddenStateOnly(BaseModelOutputWithPast):
     """A decoder's output that holds the hidden state alone; whatever else a task class asks for is None."""
@@ -108,6 +110,7 @@ class TaskHead:
 
     def __call__(self, h: Tensor) -> Tensor:
         """The logits of `h`."""
+        h = packed(h)
         linear = None if torch.is_grad_enabled() else self.linear_for(h)
         return self._logits(h) if linear is None else F.linear(h.to(linear[0].dtype), *linear)
 
