@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from shadow_peft import ShadowCache, ShadowConfig, ShadowForCausalLM
+from shadow_peft import ShadowConfig, ShadowForCausalLM
 from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens
 
 FORM: dict[str, Any] = {"variant": "readout", "use_shadow_state": False}
@@ -72,18 +72,42 @@ def test_each_kind_of_cache_is_continued_as_it_was_begun(model: ShadowForCausalL
     ids = tokens(2, 9)
     whole = model(ids).logits[:, -1]
     runs.count = 0
-    for reads, kind in ((False, DynamicCache), (True, ShadowCache)):
+    for reads in (False, True):
         cache = model(ids[:, :5], use_cache=True, output_shadow_logits=reads).past_key_values
-        assert type(cache) is kind
+        assert (cache.shadow is not None) == reads
         for step in range(5, 9):
             last = model(ids[:, step : step + 1], past_key_values=cache, output_shadow_logits=False)
         torch.testing.assert_close(last.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
         assert runs.count == (5 if reads else 0)  # a cache that holds the shadow's tokens is kept in step
     alone = model.generate(ids, return_dict_in_generate=True, **GREEDY)
-    with pytest.raises(ValueError, match="tokens that the shadow has not seen"):
+    with pytest.raises(ValueError, match="The shadow has not read the tokens of these past_key_values"):
         model.generate(alone.sequences, past_key_values=alone.past_key_values, use_shadow_draft=True, **GREEDY)
     longer = model.generate(alone.sequences, past_key_values=alone.past_key_values, **GREEDY)
     assert torch.equal(longer, model.generate(ids, max_new_tokens=16, do_sample=False))
+
+
+def test_a_cache_belongs_to_its_adapter(model: ShadowForCausalLM) -> None:
+    ids = tokens(2, 6)
+    model.peft_model.add_adapter("other", ShadowConfig(**FORM))
+    begun = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    with model.disable_adapter():
+        bare = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="tokens that the shadow has not seen"):
+        model.generate(bare.sequences, past_key_values=bare.past_key_values, **GREEDY)
+    model.peft_model.set_adapter("other")
+    with pytest.raises(ValueError, match="belong to adapter 'default'"):
+        model.generate(begun.sequences, past_key_values=begun.past_key_values, **GREEDY)
+    with pytest.raises(ValueError, match="The shadow has not read"):
+        model(ids[:, -1:], past_key_values=begun.past_key_values, output_shadow_logits=True)
+
+
+def test_an_empty_cache_is_taken(model: ShadowForCausalLM) -> None:
+    ids = tokens(2, 6)
+    text = model.generate(ids, **GREEDY)
+    for drafts in (False, True):
+        assert torch.equal(model.generate(ids, past_key_values=DynamicCache(), use_shadow_draft=drafts, **GREEDY), text)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), text)
+    assert torch.equal(model.generate(ids, num_beams=1, use_cache=False, **GREEDY), text)
 
 
 def test_an_assistant_of_transformers_drafts_for_it(model: ShadowForCausalLM) -> None:

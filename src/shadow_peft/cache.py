@@ -32,15 +32,15 @@ class ShadowCache(Cache):
     """A pair of caches that generation handles as one.
 
     Args:
-        base: the base's cache; None when only the shadow runs.
-        shadow: the backbone's cache.
+        base: the base's cache; None where only the shadow runs.
+        shadow: the backbone's cache; None where only the base runs.
 
     Attributes:
         drafted: the states of tokens that the backbone's cache holds ahead of the base's; None if there are none.
         adapter_name: the adapter whose tokens it holds, where all rows have one.
     """
 
-    def __init__(self, base: Cache | None, shadow: Cache) -> None:
+    def __init__(self, base: Cache | None, shadow: Cache | None) -> None:
         self.base = base
         self.shadow = shadow
         self.drafted: DraftedStates | None = None
@@ -49,11 +49,11 @@ class ShadowCache(Cache):
     @property
     def layers(self) -> list[Any]:
         """The layers of both caches, the base's first."""
-        return [*(self.base.layers if self.base is not None else ()), *self.shadow.layers]
+        return [layer for part in self._parts for layer in part.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens held; where all layers are recurrent, and so count none, only an empty cache can tell."""
-        held = self.shadow if self.base is None else self.base
+        held = self._parts[0]
         recurrent = all(isinstance(layer, LinearAttentionLayer) for layer in held.layers)
         if recurrent and not any(any(layer.has_previous_state.values()) for layer in held.layers):
             return 0
@@ -103,16 +103,26 @@ def make_shadow_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     return DynamicCache(config=config, offloading=cache is not None and cache.offloading)
 
 
-def with_shadow_cache(cache: Any, counterpart: Callable[[Cache], Cache]) -> ShadowCache | StatePair | None:
+def with_shadow_cache(
+    cache: Any, counterpart: Callable[[Cache], Cache], alone: bool = False
+) -> ShadowCache | StatePair | None:
     """The cache of both networks for a cache that a caller passes: an empty one gets an empty counterpart.
 
     Args:
         cache: what a caller passes, or None.
         counterpart: makes an empty cache for the shadow beside the base's.
+        alone: the base runs without the shadow, which gets none.
 
     Raises:
         ValueError: no transformers cache, or one with tokens that the shadow has not seen.
     """
+    if isinstance(cache, (ShadowCache, StatePair)) and cache.shadow is None and not alone:
+        if holds_tokens(cache):
+            raise ValueError(
+                "The shadow has not read the tokens of these past_key_values, since nothing needed it. Go on without it "
+                "(output_shadow_logits=False, no drafts), or start with an empty cache."
+            )
+        cache = cache.base
     if cache is None or isinstance(cache, (ShadowCache, StatePair)):
         return cache
     if not isinstance(cache, Cache):
@@ -122,7 +132,7 @@ def with_shadow_cache(cache: Any, counterpart: Callable[[Cache], Cache]) -> Shad
             f"This {type(cache).__name__} holds {cache.get_seq_length()} tokens that the shadow has not seen. Continue "
             "with the past_key_values that this model returned, or start with an empty cache."
         )
-    return ShadowCache(cache, counterpart(cache))
+    return ShadowCache(cache, None if alone else counterpart(cache))
 
 
 def check_in_step(cache: Any) -> None:
@@ -138,6 +148,7 @@ def check_in_step(cache: Any) -> None:
     if not isinstance(cache, ShadowCache) or torch.compiler.is_compiling():
         return
     assert cache.base is not None
+    assert cache.shadow is not None
     base, shadow = _length(cache.base), _length(cache.shadow)
     ahead = 0 if cache.drafted is None else cache.drafted.states.shape[1]
     if base is not None and shadow is not None and base + ahead != shadow:
@@ -155,11 +166,12 @@ def _length(cache: Cache) -> int | None:
     return None if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
 
 
-def combine_caches(base: Any, shadow: Any) -> ShadowCache | StatePair | None:
-    """What base and backbone returned as one object; None where either returned nothing."""
-    if shadow is None or base is None:
+def combine_caches(base: Any, shadow: Any, alone: bool = False) -> ShadowCache | StatePair | None:
+    """What base and backbone returned as one object; None where one that ran returned nothing."""
+    if base is None or (shadow is None and not alone):
         return None
-    return ShadowCache(base, shadow) if isinstance(base, Cache) and isinstance(shadow, Cache) else StatePair(base, shadow)
+    both = isinstance(base, Cache) and (shadow is None or isinstance(shadow, Cache))
+    return ShadowCache(base, shadow) if both else StatePair(base, shadow)
 
 
 def shadow_only_cache(shadow: Any) -> ShadowCache | StatePair | None:
@@ -200,7 +212,7 @@ def num_uncached_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int 
     cache = model_kwargs.get("past_key_values")
     given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     lengths = [tensor.shape[-1] for tensor in given if tensor is not None]
-    if not isinstance(cache, Cache) or lengths[:1] != [input_ids.shape[1]]:
+    if not isinstance(cache, ShadowCache) or lengths[:1] != [input_ids.shape[1]]:
         return None
     held = cache.get_seq_length()
     return input_ids.shape[1] - held if held else None

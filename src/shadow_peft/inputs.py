@@ -59,11 +59,6 @@ class ModelInputs:
         """Number of tokens T."""
         return next(iter(self.tokens.values())).shape[1]
 
-    def zero_state(self, width: int, dtype: torch.dtype) -> Tensor:
-        """A state of zeros `[B, T, width]`."""
-        device = next(iter(self.tokens.values())).device
-        return torch.zeros((), dtype=dtype, device=device).expand(self.num_rows, self.length, width)
-
     def without_first(self, count: int) -> ModelInputs:
         """The same inputs without their first tokens, which the backbone has read already."""
         if count == 0:

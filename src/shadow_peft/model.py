@@ -188,31 +188,28 @@ class ShadowPeftModel(MixedBatchesMixin):
         """
         mode = mode if self.attachment.enabled else "base_only"
         alone = mode == "base_shadow" and not reads_state and self.skips_shadow(inputs.cache, inputs.adapter_names)
-        mode = "base_only" if alone else mode
-        inputs = self._ready(inputs, mode)
+        inputs = self._ready(inputs, mode, alone)
         if mode == "base_only":
-            zeros = inputs.zero_state(self.base_hidden_size, self.base_model.dtype)
-            coupling = self.make_coupling(zeros, keep_head_input) if alone else None
-            outputs = self._run_base(inputs, skip_head, coupling)
-            return AdaptedOutput(outputs, None, None if coupling is None else coupling.head_input, returned_cache(outputs))
-        if mode == "base_shadow":
+            outputs = self._run_base(inputs, skip_head, None)
+            return AdaptedOutput(outputs, cache=returned_cache(outputs))
+        if mode == "base_shadow" and not alone:
             check_in_step(inputs.cache)
         names = inputs.adapter_names
         adapter: ShadowAdapter | MixedAdapters = self if names is None else self.mixed(names, mode == "shadow_only")
-        state, backbone_cache = adapter.initial_state(inputs)
+        state, backbone_cache = (self.no_state(inputs), None) if alone else adapter.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
             cache = self.with_shadow_cache(shadow_only_cache(own_cache), names)
             return AdaptedOutput(shadow_state=state, cache=cache)
-        coupled = adapter.make_coupling(state, keep_head_input)
-        outputs = self._run_base(inputs, skip_head, coupled)
+        coupling = adapter.make_coupling(state, keep_head_input)
+        outputs = self._run_base(inputs, skip_head, coupling)
         cache = inputs.cache
         if cache is None:
-            cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache), names)
+            cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache, alone), names, alone)
         replace_cache(outputs, cache)
-        return AdaptedOutput(outputs, state, coupled.head_input, cache)
+        return AdaptedOutput(outputs, None if alone else state, coupling.head_input, cache)
 
-    def _ready(self, inputs: ModelInputs, mode: Mode) -> ModelInputs:
+    def _ready(self, inputs: ModelInputs, mode: Mode, alone: bool = False) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""
         cache, extra, use_cache = inputs.cache, inputs.extra, inputs.use_cache
         if cache is None and self.cache_name in extra:
@@ -220,7 +217,7 @@ class ShadowPeftModel(MixedBatchesMixin):
             extra = {name: value for name, value in extra.items() if name != self.cache_name}
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
-        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names)
+        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names, alone)
         if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
             raise ValueError(
                 "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "

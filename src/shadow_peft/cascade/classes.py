@@ -109,6 +109,7 @@ class Classifiers:
         assert not isinstance(self.attached, RemoteModel)
         if cache is not None and len(rows) < len(ids):
             assert cache.drafted is not None
+            assert cache.shadow is not None
             cache.shadow.batch_select_indices(torch.tensor(rows, device=ids.device))
             cache.drafted = DraftedStates(cache.drafted.states[rows])
         output = self.attached(input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, use_cache=True)

@@ -102,6 +102,7 @@ class ShadowCandidateGenerator(CandidateGenerator):
 
     def state_of_last(self, ahead: int) -> Tensor:
         """s `[1, 1, d]` of the text's last token; the backbone's cache holds all tokens before it."""
+        assert self._cache.shadow is not None
         text, mask = self._text, self._kwargs.get("attention_mask")
         position = int(self._cache.shadow.get_seq_length())  # the text lacks the prompt where that was given as embeddings
         positions = None

@@ -114,7 +114,7 @@ class ShadowGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = given
         elif given is not None or prepared is not None:
             cache = prepared if given is None else given
-            model_kwargs["past_key_values"] = cache if alone else self.peft_model.with_shadow_cache(cache, names)
+            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(cache, names, alone)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache
+from shadow_peft.inputs import ModelInputs
 from shadow_peft.multi_adapter.files import AdapterFilesMixin
 from shadow_peft.multi_adapter.mixed import BASE, MixedAdapters
 from shadow_peft.multi_adapter.row_caches import RowCaches
@@ -79,7 +80,12 @@ class MixedBatchesMixin(AdapterFilesMixin):
         uses = names is not None or self.shadow_config.use_shadow_state
         return not uses and getattr(cache, "shadow", None) is None
 
-    def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None) -> Any:
+    def no_state(self, inputs: ModelInputs) -> Tensor:
+        """Zeros in the place of s, `[B, T, d]`, for a call that leaves the shadow out."""
+        shape = (inputs.num_rows, inputs.length, self.base_hidden_size)
+        return torch.zeros(shape, dtype=self.base_model.dtype, device=next(iter(inputs.tokens.values())).device)
+
+    def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None, alone: bool = False) -> Any:
         """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
 
         Raises:
@@ -87,7 +93,7 @@ class MixedBatchesMixin(AdapterFilesMixin):
         """
         if names is not None:
             return with_shadow_cache(cache, self.mixed(names).shadow_cache)
-        cache = with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config))
+        cache = with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config), alone)
         if isinstance(cache, ShadowCache):
             if cache.adapter_name not in (None, self.active_adapter):
                 raise ValueError(
