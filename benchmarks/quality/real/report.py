@@ -95,8 +95,7 @@ def quality_table(results: Results) -> str:
 SCORES = ("loss", "exact", "detached_loss", "detached_exact", "agreement")
 COSTS: dict[str, Callable[[Result], float]] = {
     "training time": lambda result: result["cpu_seconds"],
-    "peak memory": lambda result: result["memory_mb"]["peak"],
-    "memory above rest": lambda result: result["memory_mb"]["growth"],
+    "memory of a step": lambda result: result["step_bytes"],
     "bytes saved": lambda result: result["bytes_saved"],
 }
 
