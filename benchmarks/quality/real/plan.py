@@ -121,12 +121,12 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
     yield from grids(CORE, folder)
     yield from finals(ZERO, CHOOSING, SEEDS[:1], folder)
     yield from finals(CORE, PLANNED, SEEDS[:1], folder)
-    yield from grids(PRETRAINED, folder)
     yield from finals((*CORE, *ZERO), CHOOSING, SEEDS[1:], folder)
     yield from grids(OTHERS, folder)
-    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
     yield from finals((*CORE, *OTHERS), PLANNED, SEEDS, folder)
     yield from finals(PARTS, CHOOSING, SEEDS, folder)
+    yield from grids(PRETRAINED, folder)
+    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
 
 
 def missing(folder: Path = RESULTS) -> list[Run]:
