@@ -33,6 +33,7 @@ FEW = Settings(steps=2, batch=4, warmup=1)
         ("lora", "commands"), ("lora", "headlines"), ("readout", "commands"), ("readout", "headlines"),
         ("published", "quartz"), ("peft-shadow", "commands"), ("lily", "headlines"), ("readout-zero-state", "commands"),
         ("published-frozen-untrained", "headlines"), ("readout-only", "commands"), ("readout-correction", "quartz"),
+        ("lora-upper", "commands"), ("readout-upper", "headlines"),
     ],
 )  # fmt: skip
 def test_a_run_from_end_to_end(toy_base: Path, tmp_path: Path, method: str, task: str) -> None:

@@ -33,7 +33,7 @@ from benchmarks.quality.table import table
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
 BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
 REFERENCE = "lora"
-METHODS = ("lora", *OTHERS, "published", "readout", *PRETRAINED)
+METHODS = ("lora", "lora-upper", *OTHERS, "published", "readout", "readout-upper", *PRETRAINED)
 WRITING = tuple(task for task in PLANNED if task not in CLASSIFICATION)
 
 
