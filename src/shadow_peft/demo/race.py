@@ -66,7 +66,7 @@ DRAFTED_COMMANDS = 25
 SHADOW_NAME, DETACHED_NAME, LORA_NAME, BASE_NAME = "base + shadow", "detached shadow", "LoRA", "bare base"
 
 #: The adapter around the pretrained shadow, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20, normalize_injection=False)
+SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
 
 
 @dataclass(frozen=True)
