@@ -6,11 +6,14 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 PACKAGES = ("torch", "transformers", "peft", "shadow-peft")
 
@@ -42,6 +45,22 @@ def resident(field: str) -> float:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) / 1024
+
+
+def most_allocated(work: Callable[[], object], device: str) -> int:
+    """Bytes of all tensors that some work makes, at the moment when they are most; what lay there before is left out.
+
+    On a CPU the profiler counts allocations, so that neither fragmentation nor what the C library keeps for later counts.
+    """
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

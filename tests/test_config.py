@@ -76,6 +76,8 @@ WRONG = [
     ({"alpha": True}, TypeError),
     ({"num_shadow_layers": 1.5}, TypeError),
     ({"shadow_head_dim": 0}, ValueError),
+    ({"first_injected_layer": -1}, ValueError),
+    ({"first_injected_layer": "half"}, TypeError),
     ({"modules_to_save": "lm_head"}, TypeError),
     ({"shadow_init": "zeros"}, ValueError),
     ({"shadow_init_layers": "last"}, ValueError),

@@ -45,7 +45,7 @@ def test_shadow_logits_are_computed_only_where_somebody_reads_them(shadow_heads:
     model.shadow_loss_weight = 0.0
     model.train()
     outputs = model(ids, labels=ids)
-    assert shadow_heads.calls == 1  # the loss of the adapted base
+    assert shadow_heads.calls == 0
     assert outputs.shadow_logits is None
     assert model(ids, labels=ids, output_shadow_logits=True).shadow_logits is not None
     model.eval()
@@ -60,7 +60,7 @@ def test_logits_behind_frozen_heads_are_computed_once_in_a_training_step(shadow_
     model, ids = causal_lm(llama().to(dtype)), tokens()
     model.train()
     model(ids, labels=ids).loss.backward()
-    assert shadow_heads.calls == 2  # the adapted base's and the shadow's
+    assert shadow_heads.calls == (0 if dtype == torch.float32 else 2)  # torch's own loss, or one of base and shadow each
     trained = causal_lm(llama().to(dtype), modules_to_save=["lm_head"])
     trained.train()
     trained(ids, labels=ids).loss.backward()

@@ -96,8 +96,10 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     if not peft.shadow_config.use_shadow_state:
         s = torch.zeros_like(s)
     run = {"attention_mask": mask, "position_embeddings": rotary}
-    h = base.model.layers[0](x, **run)
-    for i, layer in enumerate(base.model.layers[1:]):
+    h, first = x, peft.shadow_config.first_injected_layer
+    for layer in base.model.layers[:first]:
+        h = layer(h, **run)
+    for i, layer in enumerate(base.model.layers[first:]):
         down, up = (get(f"shadow_injection_model.injection_{n}")[i] for n in ("downs", "ups"))
         if peft.shadow_config.normalize_injection:
             unit_h, unit_s = (F.rms_norm(x, x.shape[-1:], eps=1e-30) for x in (h, s))
@@ -133,9 +135,10 @@ def oracle_loss(model, input_ids: Tensor, weight: float) -> tuple[Tensor, dict[s
     "config",
     [
         {"variant": "readout"}, {"variant": "readout", "normalize_injection": False},
-        {"variant": "readout", "use_shadow_state": False}, {"variant": "published"},
+        {"variant": "readout", "use_shadow_state": False}, {"variant": "readout", "first_injected_layer": 2},
+        {"variant": "published"}, {"variant": "published", "first_injected_layer": 2},
     ],
-    ids=["readout", "not normalized", "without state", "published"],
+    ids=["readout", "not normalized", "without state", "upper layers", "published", "published, upper layers"],
 )  # fmt: skip
 def test_the_whole_method_in_float64(config: dict[str, Any]) -> None:
     base = llama(attn_implementation="eager").double()

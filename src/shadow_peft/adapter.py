@@ -106,7 +106,7 @@ class ShadowAdapter(nn.Module):
         self.base_model = base_model
         self.shadow_model = backbone
         self.shadow_hidden_projection = make_projection(backbone, decoder.hidden_size)
-        self._add_layer_parts(len(decoder.layers) - shadow_config.first_injected_layer, decoder.hidden_size)
+        self._add_layer_parts(shadow_config.injected_layers(len(decoder.layers)), decoder.hidden_size)
         self.task_heads = nn.ModuleDict()
         self._backbone_signature = Signature.of(backbone)
         self._embedding_map: Tensor | None = None

@@ -49,6 +49,8 @@ class ShadowConfig:
             in the variant "readout". The others have no such form. A stored config without it means False.
         use_shadow_state: whether the corrections of the variant "readout" see the shadow's state. With False they see zeros,
             and answers without drafts do not run the shadow, which still learns its own loss, drafts and can be detached.
+        first_injected_layer: the base's layers before this one (counted from 0) run untouched, and no gradient goes through
+            them; None means 1, or 0 in the variant "peft", which has no other form.
         alpha: factor of the injected correction; None means 0.1, or 1 in the variant "readout".
         dropout: probability in [0, 1) inside injection and update, active in training only; None means 0.2, or 0 in the
             variant "readout".
@@ -94,6 +96,7 @@ class ShadowConfig:
     readout_hidden_size: int = None  # type: ignore[assignment]
     normalize_injection: bool = None  # type: ignore[assignment]
     use_shadow_state: bool = True
+    first_injected_layer: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _check_choice("variant", self.variant, get_args(Variant))
@@ -111,6 +114,8 @@ class ShadowConfig:
         if self.variant != "readout":
             _check_unset("normalize_injection", self.normalize_injection, False, self.variant)
             _check_unset("use_shadow_state", self.use_shadow_state, True, self.variant)
+        if self.variant == "peft" and self.first_injected_layer != 0:
+            raise ValueError(f"first_injected_layer must be 0 in the variant 'peft', got {self.first_injected_layer}.")
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))
         _check_layers(self.shadow_init_layers, self.num_shadow_layers)
         object.__setattr__(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save))
@@ -121,10 +126,16 @@ class ShadowConfig:
         chosen = self.shadow_init_layers
         return None if chosen in _LAYER_CHOICES else [int(number) for number in chosen.split(",")]
 
-    @property
-    def first_injected_layer(self) -> int:
-        """Index of the first base layer that is injected; the layers before it run untouched."""
-        return 0 if self.variant == "peft" else 1
+    def injected_layers(self, num_layers: int) -> int:
+        """How many of the decoder layers of a base are injected.
+
+        Raises:
+            ValueError: none would be.
+        """
+        if self.first_injected_layer >= num_layers:
+            last = num_layers - 1
+            raise ValueError(f"first_injected_layer is {self.first_injected_layer}, but the base's layers are 0 to {last}.")
+        return num_layers - self.first_injected_layer
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -164,10 +175,11 @@ _PUBLISHED = {
     "dropout": 0.2,
     "shadow_init": "random",
     "normalize_injection": False,
+    "first_injected_layer": 1,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "published": _PUBLISHED,
-    "peft": _PUBLISHED,
+    "peft": {**_PUBLISHED, "first_injected_layer": 0},
     "readout": {
         "injection_hidden_size": 64,
         "output_hidden_size": 32,
@@ -177,6 +189,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "shadow_init": "auto",
         "normalize_injection": True,
+        "first_injected_layer": 1,
     },
 }
 """Variant -> what None means."""
@@ -192,6 +205,7 @@ _LEAST: dict[str, int | tuple[None, int]] = {
     "shadow_num_attention_heads": (None, 1),
     "shadow_num_key_value_heads": (None, 1),
     "shadow_head_dim": (None, 1),
+    "first_injected_layer": 0,
 }
 """Least value of every integer field; a tuple allows None as well."""
 

@@ -35,6 +35,12 @@ PUBLISHED: dict[str, Any] = {
 }  # fmt: skip
 
 
+def upper_half(base: Any) -> range:
+    """The layers that the contenders named `-upper` adapt; nothing below them has to be gone back through."""
+    count = base.config.num_hidden_layers
+    return range(count // 2, count)
+
+
 def task_type(base: Any) -> str:
     """The task of a base, as `peft` names it."""
     return "SEQ_CLS" if hasattr(base, "score") else "CAUSAL_LM"
@@ -61,6 +67,12 @@ def rslora(base: Any) -> Contender:
 def dora(base: Any) -> Contender:
     """LoRA with trained magnitudes, which cost about half a rank."""
     return lora(base, use_dora=True, ranks=(13, 12))
+
+
+def lora_upper(base: Any) -> Contender:
+    """LoRA of twice the rank on the upper half of the layers."""
+    maps = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # peft wants a list here
+    return lora(base, ranks=(26, 28), target_modules=maps, layers_to_transform=list(upper_half(base)))
 
 
 def lily(base: Any) -> Contender:
@@ -101,6 +113,11 @@ def readout(base: Any, **config: Any) -> Contender:
     return native(base, {**READOUT, **config}, OURS_LOSS_WEIGHT)
 
 
+def readout_upper(base: Any) -> Contender:
+    """`readout` with twice the ranks on the upper half of the layers."""
+    return readout(base, first_injected_layer=upper_half(base)[0], injection_hidden_size=88, output_hidden_size=40)
+
+
 def published(base: Any, **config: Any) -> Contender:
     """Our variant `published` with alpha 1 and without dropout, around the same shadow."""
     return native(base, {**PUBLISHED, **config}, OURS_LOSS_WEIGHT)
@@ -129,12 +146,14 @@ def native(base: Any, config: dict[str, Any], loss_weight: float, shadow: Any = 
 
 METHODS: dict[str, Callable[[Any], Contender]] = {
     "lora": lora,
+    "lora-upper": lora_upper,
     "rslora": rslora,
     "dora": dora,
     "lily": lily,
     "peft-shadow": peft_shadow,
     "shadow-peft-0.1.1": published_package,
     "readout": readout,
+    "readout-upper": readout_upper,
     "published": published,
 }
 

@@ -1,4 +1,4 @@
-"""What a method costs: bytes kept for the backward pass, and decoding beside the bare base."""
+"""What a method costs: bytes of a training step, those kept for the backward pass, and decoding beside the bare base."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def bytes_saved(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         loss = model(**inputs).loss
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     loss.backward()
+    model.zero_grad()
+    return size
+
+
+def step_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Bytes of all tensors of a forward and a backward pass, at the moment when they are most; parameters left out."""
+    model.train()
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+
+    step()  # what is made once and stays
+    model.zero_grad()
+    size = devices.most_allocated(step, next(model.parameters()).device.type)
     model.zero_grad()
     return size
 

@@ -69,17 +69,17 @@ def _point(axis: Any, place: int, method: str, difference: Difference | None, di
 
 
 def _costs(axis: Any, results: Results, rows: Sequence[str], reference: str) -> None:
-    """Processor time and bytes saved, as ratios to the reference."""
+    """Processor time and memory of a step, as ratios to the reference."""
     for place, method in enumerate(rows):
         time = results.ratio(method, reference, PLANNED, lambda result: result["cpu_seconds"])
-        saved = results.ratio(method, reference, PLANNED, lambda result: result["bytes_saved"])
-        if time is None or saved is None:
+        memory = results.ratio(method, reference, PLANNED, lambda result: result["step_bytes"])
+        if time is None or memory is None:
             axis.annotate(MISSING, (1, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
             continue
         axis.plot([time], [place], "o", color=_colour(method), markersize=5)
-        axis.plot([saved], [place], "s", color=_colour(method), markersize=5, fillstyle="none")
+        axis.plot([memory], [place], "s", color=_colour(method), markersize=5, fillstyle="none")
     axis.axvline(1, color=TEXT, linewidth=0.8)
-    axis.set_title("Ratio to LoRA (left is better):\n● training time   □ bytes saved", fontsize=9)
+    axis.set_title("Ratio to LoRA (left is better):\n● training time   □ memory of a step", fontsize=9)
 
 
 def _colour(method: str) -> str:

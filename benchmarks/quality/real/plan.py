@@ -26,6 +26,7 @@ SLOWEST, FASTEST = 1e-4, 7e-2
 CHOOSING = ("commands", "headlines")
 PLANNED = ("commands", "headlines", "quartz")
 CORE = ("readout", "lora", "published")
+UPPER = ("readout-upper", "lora-upper")
 OTHERS = ("rslora", "dora", "lily", "peft-shadow", "shadow-peft-0.1.1")
 ZERO = ("readout-zero-state", "published-zero-state")
 PRETRAINED = ("readout-pretrained", "published-pretrained")
@@ -34,7 +35,7 @@ PARTS = (
     "published-frozen-untrained",
 )  # fmt: skip
 FROZEN_PRETRAINED = ("readout-frozen-pretrained", "published-frozen-pretrained")
-DRAFTED = ("readout", "published", *PRETRAINED)
+DRAFTED = ("readout", "readout-upper", "published", *PRETRAINED)
 """The methods whose decoding is timed."""
 WAIT = 20.0
 
@@ -121,12 +122,14 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
     yield from grids(CORE, folder)
     yield from finals(ZERO, CHOOSING, SEEDS[:1], folder)
     yield from finals(CORE, PLANNED, SEEDS[:1], folder)
-    yield from grids(PRETRAINED, folder)
     yield from finals((*CORE, *ZERO), CHOOSING, SEEDS[1:], folder)
+    yield from grids(UPPER, folder)
+    yield from finals((*CORE, *UPPER), PLANNED, SEEDS, folder)
     yield from grids(OTHERS, folder)
-    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
-    yield from finals((*CORE, *OTHERS), PLANNED, SEEDS, folder)
+    yield from finals(OTHERS, PLANNED, SEEDS, folder)
     yield from finals(PARTS, CHOOSING, SEEDS, folder)
+    yield from grids(PRETRAINED, folder)
+    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
 
 
 def missing(folder: Path = RESULTS) -> list[Run]:

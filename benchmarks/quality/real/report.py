@@ -33,7 +33,7 @@ from benchmarks.quality.table import table
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
 BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
 REFERENCE = "lora"
-METHODS = ("lora", *OTHERS, "published", "readout", *PRETRAINED)
+METHODS = ("lora", "lora-upper", *OTHERS, "published", "readout", "readout-upper", *PRETRAINED)
 WRITING = tuple(task for task in PLANNED if task not in CLASSIFICATION)
 
 
@@ -95,8 +95,7 @@ def quality_table(results: Results) -> str:
 SCORES = ("loss", "exact", "detached_loss", "detached_exact", "agreement")
 COSTS: dict[str, Callable[[Result], float]] = {
     "training time": lambda result: result["cpu_seconds"],
-    "peak memory": lambda result: result["memory_mb"]["peak"],
-    "memory above rest": lambda result: result["memory_mb"]["growth"],
+    "memory of a step": lambda result: result["step_bytes"],
     "bytes saved": lambda result: result["bytes_saved"],
 }
 

@@ -44,20 +44,18 @@ def run(wanted: Run, settings: Settings = SETTINGS, device: str = "cpu") -> dict
     before = None if classifies else score(bare(base), text)["loss"]
     contender = build(wanted.method, base, wanted.seed)
     first = {name: one.to(device) for name, one in collate(splits["train"][: settings.batch]).items()}
-    saved = measures.bytes_saved(contender.model, first)
-    resting = devices.reset_peak(device)
+    memory = {one.__name__: one(contender.model, first) for one in (measures.bytes_saved, measures.step_bytes)}
     torch.manual_seed(wanted.seed)  # methods draw different numbers until here
     cost = train(
         contender.model, splits["train"], settings, wanted.rate, wanted.seed, contender.groups(wanted.rate), collate, device
     )
-    peak = devices.peak(device)
     scores = {split: score(contender, splits[split]) for split in ("dev", "test")}
     after = None if classifies else score(contender, text)["loss"]
     drafts = wanted.method in plan.DRAFTED and not classifies
     return {
         **asdict(wanted), "base": NAME, "precision": precision(wanted.method), **scores,
         "forgetting": {"before": before, "after": after}, "trainable": contender.trainable, **asdict(cost),
-        "memory_mb": {"peak": round(peak), "growth": round(peak - resting)}, "bytes_saved": saved,
+        **memory,
         "decoding": measures.decoding(contender.model, base, prompts(splits["test"])) if drafts else None,
         "settings": asdict(settings), "machine": devices.machine(device) | {"load": round(os.getloadavg()[0], 1)},
     }  # fmt: skip

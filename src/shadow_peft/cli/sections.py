@@ -16,7 +16,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "shadow": (
             "variant", "num_shadow_layers", "injection_hidden_size", "gate_hidden_size", "output_hidden_size",
-            "readout_hidden_size", "normalize_injection", "alpha", "dropout", "shadow_model", "share_embeddings",
+            "readout_hidden_size", "first_injected_layer", "alpha", "dropout", "shadow_model", "share_embeddings",
             "shadow_loss_weight", "distillation_weight", "distillation_temperature", "distillation_warmup_ratio",
         ),
         "training": (

@@ -8,9 +8,9 @@ batch. So a step of 16 sequences has the same gradient whether it is taken at on
 target has the loss 0.
 
 Logits `[N, V]` of all tokens never exist at once: they are computed from states `[N, d]` in chunks of tokens, of those that
-have a target. Behind a frozen head they are computed once, the gradient of the states beside them (`losses.frozen_head`);
-behind a trained one by torch's `linear_cross_entropy` where it is one plain linear map, else twice, again in the backward
-pass.
+have a target. Where a head is one plain linear map in float32, torch's `linear_cross_entropy` computes them once; behind any
+other frozen head `losses.frozen_head` does, with the gradient of the states beside them; else they are computed again in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def token_losses(
 def _cross_entropy(source: LogitSource, targets: Tensor) -> Tensor:
     """Summed cross entropy of targets `[N]`, in the cheapest form that the head allows."""
     states, head = source
-    if head.is_frozen_for(states):
-        return frozen_head_loss(head, states, targets.to(states.device), None, _CROSS_ENTROPY)[0]
     linear = head.linear_for(states) if _FUSED and states.shape[0] else None
+    if linear is None and head.is_frozen_for(states):
+        return frozen_head_loss(head, states, targets.to(states.device), None, _CROSS_ENTROPY)[0]
     if linear is None:
         return _in_chunks(_Terms(head), targets, states)[0]
     weight, bias = linear

@@ -9,7 +9,7 @@ from shadow_peft.backbone.explicit import registered_config
 from shadow_peft.checkpoint.reading import Checkpoint
 
 _FIXED = (
-    "variant", "normalize_injection", "use_shadow_state", "alpha", "dropout", "num_shadow_layers",
+    "variant", "normalize_injection", "use_shadow_state", "first_injected_layer", "alpha", "dropout", "num_shadow_layers",
     "shadow_num_attention_heads", "shadow_num_key_value_heads",
 )  # fmt: skip
 """Fields of a config that a graph may have been compiled with, and that the shapes of tensors do not show."""

@@ -91,7 +91,7 @@ def _check_sum(adapters: Sequence[ShadowAdapter], weights: Sequence[float]) -> N
         ValueError: with the reason.
     """
     reason = None
-    for name in ("variant", "normalize_injection", "use_shadow_state", "dropout"):
+    for name in ("variant", "normalize_injection", "use_shadow_state", "first_injected_layer", "dropout"):
         if len({getattr(adapter.shadow_config, name) for adapter in adapters}) > 1:
             reason = f"they differ in {name}"
     if reason is None and not _same([_tensors(adapter, "shadow_model", "shadow_hidden_projection") for adapter in adapters]):

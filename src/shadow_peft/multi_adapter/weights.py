@@ -24,13 +24,13 @@ from shadow_peft.layers.update import Norm, ShadowUpdateModel, UpdateWeights
 Pairs = list[tuple[Tensor, Tensor]]
 """Down and up weights `[P, d, r]`, `[P, r, d]` of every adapted layer."""
 
-Formulas = tuple[str, bool, bool]
-"""What adapters of one group share: their variant, whether the injection normalizes, whether the shadow's state is used."""
+Formulas = tuple[str, bool, bool, int]
+"""What adapters of one group share: variant, whether the injection normalizes, whether s is used, first injected layer."""
 
 
 def formulas_of(config: ShadowConfig) -> Formulas:
     """What a config computes."""
-    return config.variant, config.normalize_injection, config.use_shadow_state
+    return config.variant, config.normalize_injection, config.use_shadow_state, config.first_injected_layer
 
 
 @dataclass(frozen=True)
