@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
-from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens
+from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens, with_nonzero_weights
 
 FORM: dict[str, Any] = {"variant": "readout", "use_shadow_state": False}
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -151,11 +151,7 @@ def test_a_classifier_runs_the_shadow_where_it_is_read() -> None:
 def test_in_a_mixed_batch_every_row_is_what_it_is_alone(model: ShadowForCausalLM) -> None:
     for name, config in (("second", FORM), ("with_state", {"variant": "readout"}), ("published", {})):
         model.peft_model.add_adapter(name, ShadowConfig(**config))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05, generator=generator)
+        with_nonzero_weights(model.peft_model.adapter(name))
     names, ids = ["with_state", "second", "default", "__base__", "published", "second"], tokens(6, 7)
     mixed = model(ids, adapter_names=names)
     for row, name in enumerate(names[:3]):
