@@ -88,14 +88,14 @@ class RaceSettings:
 
     base: Path = BASE_PATH
     shadow_model: Path = SHADOW_PATH
-    steps: int = 400
+    steps: int = 700
     batch: int = 8
     test_commands: int = 300
     shadow: ShadowConfig = SHADOW
-    shadow_loss_weight: float = 0.5
-    shadow_learning_rate: float = 3e-3
+    shadow_loss_weight: float = 1.0
+    shadow_learning_rate: float = 2e-3
     shadow_learning_rate_scale: float = 0.3
-    lora_learning_rate: float = 5e-3
+    lora_learning_rate: float = 2.5e-3
     seed: int = 0
 
 
