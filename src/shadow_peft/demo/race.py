@@ -95,7 +95,7 @@ class RaceSettings:
     shadow_loss_weight: float = 1.0
     shadow_learning_rate: float = 2e-3
     shadow_learning_rate_scale: float = 0.3
-    lora_learning_rate: float = 2.5e-3
+    lora_learning_rate: float = 1.25e-3
     seed: int = 0
 
 
