@@ -2,9 +2,11 @@
 
 It is a call of ``shadow-peft pretrain`` on the documents that ``pretrain_demo_base.py`` gathers, in their order: the blocks
 held out are those that were held out from the base, and the shadow may read no more tokens than the base did. The shape of
-the shadow, and what it learns, are given by the options of ``shadow-peft pretrain``:
+the shadow, and what it learns, are given by the options of ``shadow-peft pretrain``. The committed one was made by
 
-    python scripts/pretrain_demo_shadow.py --corpus corpus --max_steps 6000 --num_shadow_layers 2 --compile
+    python scripts/pretrain_demo_shadow.py --corpus corpus --max_steps 4000 --compile --num_shadow_layers 3
+        --shadow_init base --shadow_init_layers even --shadow_intermediate_size 256 --shadow_num_attention_heads 6
+        --shadow_num_key_value_heads 3 --next_token_weight 0 --distillation_weight 1 --top_k 32
 
 ``--resume`` goes on after an interruption.
 """

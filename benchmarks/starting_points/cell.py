@@ -67,7 +67,7 @@ class Settings:
     context: int = 256
     held_out: int = 64
     learning_rate: float = 4e-3
-    tune_steps: int = RaceSettings.steps
+    tune_steps: int = 400
     commands: int = 300
     drafted: int = 60
     draft_tokens: int = 3

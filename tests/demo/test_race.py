@@ -64,7 +64,7 @@ def test_lora_rank_comes_as_near_as_a_rank_can() -> None:
 
 def test_embedded_base_is_small_bfloat16_and_knows_its_tokens() -> None:
     weights = load_file(BASE_PATH / "model.safetensors")
-    assert sum(path.stat().st_size for path in BASE_PATH.iterdir()) < 8_000_000
+    assert sum(path.stat().st_size for path in BASE_PATH.iterdir()) < 12_000_000
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     tokenizer, base = load_tokenizer(), load_base()
     text = 'Grüße, "Welt" 123\n'
@@ -75,7 +75,7 @@ def test_embedded_base_is_small_bfloat16_and_knows_its_tokens() -> None:
 
 def test_embedded_shadow_is_small_and_has_the_table_of_the_base() -> None:
     weights, base = load_file(SHADOW_PATH / "model.safetensors"), load_file(BASE_PATH / "model.safetensors")
-    assert sum(path.stat().st_size for path in SHADOW_PATH.iterdir()) < 3_000_000
+    assert sum(path.stat().st_size for path in SHADOW_PATH.iterdir()) < 4_000_000
     assert torch.equal(weights["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
     assert input_embeddings(load_shadow()) is None
 

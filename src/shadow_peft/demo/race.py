@@ -66,7 +66,7 @@ DRAFTED_COMMANDS = 25
 SHADOW_NAME, DETACHED_NAME, LORA_NAME, BASE_NAME = "base + shadow", "detached shadow", "LoRA", "bare base"
 
 #: The adapter around the pretrained shadow, chosen on the dev split (LOG.md).
-SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20, normalize_injection=False)
+SHADOW = ShadowConfig(variant="readout", injection_hidden_size=38, output_hidden_size=20)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class RaceSettings:
 
     base: Path = BASE_PATH
     shadow_model: Path = SHADOW_PATH
-    steps: int = 400
+    steps: int = 700
     batch: int = 8
     test_commands: int = 300
     shadow: ShadowConfig = SHADOW
-    shadow_loss_weight: float = 0.5
-    shadow_learning_rate: float = 3e-3
+    shadow_loss_weight: float = 1.0
+    shadow_learning_rate: float = 2e-3
     shadow_learning_rate_scale: float = 0.3
-    lora_learning_rate: float = 5e-3
+    lora_learning_rate: float = 1.25e-3
     seed: int = 0
 
 
