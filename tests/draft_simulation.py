@@ -97,12 +97,17 @@ def decode(oracle: Oracle, length: DraftLength, tokens: int, most: int = 20) -> 
     return oracle.clock.seconds - started
 
 
-def adaptive(world: World) -> DraftLength:
-    """Lengths that adapt, where passes without drafts were measured before."""
+def known_times(world: World) -> PassTimes:
+    """Times of a model whose passes without drafts were measured before."""
     times = PassTimes(world.believed())
     for _ in range(3):
         times.add_pass(0, world.base)
-    return DraftLength(times)
+    return times
+
+
+def adaptive(world: World) -> DraftLength:
+    """Lengths that adapt, of a model's first drafts."""
+    return DraftLength(known_times(world))
 
 
 def best_fixed(make: Callable[[], Oracle], tokens: int, most: int = 20) -> float:

@@ -12,7 +12,7 @@ import torch
 from shadow_peft.generation.acceptance import AcceptanceEstimate
 from shadow_peft.generation.draft_length import DraftLength
 from shadow_peft.generation.pass_times import Costs, PassTimes, pass_times
-from tests.draft_simulation import Clock, Oracle, World, adaptive, best_fixed, decode
+from tests.draft_simulation import Clock, Oracle, World, adaptive, best_fixed, decode, known_times
 from tests.tiny_models import causal_lm, llama
 
 COSTS = {
@@ -84,6 +84,27 @@ def test_a_shadow_that_goes_wrong_is_given_up_and_one_that_comes_right_is_found(
     assert decode(constant(1, False, 0.9, world, clock), length, 200) <= 1.03 * 200
     assert decode(constant(1, True, 0.9, world, clock), length, 60) <= 0.7 * 60
     assert decode(constant(1, False, 0.9, world, clock), length, 60) <= 1.2 * 60  # two long drafts are lost
+
+
+@pytest.mark.parametrize("rows", COSTS)
+def test_later_generations_know_that_drafts_did_not_pay(rows: int, clock: Clock) -> None:
+    world = World(**COSTS[rows])
+    times = known_times(world)
+    first, *later = (decode(constant(rows, False, 0.9, world, clock), DraftLength(times), 12) for _ in range(6))
+    assert 12 < first <= 12 + 2
+    assert all(seconds <= 1.08 * 12 for seconds in later)
+
+
+@pytest.mark.parametrize("rows", COSTS)
+def test_what_was_learned_is_learned_anew(rows: int, clock: Clock) -> None:
+    """After a generation that drafts did not help, one that they do; and the other way round, whatever was won before."""
+    world = World(**COSTS[rows])
+    times = known_times(world)
+    decode(constant(rows, False, 0.9, world, clock), DraftLength(times), TOKENS)
+    right = decode(constant(rows, True, 0.9, world, clock), DraftLength(times), TOKENS)
+    assert right <= 1.25 * best_fixed(lambda: constant(rows, True, 0.9, world, clock), TOKENS)
+    wrong = decode(constant(rows, False, 0.9, world, clock), DraftLength(times), TOKENS)
+    assert wrong <= 1.05 * TOKENS
 
 
 def test_drafts_follow_what_is_measured_where_the_formula_was_wrong(clock: Clock) -> None:

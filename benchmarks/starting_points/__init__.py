@@ -11,8 +11,8 @@ distilled   the cut, pretrained on the same text by the base's distribution
 
 All have the shape of the demo's embedded shadow. The two pretrained ones read the same tokens in the same order; each seed
 reads another stretch of the text, and all are measured on the same blocks, which none of them reads. Then each is
-fine-tuned as `shadow-peft demo` does it but in 400 steps, on the same commands, once with each rate of the backbone in `SCALES`;
-the table takes for each starting point the one with the lower loss on the dev split.
+fine-tuned as `shadow-peft demo` does it but in 400 steps, on the same commands, once with each rate of the backbone in
+`SCALES`; the table takes for each starting point the one with the lower loss on the dev split.
 
 `cell` is one run: a starting point and a seed in, one JSON out. `plan` says which are missing, `report` shows what is there.
 """

@@ -11,6 +11,7 @@ So a shadow that is right though never sure is soon believed, and one that is su
 from __future__ import annotations
 
 from bisect import bisect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,25 @@ PRIOR_WEIGHT = 2.0
 """Verified tokens that p0 weighs as much as."""
 
 
-class AcceptanceEstimate:
-    """The counts of one generation; they start as if two tokens, about which the shadow was sure, had been right by 9/10."""
+class Experience(NamedTuple):
+    """What a generation leaves to the next one of the same model over as many rows.
 
-    def __init__(self) -> None:
-        self._accepted, self._verified, self._confident = 1.8, 2.0, 2.0
+    Attributes:
+        rate: how often drafted tokens were right.
+        account: what drafts won, less what they cost, in base passes.
+    """
+
+    rate: float
+    account: float
+
+
+class AcceptanceEstimate:
+    """The counts of one generation; they start as if two tokens that the shadow was sure of had been right by `rate`."""
+
+    def __init__(self, rate: float = 0.9) -> None:
+        self._accepted, self._verified, self._confident = 2.0 * rate, 2.0, 2.0
         self._accepted_in, self._verified_in = ([0.0] * (len(BOUNDS) + 1) for _ in range(2))
-        self._expected, self._seen = 1.8, 2.0
+        self._expected, self._seen = 2.0 * rate, 2.0
 
     @property
     def rate(self) -> float:

@@ -11,6 +11,10 @@ more than half of what is there. While nothing is drafted, every pass sets 1/64 
 again; a try that wins is followed by another. So a shadow that is never right costs no more than 2 base passes and 1/64 of
 decoding without drafts, at any batch size.
 
+Account, at most that credit, and how often drafts were right go on in the next generation of the same model and number of
+rows. It has one try besides. So where drafts do not pay, later generations lose that try and 1/64; where they do again, the
+try is followed by others.
+
 With the schedule "constant", drafts end only at `num_assistant_tokens` or below `assistant_confidence_threshold`.
 """
 
@@ -19,10 +23,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from shadow_peft.generation import pass_times
-from shadow_peft.generation.acceptance import AcceptanceEstimate
+from shadow_peft.generation.acceptance import AcceptanceEstimate, Experience
 from shadow_peft.generation.pass_times import Costs, PassTimes
 
-CREDIT, RISKED, SET_ASIDE = 2.0, 0.5, 1 / 64
+CREDIT, RISKED, SET_ASIDE, FIRST_TRY = 2.0, 0.5, 1 / 64, 1.0
 
 
 class DraftLength:
@@ -33,8 +37,10 @@ class DraftLength:
     """
 
     def __init__(self, times: PassTimes | None) -> None:
-        self._times, self._estimate = times, AcceptanceEstimate()
-        self._account, self._saved = CREDIT, 0.0
+        before = None if times is None else times.experience
+        self._times, self._estimate = times, AcceptanceEstimate() if before is None else AcceptanceEstimate(before.rate)
+        self._account = CREDIT if before is None else min(CREDIT, before.account)
+        self._saved = 0.0 if before is None else FIRST_TRY
         self._costs = Costs(0.0, 0.0)
         self._chances: Tensor | float = 1.0
         self._chance = self._won = self._spent = 1.0
@@ -108,3 +114,4 @@ class DraftLength:
             self._saved = 0.0
         else:
             self._account -= lost
+        self._times.experience = Experience(self._estimate.rate, self._account)

@@ -24,6 +24,7 @@ from torch import nn
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.task_head import input_embeddings
+from shadow_peft.generation.acceptance import Experience
 
 clock: Callable[[], float] = time.perf_counter
 """Seconds since some moment; tests have a clock of their own."""
@@ -52,7 +53,12 @@ class PassTimes:
     Args:
         prior: what is taken to be so before anything is measured.
         measures: False leaves it at that.
+
+    Attributes:
+        experience: what became of the drafts of earlier generations; None before the first.
     """
+
+    experience: Experience | None = None
 
     def __init__(self, prior: Costs, measures: bool = True) -> None:
         self._prior, self._measures = prior, measures
