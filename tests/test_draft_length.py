@@ -92,7 +92,7 @@ def test_later_generations_know_that_drafts_did_not_pay(rows: int, clock: Clock)
     times = known_times(world)
     first, *later = (decode(constant(rows, False, 0.9, world, clock), DraftLength(times), 12) for _ in range(6))
     assert 12 < first <= 12 + 2
-    assert all(seconds <= 1.08 * 12 for seconds in later)
+    assert all(seconds <= 1.06 * 12 for seconds in later)
 
 
 @pytest.mark.parametrize("rows", COSTS)
