@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from benchmarks.quality.run import FORMER
 from benchmarks.quality.table import results
 from benchmarks.quality.tasks import TASKS
 
@@ -67,7 +68,7 @@ def quality_bars(score: str) -> list[Bar]:
     """Means of a score over tasks and seeds, of the attached model and of the detached shadow."""
 
     def mean(method: str, key: str) -> float | None:
-        found = [[r["test"][key] for r in results(method, task) if key in r["test"]] for task in TASKS]
+        found = [[r["test"][key] for r in results(method, task, FORMER) if key in r["test"]] for task in TASKS]
         return statistics.mean(map(statistics.mean, found)) if all(found) else None
 
     bars = []

@@ -1,17 +1,19 @@
 """The table of the comparison, Markdown: every method at the rate chosen on dev, mean and deviation over seeds, on test.
 
-python -m benchmarks.quality.table
+python -m benchmarks.quality.table [FOLDER]
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.run import path_of
+from benchmarks.quality.run import RESULTS, path_of
 from benchmarks.quality.sweep import SEEDS, chosen_rate
 from benchmarks.quality.tasks import TASKS
 
@@ -24,10 +26,10 @@ SCORES = {
 COSTS = {"trainable": "trained", "cpu_seconds": "CPU s", "peak_memory_mb": "peak MB"}
 
 
-def results(method: str, task: str) -> list[Result]:
+def results(method: str, task: str, folder: Path = RESULTS) -> list[Result]:
     """The runs of a method on a task at its chosen rate, one for each seed that was run."""
-    rate = chosen_rate(method)
-    paths = [] if rate is None else [path_of(method, task, seed, rate) for seed in SEEDS]
+    rate = chosen_rate(method, folder)
+    paths = [] if rate is None else [path_of(method, task, seed, rate, folder) for seed in SEEDS]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
@@ -49,11 +51,11 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(heads), row(["---"] * len(heads)), *map(row, lines)])
 
 
-def task_table(task: str) -> str:
+def task_table(task: str, folder: Path) -> str:
     """One task: quality of both paths, forgetting, rate and seeds."""
     lines = []
     for method in METHODS:
-        found = results(method, task)
+        found = results(method, task, folder)
         if found:
             scores = [shown([r["test"][key] for r in found if key in r["test"]]) for key in SCORES]
             forgotten = shown([r["forgetting"]["after"] - r["forgetting"]["before"] for r in found])
@@ -61,11 +63,11 @@ def task_table(task: str) -> str:
     return table(["method", *SCORES.values(), "forgetting", "rate", "seeds"], lines)
 
 
-def mean_table(tasks: Sequence[str]) -> str:
+def mean_table(tasks: Sequence[str], folder: Path) -> str:
     """All tasks that every listed method has: means over tasks and seeds, and the cost of a run."""
     lines = []
     for method in METHODS:
-        found = {task: results(method, task) for task in tasks}
+        found = {task: results(method, task, folder) for task in tasks}
         if not all(found.values()):
             continue
         means = []
@@ -79,15 +81,15 @@ def mean_table(tasks: Sequence[str]) -> str:
     return table(["method", *SCORES.values(), "forgetting", *COSTS.values()], lines)
 
 
-def main() -> None:
+def main(folder: Path = RESULTS) -> None:
     print(
         "Loss in nats per completion token, exact match of the whole completion, both on test; forgetting is the rise of the"
     )
     print("loss on text like the pretraining's. Mean ± standard deviation over seeds; rate chosen on dev.\n")
-    print(f"### Mean over {', '.join(TASKS)}\n\n{mean_table(TASKS)}\n")
+    print(f"### Mean over {', '.join(TASKS)}\n\n{mean_table(TASKS, folder)}\n")
     for task in TASKS:
-        print(f"### {task}\n\n{task_table(task)}\n")
+        print(f"### {task}\n\n{task_table(task, folder)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

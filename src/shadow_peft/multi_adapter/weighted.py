@@ -90,10 +90,9 @@ def _check_sum(adapters: Sequence[ShadowAdapter], weights: Sequence[float]) -> N
     Raises:
         ValueError: with the reason.
     """
-    reason = None
-    for name in ("variant", "normalize_injection", "use_shadow_state", "first_injected_layer", "dropout"):
-        if len({getattr(adapter.shadow_config, name) for adapter in adapters}) > 1:
-            reason = f"they differ in {name}"
+    formulas = ("variant", "normalize_injection", "use_shadow_state", "first_injected_layer", "dropout")
+    differing = [name for name in formulas if len({getattr(adapter.shadow_config, name) for adapter in adapters}) > 1]
+    reason = f"they differ in {differing[0]}" if differing else None
     if reason is None and not _same([_tensors(adapter, "shadow_model", "shadow_hidden_projection") for adapter in adapters]):
         reason = "their shadows differ, so each corrects by a state of its own"
     if reason is None and not _same([_tensors(adapter, "shadow_update_model") for adapter in adapters]):
