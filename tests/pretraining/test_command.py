@@ -18,6 +18,9 @@ from tests.tiny_models import llama
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--align"], "give it as --small"),
+    (["--share_embeddings"], "--share_embeddings belongs to --small"),
+    (["--small", "small", "--align", "--share_embeddings"], "--share_embeddings uses the base's"),
+    (["--small", "other", "--share_embeddings"], "reads states 16 wide, but the base's embeddings are 32 wide"),
     (["--small", "small", "--num_shadow_layers", "3"], "--num_shadow_layers is about a shadow that is cut"),
     (["--small", "small", "--shadow_hidden_size", "16"], "--shadow_hidden_size is about a shadow that is cut"),
     (["--teacher_cache", "teacher"], "give --distillation_weight"),
@@ -47,6 +50,8 @@ def test_mistakes_are_one_message_and_write_nothing(
     Path("nothing").mkdir()
     if "few" in wrong:
         llama(5, vocab_size=200).save_pretrained("few")
+    if "other" in wrong:
+        llama(5, vocab_size=300, **SMALL).save_pretrained("other")
     before = set(tmp_path.iterdir())
     assert main([*arguments(model_folder, corpus_folder, tmp_path / "out"), *wrong]) == 1
     assert said in capsys.readouterr().err
@@ -110,6 +115,28 @@ def test_a_shadow_without_embeddings_is_small_and_is_read_as_the_whole_one(
     assert main([*train, "--output", str(tmp_path / "refused"), "--share_embeddings"]) == 1
     assert "lacks weights of its model: model.layers.0.mlp.up_proj.weight" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_shadow_without_embeddings_is_pretrained_further_behind_the_bases(
+    model_folder: Path, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--no_include_embeddings"]
+    assert main([*arguments(model_folder, corpus_folder, tmp_path / "first"), *small]) == 0
+    further = [*small, "--small", str(tmp_path / "first"), "--distillation_weight", "1", "--next_token_weight", "0"]
+    capsys.readouterr()
+    assert main([*arguments(model_folder, corpus_folder, tmp_path / "refused"), *further]) == 1
+    assert "add --share_embeddings" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    still = [*further, "--share_embeddings", "--learning_rate", "0"]
+    assert main([*arguments(model_folder, corpus_folder, tmp_path / "still"), *still]) == 0
+    assert main([*arguments(model_folder, corpus_folder, tmp_path / "moved"), *still[:-2]]) == 0
+    first, same, moved = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "still", "moved"))
+    assert first.keys() == same.keys() == moved.keys()
+    assert all(torch.equal(first[name], value) for name, value in same.items())
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first[layer], moved[layer])
+    ends = [json.loads((tmp_path / name / "pretraining.json").read_text())["curves"] for name in ("first", "still")]
+    assert ends[0]["eval_loss"][-1][1] == pytest.approx(ends[1]["eval_loss"][0][1])  # it begins where the first stage ended
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch uses it itself

@@ -120,16 +120,14 @@ def finals(methods: tuple[str, ...], names: tuple[str, ...], seeds: tuple[int, .
 def runs(folder: Path = RESULTS) -> Iterator[Run]:
     """The plan, as far as it can be told from the results that are there."""
     yield from grids(CORE, folder)
-    yield from finals(ZERO, CHOOSING, SEEDS[:1], folder)
-    yield from finals(CORE, PLANNED, SEEDS[:1], folder)
-    yield from finals((*CORE, *ZERO), CHOOSING, SEEDS[1:], folder)
-    yield from grids(UPPER, folder)
-    yield from finals((*CORE, *UPPER), PLANNED, SEEDS, folder)
-    yield from grids(OTHERS, folder)
-    yield from finals(OTHERS, PLANNED, SEEDS, folder)
+    yield from finals((*CORE, *ZERO), CHOOSING, SEEDS, folder)
+    for methods in (UPPER, OTHERS):
+        yield from grids(methods, folder)
+        yield from finals(methods, CHOOSING, SEEDS, folder)
     yield from finals(PARTS, CHOOSING, SEEDS, folder)
     yield from grids(PRETRAINED, folder)
-    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), PLANNED, SEEDS, folder)
+    yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), CHOOSING, SEEDS, folder)
+    yield from finals((*CORE, *UPPER, *OTHERS, *PRETRAINED), PLANNED, SEEDS, folder)
 
 
 def missing(folder: Path = RESULTS) -> list[Run]:

@@ -205,8 +205,17 @@ def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.
     return torch.float32 if stored is None else stored
 
 
-def _load_complete(name: str, may_lack_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model all of whose weights are there, but for the embeddings and what is tied to them."""
+def load_complete(name: str, may_lack_embeddings: bool, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model all of whose weights are there.
+
+    Args:
+        name: folder or hub id.
+        may_lack_embeddings: whether its embeddings, and what is tied to them, may be missing.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        UserError: there is no such model, it is no causal language model, or weights are missing.
+    """
     with no_reports():
         loaded: Any = load_model(name, output_loading_info=True, **kwargs)
     model, info = loaded
@@ -233,7 +242,7 @@ def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings:
     Raises:
         UserError: there is no such model, it is no causal language model, weights are missing, or its vocabulary is smaller.
     """
-    shadow = _load_complete(name, may_lack_embeddings=share_embeddings, **kwargs)
+    shadow = load_complete(name, may_lack_embeddings=share_embeddings, **kwargs)
     known = shadow.get_input_embeddings().weight.shape[0]
     if known < tokens:
         raise UserError(

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from shadow_peft.backbone.projection import Reconstruction
 from shadow_peft.cli.errors import InterruptedRunError, UserError, one_line
-from shadow_peft.cli.loading import load_model, load_tokenizer
+from shadow_peft.cli.loading import load_complete, load_model, load_tokenizer
 from shadow_peft.cli.options import OPTIONS
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.pretrain_options import PretrainOptions
@@ -102,11 +102,11 @@ def _student(
         text = (torch.tensor([row["input_ids"]]) for row in stream.take(TEXT_OF_DIRECTIONS))
         student, fit = Student(cut_shadow(base, _cut(options), options.seed, text), _objective(options)), None
     else:
-        small = load_model(options.small, dtype=options.dtype)
+        small = load_complete(options.small, may_lack_embeddings=options.share_embeddings, dtype=options.dtype)
         known = small.get_input_embeddings().weight.shape[0]
         if known < tokens:
             raise ValueError(f"--small {options.small} knows {known} tokens, the base's tokenizer has {tokens}")
-        made = small_shadow(base, small, tokens)
+        made = small_shadow(base, small, tokens, options.share_embeddings)
         if not options.align:
             student = Student(made.model, _objective(options))
         elif made.own_head is None:

@@ -30,6 +30,10 @@ class PretrainOptions:
         default=None,
         metadata={"help": "Folder or hub id of a small model to take as the shadow, instead of a cut of the base."},
     )
+    share_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Feed --small the base's embeddings; for a shadow that was written without its own."},
+    )
     align: bool = field(
         default=False,
         metadata={"help": "Train the projection of --small alone, by distilling the small model's own head."},
@@ -123,6 +127,10 @@ class PretrainOptions:
         """Refuse options that would do nothing beside the others."""
         if self.align and self.small is None:
             raise ValueError("--align trains the projection of a small model: give it as --small")
+        if self.share_embeddings and self.small is None:
+            raise ValueError("--share_embeddings belongs to --small; a cut of the base has no embeddings of its own")
+        if self.share_embeddings and self.align:
+            raise ValueError("--align learns from the head of a small model, and --share_embeddings uses the base's")
         defaults = {name: PretrainOptions.__dataclass_fields__[name].default for name in CUT_OPTIONS}
         given = [name for name in CUT_OPTIONS if getattr(self, name) != defaults[name]]
         if self.small is not None and given:

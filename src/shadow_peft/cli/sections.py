@@ -34,7 +34,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
         "the shadow: a cut of the base, or a small model": (
             "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_hidden_size", "shadow_intermediate_size",
-            "shadow_num_attention_heads", "shadow_num_key_value_heads", "small",
+            "shadow_num_attention_heads", "shadow_num_key_value_heads", "small", "share_embeddings",
         ),
         "what it learns": ("align", "next_token_weight", "distillation_weight", "top_k", "teacher_cache"),
         "text": ("text_column", "data_name", "data_split", "data_licence", "context", "held_out", "shuffle_buffer"),

@@ -79,7 +79,9 @@ def cut_shadow(base: PreTrainedModel, cut: ShadowConfig, seed: int = 0, text: It
     return _alone(model)
 
 
-def small_shadow(base: PreTrainedModel, small: PreTrainedModel, tokens: int | None = None) -> SmallShadow:
+def small_shadow(
+    base: PreTrainedModel, small: PreTrainedModel, tokens: int | None = None, share_embeddings: bool = False
+) -> SmallShadow:
     """A base with a small model as its shadow, of which the shadow alone is trained.
 
     A projection that the small model carries is kept. One is fitted where there is none, but for a model whose head is the
@@ -89,17 +91,20 @@ def small_shadow(base: PreTrainedModel, small: PreTrainedModel, tokens: int | No
         base: a causal language model.
         small: a causal language model of the same vocabulary; the padding behind the tokens may differ.
         tokens: number of tokens of the tokenizer; None takes what both heads have.
+        share_embeddings: feed it the base's embeddings, as a shadow that was saved without its own has to be. What stands in
+            its own table and head is not used.
 
     Raises:
-        ValueError: the base has no head, or the vocabularies differ.
+        ValueError: the base has no head, the vocabularies differ, or a table is shared between models of two widths.
     """
     _require_head(base)
     fit = own_head = None
-    if carried_projection(small) is None:
+    if not share_embeddings and carried_projection(small) is None:
         decoder = find_decoder(small, min_layers=1)
         own_head = TaskHead(small, decoder.head_input_path, width=decoder.hidden_size)
         fit = _fit(base, small, tokens)
-    model = get_shadow_model(base, ShadowConfig(**ALONE), shadow_model=prepare_shadow_model(small))
+    backbone = prepare_shadow_model(small, remove_embed_tokens=share_embeddings)
+    model = get_shadow_model(base, ShadowConfig(**ALONE), shadow_model=backbone)
     return SmallShadow(_alone(model), own_head, fit)
 
 
