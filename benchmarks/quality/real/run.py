@@ -51,7 +51,7 @@ def run(wanted: Run, settings: Settings = SETTINGS, device: str = "cpu") -> dict
     )
     scores = {split: score(contender, splits[split]) for split in ("dev", "test")}
     after = None if classifies else score(contender, text)["loss"]
-    drafts = wanted.method in plan.DRAFTED and not classifies
+    drafts = wanted.method in plan.DRAFTED and wanted.task in tasks.DRAFTED
     return {
         **asdict(wanted), "base": NAME, "precision": precision(wanted.method), **scores,
         "forgetting": {"before": before, "after": after}, "trainable": contender.trainable, **asdict(cost),

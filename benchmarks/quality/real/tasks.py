@@ -22,6 +22,8 @@ from benchmarks.quality.real.packages import cache, made
 from benchmarks.quality.training import IGNORE, Row
 
 CLASSIFICATION = ("headlines", "mails")
+DRAFTED = ("commands", "robot")
+"""Tasks on which decoding is timed: their completions are longer than a token, so that there is something to draft."""
 SIZES = {"train": 800, "dev": 128, "test": 160}
 LONGEST = 128
 FORGETTING_PASSAGES, FORGETTING_TOKENS = 24, 128
