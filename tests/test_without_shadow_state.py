@@ -161,6 +161,45 @@ def test_in_a_mixed_batch_every_row_is_what_it_is_alone(model: ShadowForCausalLM
         torch.testing.assert_close(mixed.shadow_logits[row : row + 1], alone.shadow_logits, rtol=1e-4, atol=1e-5)
 
 
+def test_in_a_mixed_batch_the_shadows_run_that_are_read(model: ShadowForCausalLM, runs: Runs) -> None:
+    peft = model.peft_model
+    for name, config in (("second", FORM), ("with_state", {"variant": "readout"})):
+        peft.add_adapter(name, ShadowConfig(**config))
+        with_nonzero_weights(peft.adapter(name))
+    second, with_state = (Runs(peft.adapter(name).shadow_model) for name in ("second", "with_state"))
+    names, ids = ["with_state", "second", "default", "__base__", "second"], tokens(5, 7)
+    whole = model(ids, adapter_names=names).logits
+    assert (runs.count, second.count, with_state.count) == (1, 1, 1)
+    torch.testing.assert_close(model(ids, adapter_names=names, output_shadow_logits=False).logits, whole)
+    assert (runs.count, second.count, with_state.count) == (1, 1, 2)
+    begun = model.generate(ids, adapter_names=names, return_dict_in_generate=True, **GREEDY)
+    assert (runs.count, second.count, with_state.count) == (1, 1, 10)
+    drafted = model.generate(ids, adapter_names=names, use_shadow_draft=True, **GREEDY)
+    assert torch.equal(drafted, begun.sequences)
+    assert min(runs.count, second.count) > 1
+    longer = model.generate(begun.sequences, past_key_values=begun.past_key_values, adapter_names=names, **GREEDY)
+    assert torch.equal(longer, model.generate(ids, adapter_names=names, max_new_tokens=16, do_sample=False))
+    with pytest.raises(ValueError, match="The shadow has not read the tokens"):
+        model(ids[:, -1:], past_key_values=begun.past_key_values, output_shadow_logits=True)
+    with pytest.raises(ValueError, match="The shadow has not read the tokens"):
+        model.generate(longer, past_key_values=begun.past_key_values, adapter_names=names, use_shadow_draft=True, **GREEDY)
+
+
+def test_a_mixed_cache_without_a_shadow_moves_rows_of_one_adapter_alone(model: ShadowForCausalLM) -> None:
+    model.peft_model.add_adapter("second", ShadowConfig(**FORM))
+    with_nonzero_weights(model.peft_model.adapter("second"))
+    names, ids = ["second", "default", "__base__", "second"], tokens(4, 8)
+    quiet = {"output_shadow_logits": False}
+    whole = model(ids, adapter_names=names, **quiet).logits[:, 6:]
+    cache = model(ids[:, :6], adapter_names=names, use_cache=True, **quiet).past_key_values
+    swapped = torch.tensor([3, 1, 2, 0])
+    cache.reorder_cache(swapped)
+    torch.testing.assert_close(model(ids[swapped, 6:], past_key_values=cache, **quiet).logits, whole[swapped])
+    for wrong, said in (([1, 1, 2, 3], "Row 1 belongs to 'default'; a row of 'second'"), ([0, 1, 0, 3], "of '__base__'")):
+        with pytest.raises(ValueError, match=said):
+            cache.reorder_cache(torch.tensor(wrong))
+
+
 def test_it_is_what_was_saved(model: ShadowForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = ShadowForCausalLM.from_pretrained(llama(), tmp_path)

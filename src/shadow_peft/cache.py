@@ -117,12 +117,7 @@ def with_shadow_cache(
         ValueError: no transformers cache, or one with tokens that the shadow has not seen.
     """
     if isinstance(cache, (ShadowCache, StatePair)) and cache.shadow is None and not alone:
-        if holds_tokens(cache):
-            raise ValueError(
-                "The shadow has not read the tokens of these past_key_values, since nothing needed it. Go on without it "
-                "(output_shadow_logits=False, no drafts), or start with an empty cache."
-            )
-        cache = cache.base
+        cache = without_shadow(cache)
     if cache is None or isinstance(cache, (ShadowCache, StatePair)):
         return cache
     if not isinstance(cache, Cache):
@@ -133,6 +128,20 @@ def with_shadow_cache(
             "with the past_key_values that this model returned, or start with an empty cache."
         )
     return ShadowCache(cache, None if alone else counterpart(cache))
+
+
+def without_shadow(cache: ShadowCache | StatePair) -> Any:
+    """The base's part of a cache that was begun without a shadow that is to run now.
+
+    Raises:
+        ValueError: it holds tokens, which that shadow has not read.
+    """
+    if holds_tokens(cache):
+        raise ValueError(
+            "The shadow has not read the tokens of these past_key_values, since nothing needed it. Go on without it "
+            "(output_shadow_logits=False, no drafts), or start with an empty cache."
+        )
+    return cache.base
 
 
 def check_in_step(cache: Any) -> None:

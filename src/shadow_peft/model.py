@@ -179,7 +179,7 @@ class ShadowPeftModel(MixedBatchesMixin):
                 which every mode becomes inside `disable_adapter()`.
             skip_head: run the base's backbone without its task head.
             keep_head_input: return the input of the base's head, which itself computes nothing then.
-            reads_state: False lets "base_shadow" leave out a backbone that the adapter does not use.
+            reads_state: False lets "base_shadow" leave out backbones that their adapters do not use.
 
         Raises:
             ValueError: no tokens, a cache that does not hold the same tokens of all networks that run, or a cached prefix in
@@ -187,15 +187,17 @@ class ShadowPeftModel(MixedBatchesMixin):
             RuntimeError: the adapter was unloaded.
         """
         mode = mode if self.attachment.enabled else "base_only"
-        alone = mode == "base_shadow" and not reads_state and self.skips_shadow(inputs.cache, inputs.adapter_names)
-        inputs = self._ready(inputs, mode, alone)
+        names, reads_state = inputs.adapter_names, reads_state or mode == "shadow_only"
+        alone = mode == "base_shadow" and names is None and not reads_state and self.skips_shadow(inputs.cache)
+        inputs = self._ready(inputs, mode, reads_state)
         if mode == "base_only":
             outputs = self._run_base(inputs, skip_head, None)
             return AdaptedOutput(outputs, cache=returned_cache(outputs))
         if mode == "base_shadow" and not alone:
             check_in_step(inputs.cache)
-        names = inputs.adapter_names
-        adapter: ShadowAdapter | MixedAdapters = self if names is None else self.mixed(names, mode == "shadow_only")
+        adapter: ShadowAdapter | MixedAdapters = self
+        if names is not None:
+            adapter = self.mixed(names, mode == "shadow_only", reads_state)
         state, backbone_cache = (self.no_state(inputs), None) if alone else adapter.initial_state(inputs)
         if mode == "shadow_only":
             own_cache = backbone_cache if inputs.cache is None else inputs.cache.shadow
@@ -205,11 +207,13 @@ class ShadowPeftModel(MixedBatchesMixin):
         outputs = self._run_base(inputs, skip_head, coupling)
         cache = inputs.cache
         if cache is None:
-            cache = self.with_shadow_cache(combine_caches(returned_cache(outputs), backbone_cache, alone), names, alone)
+            both = combine_caches(returned_cache(outputs), backbone_cache, alone)
+            cache = self.with_shadow_cache(both, names, reads_state)
         replace_cache(outputs, cache)
-        return AdaptedOutput(outputs, None if alone else state, coupling.head_input, cache)
+        was_read = reads_state or (names is None and not alone)
+        return AdaptedOutput(outputs, state if was_read else None, coupling.head_input, cache)
 
-    def _ready(self, inputs: ModelInputs, mode: Mode, alone: bool = False) -> ModelInputs:
+    def _ready(self, inputs: ModelInputs, mode: Mode, reads_state: bool = True) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""
         cache, extra, use_cache = inputs.cache, inputs.extra, inputs.use_cache
         if cache is None and self.cache_name in extra:
@@ -217,7 +221,7 @@ class ShadowPeftModel(MixedBatchesMixin):
             extra = {name: value for name, value in extra.items() if name != self.cache_name}
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
-        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names, alone)
+        cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names, reads_state)
         if self._checkpointing and self.training and torch.is_grad_enabled() and holds_tokens(cache):
             raise ValueError(
                 "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "

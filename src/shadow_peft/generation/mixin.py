@@ -109,12 +109,12 @@ class ShadowGenerationMixin(GenerationMixin):
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         prepared = None if name is None else model_kwargs.pop(name, None)
         drafts = getattr(generation_config, SWITCH, None)
-        alone = self.inference_mode == "base_shadow" and not drafts and self.peft_model.skips_shadow(given, names)
+        reads_state = self.inference_mode == "shadow_only" or bool(drafts)
         if given is not None and not drafts:
             model_kwargs["past_key_values"] = given
         elif given is not None or prepared is not None:
             cache = prepared if given is None else given
-            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(cache, names, alone)
+            model_kwargs["past_key_values"] = self.peft_model.with_shadow_cache(cache, names, reads_state)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shadow_peft.adapter import ShadowAdapter
-from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache
+from shadow_peft.cache import ShadowCache, make_shadow_cache, with_shadow_cache, without_shadow
 from shadow_peft.inputs import ModelInputs
 from shadow_peft.multi_adapter.files import AdapterFilesMixin
 from shadow_peft.multi_adapter.mixed import BASE, MixedAdapters
@@ -42,8 +42,8 @@ class MixedBatchesMixin(AdapterFilesMixin):
             raise ValueError(f"These past_key_values belong to {before}, and adapter_names is {list(names)}.")
         return names
 
-    def mixed(self, names: tuple[str, ...], shadow_only: bool = False) -> MixedAdapters:
-        """The adapters of a call with one name a row.
+    def mixed(self, names: tuple[str, ...], shadow_only: bool = False, reads_state: bool = True) -> MixedAdapters:
+        """The adapters of a call with one name a row; `reads_state` as in `ShadowPeftModel.run`.
 
         Raises:
             ValueError: a row of the bare base where the shadows run alone.
@@ -51,7 +51,7 @@ class MixedBatchesMixin(AdapterFilesMixin):
         if shadow_only and BASE in names:
             raise ValueError("A row of '__base__' has no shadow, so nothing answers it in the mode \"shadow_only\".")
         adapters = {name: self.adapter(name) for name in dict.fromkeys(names) if name != BASE}
-        return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype)
+        return MixedAdapters(names, adapters, self.decoder, self.base_model.dtype, reads_state)
 
     @property
     def vocab_size(self) -> int:
@@ -75,24 +75,27 @@ class MixedBatchesMixin(AdapterFilesMixin):
             return {name: (self.adapter(name), len(rows)) for name, rows in cache.shadow.rows.items()}
         return {self.active_adapter: (self, num_rows)}
 
-    def skips_shadow(self, cache: Any, names: tuple[str, ...] | None) -> bool:
-        """Whether a call whose shadow nobody reads leaves it out: the adapter does not use it, no cache has its tokens."""
-        uses = names is not None or self.shadow_config.use_shadow_state
-        return not uses and getattr(cache, "shadow", None) is None
+    def skips_shadow(self, cache: Any) -> bool:
+        """Whether a call that does not read the active shadow leaves it out: its adapter does not use it, nor the cache."""
+        return not self.shadow_config.use_shadow_state and getattr(cache, "shadow", None) is None
 
     def no_state(self, inputs: ModelInputs) -> Tensor:
         """Zeros in the place of s, `[B, T, d]`, for a call that leaves the shadow out."""
         shape = (inputs.num_rows, inputs.length, self.base_hidden_size)
         return torch.zeros(shape, dtype=self.base_model.dtype, device=next(iter(inputs.tokens.values())).device)
 
-    def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None, alone: bool = False) -> Any:
-        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache`.
+    def with_shadow_cache(self, cache: Any, names: tuple[str, ...] | None = None, reads_state: bool = True) -> Any:
+        """The cache of both networks for a cache that a caller passes, see `cache.with_shadow_cache` and `run`.
 
         Raises:
             ValueError: it was filled by another adapter than the active one, which is to continue it.
         """
         if names is not None:
-            return with_shadow_cache(cache, self.mixed(names).shadow_cache)
+            adapters = self.mixed(names, reads_state=reads_state)
+            if isinstance(cache, ShadowCache) and adapters.lack(cache.shadow):
+                cache = without_shadow(cache)
+            return with_shadow_cache(cache, adapters.shadow_cache)
+        alone = not reads_state and self.skips_shadow(cache)
         cache = with_shadow_cache(cache, lambda given: make_shadow_cache(given, self.shadow_model.config), alone)
         if isinstance(cache, ShadowCache):
             if cache.adapter_name not in (None, self.active_adapter):

@@ -3,7 +3,8 @@
     x [B, T] -> backbone of each adapter, on its rows -> s [B, T, d] -> one pass of the base, coupled by groups of rows
 
 It stands where a single adapter stands in a call: it has an initial state and a coupling. Rows of the bare base have no
-backbone; their state is zero, and nothing reads it.
+backbone; their state is zero, and nothing reads it. The same holds for rows of adapters that do not use the shadow's state,
+in calls that read no state themselves.
 """
 
 from __future__ import annotations
@@ -50,42 +51,56 @@ class MixedAdapters:
         adapters: name -> adapter, for all but BASE.
         decoder: the base's decoder.
         dtype: dtype of the computation.
+        reads_state: whether the call reads the states of all rows; False leaves out backbones that adapters do not use.
     """
 
     def __init__(
-        self, names: tuple[str, ...], adapters: Mapping[str, ShadowAdapter], decoder: Decoder, dtype: torch.dtype
+        self,
+        names: tuple[str, ...],
+        adapters: Mapping[str, ShadowAdapter],
+        decoder: Decoder,
+        dtype: torch.dtype,
+        reads_state: bool = True,
     ) -> None:
         self.names = names
         self._adapters = adapters
         self._decoder, self._dtype = decoder, dtype
         self._rows = {name: rows for name, rows in rows_by(names).items() if name != BASE}
+        self._running = {name for name in self._rows if reads_state or adapters[name].shadow_config.use_shadow_state}
         self._caches: RowCaches | None = None
 
     def shadow_cache(self, cache: Cache) -> RowCaches:
-        """Empty caches for the backbones beside a cache of the base."""
-        parts = {name: make_shadow_cache(cache, self._adapters[name].shadow_model.config) for name in self._rows}
+        """Empty caches for the backbones that run, beside a cache of the base."""
+        parts = {name: make_shadow_cache(cache, self._adapters[name].shadow_model.config) for name in self._running}
         return RowCaches(self.names, parts)
+
+    def lack(self, cache: Any) -> bool:
+        """Whether a backbone that runs has no part in a cache, which an earlier call began without it."""
+        return isinstance(cache, RowCaches) and not self._running <= cache.parts.keys()
 
     def initial_state(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """s `[B, T, d]` of all rows, and the backbones' caches; states that drafting computed are reused."""
         if isinstance(inputs.cache, ShadowCache) and isinstance(inputs.cache.shadow, RowCaches):
             self._caches = inputs.cache.shadow
+            self._running = set(self._caches.parts)  # one that holds tokens is kept in step
         return with_drafted(inputs, self._run_backbones)
 
     def _run_backbones(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         states: list[tuple[Sequence[int], Tensor]] = []
         returned: dict[str, Any] = {}
         for name, rows in self._rows.items():
+            if name not in self._running:
+                continue
             part = inputs if len(rows) == len(self.names) else inputs.select_rows(rows)
             cache = None if self._caches is None else StatePair(None, self._caches.parts[name])
             state, returned[name] = self._adapters[name].run_backbone(replace(part, cache=cache))
             states.append((rows, state))
-        bare = [row for row, name in enumerate(self.names) if name == BASE]
-        if bare:
+        others = [row for row, name in enumerate(self.names) if name not in self._running]
+        if others:
             width = self._decoder.hidden_size
             like = states[0][1] if states else next(iter(inputs.tokens.values()))
-            zeros = torch.zeros(len(bare), inputs.length, width, dtype=self._dtype, device=like.device)
-            states.append((bare, zeros))
+            zeros = torch.zeros(len(others), inputs.length, width, dtype=self._dtype, device=like.device)
+            states.append((others, zeros))
         return merge_rows(states), self._returned(returned)
 
     def _returned(self, caches: dict[str, Any]) -> RowCaches | None:

@@ -20,7 +20,7 @@ class RowCaches(Cache):
     """The caches of several backbones.
 
     Args:
-        names: the adapter of each row; names that are not in `parts` have no backbone.
+        names: the adapter of each row; names that are not in `parts` have no backbone that runs.
         parts: adapter -> its cache.
 
     Attributes:
@@ -59,6 +59,11 @@ class RowCaches(Cache):
             ValueError: a row would get the states of another adapter.
         """
         source = beam_idx.tolist()
+        for row, name in enumerate(self.names):
+            if self.names[source[row]] != name:
+                raise ValueError(
+                    f"Row {source[row]} belongs to {self.names[source[row]]!r}; a row of {name!r} cannot continue it."
+                )
         for name, rows in self.rows.items():
             self.parts[name].reorder_cache(self._local(name, [source[row] for row in rows], beam_idx.device))
 
@@ -83,11 +88,6 @@ class RowCaches(Cache):
     def _local(self, name: str, rows: list[int], device: torch.device) -> Tensor:
         """Rows of the batch as rows of an adapter's cache."""
         places = {row: place for place, row in enumerate(self.rows[name])}
-        foreign = [row for row in rows if row not in places]
-        if foreign:
-            raise ValueError(
-                f"Row {foreign[0]} belongs to {self.names[foreign[0]]!r}; a row of {name!r} cannot continue it."
-            )
         return torch.tensor([places[row] for row in rows], device=device)
 
     def _rename(self, names: tuple[str, ...]) -> None:
