@@ -85,7 +85,7 @@ def test_pairing_removes_what_both_methods_share() -> None:
 
 
 def test_rows_of_complete_partial_and_missing_methods(results: Results) -> None:
-    text = report.quality_table(results)
+    text = report.quality_table(results, PLANNED)
     assert row(text, "lora") == ["lora", "1.000", "-", "50.0", "-", "-", "-", "-", "0.500", "9 of 9"]
     differences = ["-0.100 [-0.100, -0.100]", "+0.0 [+0.0, +0.0]"]
     shadow = ["0.900", "50.0", "0.750", "0.500", "9 of 9"]
@@ -95,10 +95,19 @@ def test_rows_of_complete_partial_and_missing_methods(results: Results) -> None:
 
 
 def test_costs_are_ratios_on_the_same_task(results: Results) -> None:
-    text = report.cost_table(results)
+    text = report.cost_table(results, PLANNED)
     assert row(text, "readout") == ["readout", "4,000", "0.50", "1.00", "1.00", *["2.00"] * 4]
     assert row(text, "lora")[2:] == ["1.00"] * 3 + ["-"] * 4
     assert row(text, "published")[1:3] == ["4,000", "-"]
+
+
+def test_means_are_over_the_tasks_that_every_begun_method_has(results: Results) -> None:
+    """`published` was begun on the tasks of the grid, so that the means of all leave QuaRTz out."""
+    assert results.common_tasks(report.METHODS, PLANNED) == CHOOSING
+    assert results.common_tasks(("lora", "readout", "dora"), PLANNED) == PLANNED
+    text = report.markdown(results)
+    assert "means over commands, headlines\n" in text
+    assert row(text, "published")[1:3] == ["1.000", "+0.000 [+0.000, +0.000]"]
 
 
 def test_ablation_is_compared_with_zero_state_on_common_seeds(results: Results) -> None:
@@ -124,7 +133,7 @@ def test_page_is_replaced_between_its_marks(tmp_path: Path) -> None:
 
 
 def test_picture_writes_its_figures(results: Results, tmp_path: Path) -> None:
-    draw(results, report.METHODS, "lora", tmp_path / "a.svg")
+    draw(results, report.METHODS, PLANNED, "lora", tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert "-0.100" in text
     assert "not run yet" in text
@@ -137,5 +146,5 @@ def test_committed_page_and_picture_are_of_the_committed_results() -> None:
     assert page.split(report.BEGIN)[1].split(report.END)[0].strip() == report.markdown(results)
     picture = report.PICTURE.read_text(encoding="utf-8")
     for method in report.METHODS[1:]:
-        difference = results.difference(method, "lora", PLANNED, "loss")
+        difference = results.difference(method, "lora", results.common_tasks(report.METHODS, PLANNED), "loss")
         assert label(difference, 3, 1.0) in picture

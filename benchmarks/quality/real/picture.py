@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.real.bootstrap import Difference
-from benchmarks.quality.real.plan import PLANNED
 from benchmarks.quality.real.results import Results
 
 TEXT, OURS, THEIRS = "#7d848c", "#d9730d", "#4a8fd6"
@@ -27,8 +26,8 @@ def label(difference: Difference | None, digits: int, scale: float) -> str:
     return MISSING if difference is None else f"{scale * difference.estimate:+.{digits}f}"
 
 
-def draw(results: Results, methods: Sequence[str], reference: str, path: Path) -> None:
-    """Write the picture as SVG."""
+def draw(results: Results, methods: Sequence[str], tasks: Sequence[str], reference: str, path: Path) -> None:
+    """Write the picture as SVG: means over tasks."""
     import matplotlib
     from matplotlib import pyplot
 
@@ -41,17 +40,18 @@ def draw(results: Results, methods: Sequence[str], reference: str, path: Path) -
             ("exact", "right, points\n(right is better)", 1, 100.0),
         )
         for axis, (measure, title, digits, scale) in zip(axes, panels, strict=False):
-            found = [results.difference(method, reference, PLANNED, measure) for method in rows]
+            found = [results.difference(method, reference, tasks, measure) for method in rows]
             for place, (method, difference) in enumerate(zip(rows, found, strict=True)):
                 _point(axis, place, method, difference, digits, scale)
             axis.axvline(0, color=TEXT, linewidth=0.8)
             axis.set_title(f"Difference to LoRA: {title}", fontsize=9)
-        _costs(axes[2], results, rows, reference)
+        _costs(axes[2], results, rows, tasks, reference)
         axes[0].set_yticks(range(len(rows)), rows)
         axes[0].set_ylim(len(rows) - 0.4, -0.7)
         for axis in axes:
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(left=False)
+            axis.locator_params(axis="x", nbins=5)
         figure.savefig(path, transparent=True, metadata={"Date": None})
         pyplot.close(figure)
 
@@ -68,11 +68,11 @@ def _point(axis: Any, place: int, method: str, difference: Difference | None, di
     axis.annotate(text, above, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _costs(axis: Any, results: Results, rows: Sequence[str], reference: str) -> None:
+def _costs(axis: Any, results: Results, rows: Sequence[str], tasks: Sequence[str], reference: str) -> None:
     """Processor time and memory of a step, as ratios to the reference."""
     for place, method in enumerate(rows):
-        time = results.ratio(method, reference, PLANNED, lambda result: result["cpu_seconds"])
-        memory = results.ratio(method, reference, PLANNED, lambda result: result["step_bytes"])
+        time = results.ratio(method, reference, tasks, lambda result: result["cpu_seconds"])
+        memory = results.ratio(method, reference, tasks, lambda result: result["step_bytes"])
         if time is None or memory is None:
             axis.annotate(MISSING, (1, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
             continue

@@ -34,7 +34,6 @@ PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
 BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
 REFERENCE = "lora"
 METHODS = ("lora", "lora-upper", *OTHERS, "published", "readout", "readout-upper", *PRETRAINED)
-WRITING = tuple(task for task in PLANNED if task not in CLASSIFICATION)
 DECODED = tuple(task for task in PLANNED if task in DRAFTED)
 
 
@@ -71,18 +70,18 @@ def runs_there(results: Results, method: str, tasks: Sequence[str]) -> str:
     return f"{results.count(method, tasks)} of {len(tasks) * len(SEEDS)}"
 
 
-def quality_table(results: Results) -> str:
+def quality_table(results: Results, tasks: Sequence[str]) -> str:
     """Means over tasks, attached and detached, with differences to LoRA."""
-    lines = []
+    lines, writing = [], [task for task in tasks if task not in CLASSIFICATION]
     for method in METHODS:
-        means = {name: results.mean_over(method, PLANNED, score(name)) for name in SCORES}
+        means = {name: results.mean_over(method, tasks, score(name)) for name in SCORES}
         other = None if method == REFERENCE else REFERENCE
-        loss, exact = (other and results.difference(method, other, PLANNED, name) for name in ("loss", "exact"))
+        loss, exact = (other and results.difference(method, other, tasks, name) for name in ("loss", "exact"))
         lines.append(
             [
                 method, number(means["loss"]), signed(loss or None), number(means["exact"], 1, 100),
                 signed(exact or None, 1, 100), number(means["detached_loss"]), number(means["detached_exact"], 1, 100),
-                number(means["agreement"]), number(results.mean_over(method, WRITING, forgotten)),
+                number(means["agreement"]), number(results.mean_over(method, writing, forgotten)),
                 runs_there(results, method, PLANNED),
             ]
         )  # fmt: skip
@@ -101,12 +100,12 @@ COSTS: dict[str, Callable[[Result], float]] = {
 }
 
 
-def cost_table(results: Results) -> str:
+def cost_table(results: Results, tasks: Sequence[str]) -> str:
     """Ratios to LoRA on the same task, and drafted decoding."""
     lines = []
     for method in METHODS:
         trained = results.mean(method, CHOOSING[0], lambda result: result["trainable"])
-        ratios = [number(results.ratio(method, REFERENCE, PLANNED, value), 2) for value in COSTS.values()]
+        ratios = [number(results.ratio(method, REFERENCE, tasks, value), 2) for value in COSTS.values()]
         drafts = [number(results.mean_over(method, DECODED, drafting(name)), 2) for name in DRAFTING]
         lines.append([method, "-" if trained is None else f"{trained:,.0f}", *ratios, *drafts])
     return table(["method", "trained", *COSTS, *DRAFTING.values()], lines)
@@ -157,9 +156,11 @@ def spread(values: list[float]) -> str:
 
 def markdown(results: Results) -> str:
     """All tables under their headings."""
+    tasks = results.common_tasks(METHODS, PLANNED)
+    over, drafted = ", ".join(tasks), " and ".join(DECODED)
     parts = [
-        f"### All methods, means over {', '.join(PLANNED)}\n\n{quality_table(results)}",
-        f"### Cost as a ratio to LoRA on the same task, and drafting on {' and '.join(DECODED)}\n\n{cost_table(results)}",
+        f"### All methods, means over {over}\n\n{quality_table(results, tasks)}",
+        f"### Cost as a ratio to LoRA, means over {over}, and drafting on {drafted}\n\n{cost_table(results, tasks)}",
         f"### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
         *(f"### {task}\n\n{task_table(results, task)}" for task in PLANNED),
     ]
@@ -175,7 +176,7 @@ def main() -> None:
     from benchmarks.quality.real.picture import draw
 
     put_between(asked.page, markdown(results), BEGIN, END)
-    draw(results, METHODS, REFERENCE, asked.picture)
+    draw(results, METHODS, results.common_tasks(METHODS, PLANNED), REFERENCE, asked.picture)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Results:
             found.append(paired(ours, theirs, weights))
         return mean(found)
 
+    def common_tasks(self, methods: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
+        """The tasks that every method has a run of which has any; so means over them are of the same tasks for all."""
+        begun = [method for method in methods if self.count(method, tasks)]
+        return tuple(task for task in tasks if all(self.of(method, task) for method in begun))
+
     def count(self, method: str, tasks: Sequence[str]) -> int:
         """Number of runs at the chosen rate."""
         return sum(len(self.of(method, task)) for task in tasks)
