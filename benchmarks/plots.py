@@ -1,4 +1,4 @@
-"""The two pictures of the README, drawn from the committed results: docs/quality.svg and docs/speed.svg.
+"""Two pictures drawn from the committed results: docs/quality.svg (on the demo's former base) and docs/speed.svg.
 
 python -m benchmarks.plots
 """
