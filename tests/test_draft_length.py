@@ -9,9 +9,10 @@ from itertools import cycle
 import pytest
 import torch
 
+from shadow_peft import ShadowConfig
 from shadow_peft.generation.acceptance import AcceptanceEstimate
 from shadow_peft.generation.draft_length import DraftLength
-from shadow_peft.generation.pass_times import Costs, PassTimes, pass_times
+from shadow_peft.generation.pass_times import KEPT_BATCHES, Costs, PassTimes, pass_times
 from tests.draft_simulation import Clock, Oracle, World, adaptive, best_fixed, decode, known_times
 from tests.tiny_models import causal_lm, llama
 
@@ -182,6 +183,40 @@ def test_times_belong_to_a_model_and_go_with_it() -> None:
     gone = weakref.ref(times)
     del model, times
     gc.collect()
+    assert gone() is None
+
+
+def test_batches_of_one_shape_share_their_times_and_each_has_its_drafts() -> None:
+    """What was measured holds for any adapters of the same size; how often drafts are right does not."""
+    model = causal_lm(llama())
+    small = model.peft_model
+    for name, layers in (("same", 1), ("other", 3)):
+        small.add_adapter(name, ShadowConfig(num_shadow_layers=layers))
+    one, same, other = (small.adapter(name) for name in ("default", "same", "other"))
+    first = pass_times(small, 4, {"default": (one, 2), "same": (same, 2)})
+    for _ in range(4):
+        first.add_pass(0, 1.0)
+        first.add_pass(1, 1.5)
+    assert pass_times(small, 4, {"same": (same, 2), "default": (one, 2)}) is first  # in any order of the rows
+    split = pass_times(small, 4, {"default": (one, 3), "same": (same, 1)})
+    assert split is not first
+    assert split.knows_base
+    assert split.costs() == pytest.approx(first.costs())
+    assert not pass_times(small, 4, {"default": (one, 2), "other": (other, 2)}).knows_base
+    assert not pass_times(small, 5, {"default": (one, 2), "same": (same, 2)}).knows_base
+
+
+def test_the_batches_that_were_asked_for_last_are_remembered() -> None:
+    model = causal_lm(llama()).peft_model
+    times = [pass_times(model, rows) for rows in range(1, KEPT_BATCHES + 1)]
+    assert pass_times(model, 1) is times[0]
+    pass_times(model, KEPT_BATCHES + 1)
+    assert pass_times(model, 1) is times[0]
+    assert pass_times(model, 2) is not times[1]  # it made room
+    gone = weakref.ref(times[2])
+    del times
+    for rows in range(100, 100 + KEPT_BATCHES):
+        pass_times(model, rows)
     assert gone() is None
 
 

@@ -33,7 +33,7 @@ def test_the_snippets_run_one_after_the_other(
     assert torch.equal(known["drafted"], model.generate(known["ids"], adapter_names=known["names"], max_new_tokens=8))
     assert known["output"].loss.isfinite()
     exec(unloading, known)
-    reason = "No weighted sum of these adapters is an adapter: their shadows differ, so each corrects by a state of its own."
+    reason = "No weighted sum of these adapters is an adapter: their shadows differ, and a sum has one shadow."
     assert reason in capsys.readouterr().out
     assert reason in PAGE.replace("\n", " ")
 

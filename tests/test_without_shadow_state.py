@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
 from tests.tiny_models import causal_lm, classifier, llama, qwen3_classifier, tokens, with_nonzero_weights
@@ -198,6 +198,64 @@ def test_a_mixed_cache_without_a_shadow_moves_rows_of_one_adapter_alone(model: S
     for wrong, said in (([1, 1, 2, 3], "Row 1 belongs to 'default'; a row of 'second'"), ([0, 1, 0, 3], "of '__base__'")):
         with pytest.raises(ValueError, match=said):
             cache.reorder_cache(torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("names", [None, ["second", "default"]])
+@torch.no_grad()
+def test_a_cache_that_the_bare_base_went_on_with_is_refused(model: ShadowForCausalLM, names: list[str] | None) -> None:
+    model.peft_model.add_adapter("second", ShadowConfig(**FORM))
+    ids, quiet = tokens(2, 8), {"output_shadow_logits": False}
+    cache = model(ids[:, :4], use_cache=True, adapter_names=names, **quiet).past_key_values
+    with model.disable_adapter():
+        model(ids[:, 4:6], past_key_values=cache)
+    with pytest.raises(ValueError, match="The bare base has gone on with these past_key_values"):
+        model(ids[:, 6:], past_key_values=cache, **quiet)
+    cache.reset()
+    again = model(ids, past_key_values=cache, **quiet).logits
+    torch.testing.assert_close(again, model(ids, adapter_names=names, **quiet).logits)
+
+
+def test_drafts_from_a_cache_of_several_adapters_are_theirs(model: ShadowForCausalLM) -> None:
+    """Without `adapter_names`, and whatever adapter is active."""
+    model.peft_model.add_adapter("second", ShadowConfig(**FORM))
+    with_nonzero_weights(model.peft_model.adapter("second"))
+    names, ids, full = ["second", "default"], tokens(2, 6), {"return_dict_in_generate": True, **GREEDY}
+    begun = model.generate(ids, adapter_names=names, **full)
+    with pytest.raises(ValueError, match="The shadow has not read the tokens"):
+        model.generate(begun.sequences, past_key_values=begun.past_key_values, use_shadow_draft=True, **GREEDY)
+    whole = model.generate(ids, adapter_names=names, **GREEDY)
+    for active in ("second", "default"):
+        with torch.no_grad():
+            cache = model(ids[:, :4], adapter_names=names, use_cache=True).past_key_values
+        model.peft_model.set_adapter(active)
+        drafted = model.generate(ids, past_key_values=cache, use_shadow_draft=True, **full)
+        assert torch.equal(drafted.sequences, whole)
+        assert drafted.draft_statistics.drafted > 0
+        assert cache.adapter_name is None
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@torch.no_grad()
+def test_a_recurrent_base_takes_its_cache_under_both_names(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "intermediate_size": 64}
+    model = causal_lm(MambaForCausalLM(MambaConfig(**sizes)).eval(), **FORM)
+    model.peft_model.add_adapter("second", ShadowConfig(**FORM))
+    with_nonzero_weights(model.peft_model.adapter("second"))
+    ids = tokens(2, 7)
+    for names in (None, ["second", "second"]):
+        whole = model(ids, adapter_names=names)
+        cache = model(ids[:, :5], adapter_names=names, use_cache=True).past_key_values
+        other = ["default", "second"] if names else ["second", "second"]
+        with pytest.raises(ValueError, match=r"These past_key_values belong to"):
+            model(ids[:, 5:], adapter_names=other, **{name: cache})
+        model(ids[:, 5:6], output_shadow_logits=False, **{name: cache})
+        last = model(ids[:, 6:], **{name: cache})
+        torch.testing.assert_close(last.logits, whole.logits[:, 6:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last.shadow_logits, whole.shadow_logits[:, 6:], rtol=1e-4, atol=1e-5)
+        quiet = model(ids[:, :5], adapter_names=names, use_cache=True, output_shadow_logits=False).past_key_values
+        with pytest.raises(ValueError, match="The shadow has not read the tokens"):
+            model(ids[:, 5:], **{name: quiet})
 
 
 def test_it_is_what_was_saved(model: ShadowForCausalLM, tmp_path: Path) -> None:

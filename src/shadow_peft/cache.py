@@ -38,6 +38,7 @@ class ShadowCache(Cache):
     Attributes:
         drafted: the states of tokens that the backbone's cache holds ahead of the base's; None if there are none.
         adapter_name: the adapter whose tokens it holds, where all rows have one.
+        read_bare: whether the bare base has gone on with it. Lengths tell that too, where the shadow has a part.
     """
 
     def __init__(self, base: Cache | None, shadow: Cache | None) -> None:
@@ -45,6 +46,7 @@ class ShadowCache(Cache):
         self.shadow = shadow
         self.drafted: DraftedStates | None = None
         self.adapter_name: str | None = None
+        self.read_bare = False
 
     @property
     def layers(self) -> list[Any]:
@@ -73,6 +75,11 @@ class ShadowCache(Cache):
         """Keep the rows `indices`, in their order."""
         for part in self._parts:
             part.batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Hold no tokens."""
+        super().reset()
+        self.drafted, self.read_bare = None, False
 
     @property
     def _parts(self) -> list[Cache]:
@@ -157,7 +164,13 @@ def check_in_step(cache: Any) -> None:
     if not isinstance(cache, ShadowCache) or torch.compiler.is_compiling():
         return
     assert cache.base is not None
-    assert cache.shadow is not None
+    if cache.read_bare and (cache.shadow is None or not cache.shadow.layers):
+        raise ValueError(
+            "The bare base has gone on with these past_key_values while the adapter was disabled. Use a cache of its own "
+            "for each."
+        )
+    if cache.shadow is None:
+        return
     base, shadow = _length(cache.base), _length(cache.shadow)
     ahead = 0 if cache.drafted is None else cache.drafted.states.shape[1]
     if base is not None and shadow is not None and base + ahead != shadow:
@@ -191,9 +204,11 @@ def shadow_only_cache(shadow: Any) -> ShadowCache | StatePair | None:
 
 
 def base_only(cache: Any) -> StatePair | None:
-    """The base's cache alone, for a call without the shadow."""
+    """The base's cache alone, for a call without the adapter."""
     if cache is None:
         return None
+    if isinstance(cache, ShadowCache):
+        cache.read_bare = True
     return StatePair(cache.base if isinstance(cache, (ShadowCache, StatePair)) else cache, None)
 
 
@@ -202,7 +217,12 @@ def holds_tokens(cache: Any) -> bool:
     if cache is None:
         return False
     held = cache if isinstance(cache, ShadowCache) else getattr(cache, "base", cache)
-    return held.get_seq_length() > 0 if isinstance(held, Cache) else True
+    if not isinstance(held, Cache):
+        return True
+    recurrent = [layer for layer in held.layers if isinstance(layer, LinearAttentionLayer)]  # these count no tokens
+    if recurrent:
+        return any(any(layer.has_previous_state.values()) for layer in recurrent)
+    return held.get_seq_length() > 0
 
 
 def select_cache(cache: Any, runs_base: bool) -> Any:

@@ -157,6 +157,7 @@ class ShadowPeftModel(MixedBatchesMixin):
             ValueError: no tokens, or a cache that the backbone has not seen.
             RuntimeError: the adapter was unloaded.
         """
+        past_key_values = self.given_cache(past_key_values, kwargs)
         inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
         names = self.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
         output = self.run(replace(inputs, adapter_names=names))
@@ -188,12 +189,12 @@ class ShadowPeftModel(MixedBatchesMixin):
         """
         mode = mode if self.attachment.enabled else "base_only"
         names, reads_state = inputs.adapter_names, reads_state or mode == "shadow_only"
-        alone = mode == "base_shadow" and names is None and not reads_state and self.skips_shadow(inputs.cache)
         inputs = self._ready(inputs, mode, reads_state)
+        alone = mode == "base_shadow" and names is None and not reads_state and self.skips_shadow(inputs.cache)
         if mode == "base_only":
             outputs = self._run_base(inputs, skip_head, None)
             return AdaptedOutput(outputs, cache=returned_cache(outputs))
-        if mode == "base_shadow" and not alone:
+        if mode == "base_shadow":
             check_in_step(inputs.cache)
         adapter: ShadowAdapter | MixedAdapters = self
         if names is not None:
@@ -215,10 +216,7 @@ class ShadowPeftModel(MixedBatchesMixin):
 
     def _ready(self, inputs: ModelInputs, mode: Mode, reads_state: bool = True) -> ModelInputs:
         """The inputs with positions, with the cache of the networks that run, and with a decision about returning one."""
-        cache, extra, use_cache = inputs.cache, inputs.extra, inputs.use_cache
-        if cache is None and self.cache_name in extra:
-            cache = extra[self.cache_name]
-            extra = {name: value for name, value in extra.items() if name != self.cache_name}
+        cache, use_cache = inputs.cache, inputs.use_cache
         if use_cache is None:
             use_cache = bool(getattr(self.decoder.config, "use_cache", False)) and not self.training
         cache = base_only(cache) if mode == "base_only" else self.with_shadow_cache(cache, inputs.adapter_names, reads_state)
@@ -227,7 +225,7 @@ class ShadowPeftModel(MixedBatchesMixin):
                 "past_key_values hold a prefix, but gradient checkpointing is on, and transformers drops the cache of "
                 "layers that it recomputes. Call gradient_checkpointing_disable(), or pass the prefix with the other tokens."
             )
-        inputs = replace(inputs.checked(), cache=cache, extra=extra, use_cache=use_cache)
+        inputs = replace(inputs.checked(), cache=cache, use_cache=use_cache)
         return inputs.with_positions(self.decoder.first_position)
 
     def _run_base(self, inputs: ModelInputs, skip_head: bool, coupling: LayerCallbacks | None) -> Any:
@@ -247,6 +245,11 @@ class ShadowPeftModel(MixedBatchesMixin):
         inputs = ModelInputs(input_ids, None, attention_mask, position_ids, cache, True, adapter_names=names)
         adapter = self if names is None else self.mixed(names)
         return adapter.initial_state(self._ready(inputs, "shadow_only"))[0]
+
+    def given_cache(self, cache: Any, extra: dict[str, Any]) -> Any:
+        """The cache of a call: `past_key_values`, or what is taken out of its other arguments under the base's own name."""
+        own = None if self.cache_name is None else extra.pop(self.cache_name, None)
+        return own if cache is None else cache
 
     @property
     def cache_name(self) -> str | None:

@@ -27,6 +27,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--small", "small", "--align", "--teacher_cache", "teacher"], "and no --align"),
     (["--next_token_weight", "0"], "both 0"),
     (["--small", "nowhere/at/all"], "there is no such folder"),
+    (["--small", "headless"], "headless lacks weights of its model: lm_head.weight"),
     (["--small", "few"], "knows 200 tokens, the base's tokenizer has 300"),
     (["--shadow_init_layers", "0,9"], "names layer 9, but the base's layers are 0 to 3"),
     (["--shadow_init_layers", "3,0"], "in ascending order"),
@@ -50,6 +51,8 @@ def test_mistakes_are_one_message_and_write_nothing(
     Path("nothing").mkdir()
     if "few" in wrong:
         llama(5, vocab_size=200).save_pretrained("few")
+    if "headless" in wrong:
+        llama(5, vocab_size=300).model.save_pretrained("headless")
     if "other" in wrong:
         llama(5, vocab_size=300, **SMALL).save_pretrained("other")
     before = set(tmp_path.iterdir())

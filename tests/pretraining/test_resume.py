@@ -76,6 +76,20 @@ def test_killed_and_resumed_is_uninterrupted(
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
+def test_a_run_from_before_an_option_existed_goes_on(
+    model_folder: Path, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = arguments(model_folder, corpus_folder, tmp_path / "out")
+    assert main(parts) == 0
+    stored = tmp_path / "out" / "pretraining_options.json"
+    options = json.loads(stored.read_text())
+    del options["top_k"]
+    stored.write_text(json.dumps(options))
+    assert main([*parts, "--resume", "--top_k", "8"]) == 1
+    assert "holds a run with another --top_k" in capsys.readouterr().err
+    assert main([*parts, "--resume"]) == 0
+
+
 def test_the_seconds_of_all_processes_are_counted(model_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
     parts = arguments(model_folder, corpus_folder, tmp_path / "out")
     assert main(parts) == 0

@@ -220,13 +220,18 @@ def load_complete(name: str, may_lack_embeddings: bool, **kwargs: Any) -> PreTra
         loaded: Any = load_model(name, output_loading_info=True, **kwargs)
     model, info = loaded
     missing = set(info["missing_keys"])
-    tables = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    embeddings = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables}
-    if missing and missing <= embeddings and not may_lack_embeddings:
+    table, head = _names_of(model, model.get_input_embeddings()), _names_of(model, model.get_output_embeddings())
+    if missing & table and missing <= table | head and not may_lack_embeddings:
         raise UserError(f"{name} was saved without embeddings; it is a shadow for its base: add --share_embeddings")
-    if missing - embeddings:
-        raise UserError(f"{name} lacks weights of its model: {', '.join(sorted(missing - embeddings))}")
+    lacking = missing - table - head if may_lack_embeddings else missing
+    if lacking:
+        raise UserError(f"{name} lacks weights of its model: {', '.join(sorted(lacking))}")
     return cast(PreTrainedModel, model)
+
+
+def _names_of(model: PreTrainedModel, part: Any) -> set[str]:
+    """The names that the weight of a part has in a model; two where it is tied."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is part.weight}
 
 
 def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings: bool, **kwargs: Any) -> PreTrainedModel:

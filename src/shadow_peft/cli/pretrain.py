@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def _checkpoint(options: PretrainOptions) -> Path | None:
     if not options.resume:
         raise UserError(f"--output {output} is not empty; give another folder, or --resume to go on with the run in it")
     try:
-        changed = changed_options(output, asdict(options))
+        changed = changed_options(output, asdict(options), {field.name: field.default for field in fields(options)})
     except ValueError as error:
         raise UserError(f"--output {output} holds no run to resume: {one_line(error)}") from error
     if changed:

@@ -103,7 +103,8 @@ class ShadowGenerationMixin(GenerationMixin):
     ) -> None:
         """Let the base prepare the kind of cache that is asked for, and add one for the backbone where it runs."""
         base, name = self.peft_model.base_model, self.peft_model.cache_name
-        given, names = model_kwargs.pop("past_key_values", None), model_kwargs.get(_NAMES)
+        given = model_kwargs.pop("past_key_values", None)
+        names = model_kwargs.get(_NAMES) or self.peft_model.held_names(given)
         if name is not None and given is not None:
             model_kwargs[name] = select_cache(given, self.inference_mode == "base_shadow")
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

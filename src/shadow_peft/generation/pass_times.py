@@ -5,8 +5,9 @@
     d                  drafting a token: the median of what was measured, and what is believed before
 
 Times are read where the values of a pass have been read, so nothing waits for a device that would not have waited otherwise.
-What is believed before anything is measured is a formula of weights, arithmetic and dispatch. Measurements are kept for
-every model, device, dtype and number of rows as long as the model lives, beside it and not in it.
+What is believed before anything is measured is a formula of weights, arithmetic and dispatch. Measurements are kept beside
+a model and not in it, as long as it lives: times for every device, dtype, number of rows and size of what drafts, and what
+became of the drafts also for every set of adapters. Of each the latest are kept.
 
 With several processes the prior alone counts: all of them must draft the same number of tokens.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,11 +27,15 @@ from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.generation.acceptance import Experience
 
+T = TypeVar("T")
+
 clock: Callable[[], float] = time.perf_counter
 """Seconds since some moment; tests have a clock of their own."""
 
 KEPT = 9
 """Measurements of a kind that are kept, the latest ones."""
+KEPT_BATCHES = 64
+"""Kinds of batches of which measurements are kept, those that were asked for last."""
 PRIOR_WEIGHT = 2.0
 """Measurements that what is believed before weighs as much as."""
 
@@ -47,12 +52,21 @@ class Costs(NamedTuple):
     verify: float
 
 
+class Measured:
+    """Seconds of the latest passes, by the bit length of the draft, and of drafting a token."""
+
+    def __init__(self) -> None:
+        self.passes: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.drafts: deque[float] = deque(maxlen=KEPT)
+
+
 class PassTimes:
     """What passes of one model over a number of rows take.
 
     Args:
         prior: what is taken to be so before anything is measured.
         measures: False leaves it at that.
+        measured: what was measured before, by batches of the same shape; None begins.
 
     Attributes:
         experience: what became of the drafts of earlier generations; None before the first.
@@ -60,10 +74,10 @@ class PassTimes:
 
     experience: Experience | None = None
 
-    def __init__(self, prior: Costs, measures: bool = True) -> None:
+    def __init__(self, prior: Costs, measures: bool = True, measured: Measured | None = None) -> None:
         self._prior, self._measures = prior, measures
-        self._passes: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self._drafts: deque[float] = deque(maxlen=KEPT)
+        measured = Measured() if measured is None else measured
+        self._passes, self._drafts = measured.passes, measured.drafts
 
     @property
     def knows_base(self) -> bool:
@@ -119,8 +133,17 @@ def _lower_median(measured: deque[Any], key: Callable[[Any], float] | None = Non
 Shares = dict[str, tuple[ShadowAdapter, int]]
 """Name -> an adapter, and the number of rows that it drafts."""
 
-_Key = tuple[torch.device, torch.dtype, int, tuple[tuple[str, int], ...], bool]
-_TIMES: WeakKeyDictionary[nn.Module, dict[_Key, PassTimes]] = WeakKeyDictionary()
+_Key = tuple[Any, ...]
+
+
+class _Known(NamedTuple):
+    """What is known of a model: by the shape of a batch, and by its adapters too."""
+
+    measured: dict[_Key, Measured]
+    times: dict[_Key, PassTimes]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def pass_times(adapter: ShadowAdapter, rows: int, shares: Shares | None = None, head_share: float = 1.0) -> PassTimes:
@@ -132,12 +155,28 @@ def pass_times(adapter: ShadowAdapter, rows: int, shares: Shares | None = None, 
         shares: the adapters that draft; None is the model itself for all rows.
         head_share: how much of the head drafting reads.
     """
-    known = _TIMES.setdefault(adapter, {})
-    drafters = tuple((name, own) for name, (_, own) in (shares or {}).items())
-    key = adapter.base_model.device, adapter.base_model.dtype, rows, drafters, head_share < 1
-    if key not in known:
-        known[key] = PassTimes(prior_costs(adapter, rows, shares, head_share), measures=_is_alone())
-    return known[key]
+    known = _KNOWN.setdefault(adapter, _Known({}, {}))
+    drafters = {"": (adapter, rows)} if shares is None else shares
+    weights = sum(_num_weights(drafter.shadow_model) for drafter, _ in drafters.values())
+    drafted = sum(own for _, own in drafters.values())
+    base = adapter.base_model
+    shape = base.device, base.dtype, rows, head_share < 1, len(drafters), drafted, weights
+    names = tuple(sorted((name, own) for name, (_, own) in drafters.items()))
+
+    def times() -> PassTimes:
+        measured = _latest(known.measured, shape, Measured)
+        return PassTimes(prior_costs(adapter, rows, shares, head_share), _is_alone(), measured)
+
+    return _latest(known.times, (shape, names), times)
+
+
+def _latest(kept: dict[_Key, T], key: _Key, make: Callable[[], T]) -> T:
+    """The value of a key, made where there is none; the keys that were asked for longest ago are forgotten."""
+    value = kept.pop(key, None)
+    kept[key] = value = make() if value is None else value
+    while len(kept) > KEPT_BATCHES:
+        kept.pop(next(iter(kept)), None)
+    return value
 
 
 def _is_alone() -> bool:

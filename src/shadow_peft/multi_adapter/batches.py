@@ -28,7 +28,7 @@ class MixedBatchesMixin(AdapterFilesMixin):
         """
         held = cache.shadow if isinstance(cache, ShadowCache) else None
         if adapter_names is None:
-            return held.names if isinstance(held, RowCaches) else None
+            return self.held_names(cache)
         if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
             raise ValueError(f"adapter_names must hold one name a row, {num_rows} names, got {adapter_names!r}.")
         if not self.attachment.enabled:
@@ -41,6 +41,11 @@ class MixedBatchesMixin(AdapterFilesMixin):
             before = list(held.names) if isinstance(held, RowCaches) else "the active adapter"
             raise ValueError(f"These past_key_values belong to {before}, and adapter_names is {list(names)}.")
         return names
+
+    def held_names(self, cache: Any) -> tuple[str, ...] | None:
+        """The adapter of each row of a cache; None of one that belongs to one adapter, or of no cache."""
+        held = cache.shadow if isinstance(cache, ShadowCache) else None
+        return held.names if isinstance(held, RowCaches) else None
 
     def mixed(self, names: tuple[str, ...], shadow_only: bool = False, reads_state: bool = True) -> MixedAdapters:
         """The adapters of a call with one name a row; `reads_state` as in `ShadowPeftModel.run`.

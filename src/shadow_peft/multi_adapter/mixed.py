@@ -66,7 +66,7 @@ class MixedAdapters:
         self._adapters = adapters
         self._decoder, self._dtype = decoder, dtype
         self._rows = {name: rows for name, rows in rows_by(names).items() if name != BASE}
-        self._running = {name for name in self._rows if reads_state or adapters[name].shadow_config.use_shadow_state}
+        self._running = [name for name in self._rows if reads_state or adapters[name].shadow_config.use_shadow_state]
         self._caches: RowCaches | None = None
 
     def shadow_cache(self, cache: Cache) -> RowCaches:
@@ -76,13 +76,13 @@ class MixedAdapters:
 
     def lack(self, cache: Any) -> bool:
         """Whether a backbone that runs has no part in a cache, which an earlier call began without it."""
-        return isinstance(cache, RowCaches) and not self._running <= cache.parts.keys()
+        return isinstance(cache, RowCaches) and not cache.parts.keys() >= set(self._running)
 
     def initial_state(self, inputs: ModelInputs) -> tuple[Tensor, Any]:
         """s `[B, T, d]` of all rows, and the backbones' caches; states that drafting computed are reused."""
         if isinstance(inputs.cache, ShadowCache) and isinstance(inputs.cache.shadow, RowCaches):
             self._caches = inputs.cache.shadow
-            self._running = set(self._caches.parts)  # one that holds tokens is kept in step
+            self._running = list(self._caches.parts)  # one that holds tokens is kept in step
         return with_drafted(inputs, self._run_backbones)
 
     def _run_backbones(self, inputs: ModelInputs) -> tuple[Tensor, Any]:

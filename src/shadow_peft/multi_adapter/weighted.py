@@ -94,7 +94,7 @@ def _check_sum(adapters: Sequence[ShadowAdapter], weights: Sequence[float]) -> N
     differing = [name for name in formulas if len({getattr(adapter.shadow_config, name) for adapter in adapters}) > 1]
     reason = f"they differ in {differing[0]}" if differing else None
     if reason is None and not _same([_tensors(adapter, "shadow_model", "shadow_hidden_projection") for adapter in adapters]):
-        reason = "their shadows differ, so each corrects by a state of its own"
+        reason = "their shadows differ, and a sum has one shadow"
     if reason is None and not _same([_tensors(adapter, "shadow_update_model") for adapter in adapters]):
         reason = "their updates differ, so their states part after the first layer"
     if reason is None and not _same([_tensors(adapter, "task_heads") for adapter in adapters]):

@@ -39,12 +39,17 @@ def store_options(output: Path, options: Mapping[str, Any]) -> None:
     write_json(options, output / OPTIONS)
 
 
-def changed_options(output: Path, options: Mapping[str, Any]) -> list[str]:
+def changed_options(output: Path, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """Names of the options with which a run would go on otherwise than it began.
+
+    Args:
+        output: the run's folder.
+        options: the options to go on with.
+        defaults: of options that the folder does not name, since it was begun before there were such.
 
     Raises:
         ValueError: the folder does not say by which options it was made.
     """
     before = read_json(output / OPTIONS)
     now = json.loads(json.dumps(dict(options)))
-    return sorted(name for name in now if name not in FREE and before.get(name) != now[name])
+    return sorted(name for name in now if name not in FREE and before.get(name, defaults.get(name)) != now[name])

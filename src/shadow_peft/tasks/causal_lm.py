@@ -206,6 +206,7 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         wanted = not loss_only if output_logits is None else output_logits
         shadow_wanted = bool(output_shadow_logits) if loss_only else self.wants_shadow_logits(output_shadow_logits)
 
+        past_key_values = self.peft_model.given_cache(past_key_values, kwargs)
         inputs = ModelInputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
         names = self.peft_model.row_names(adapter_names, past_key_values, inputs.checked().num_rows)
         if loss_only:

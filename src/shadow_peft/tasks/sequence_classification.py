@@ -121,6 +121,7 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             `ShadowSequenceClassifierOutput` with logits `[B, C]`. In "shadow_only", `output_hidden_states` asks for the
             state s as `hidden_states[0]`.
         """
+        past_key_values = self.peft_model.given_cache(past_key_values, kwargs)
         inputs = ModelInputs(
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs
         ).checked()
