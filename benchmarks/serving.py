@@ -85,12 +85,12 @@ def measure_speed(world: World, count: int, repeats: int) -> dict[str, Any]:
                 for clients in CLIENTS:
                     some = requests[: count if clients > 1 else max(8, count // 8)]
                     rate, ends = asyncio.run(load(port, world, some, clients))
-                    found[f"shadow-peft serve, {kind}, {clients} clients"] = rate
+                    found[f"shadow-peft serve, {kind}, {counted(clients)}"] = rate
                     wrong.update({end: n for end, n in ends.items() if end != "right"})
             for label, other in (("transformers serve", theirs_port), ("transformers serve, paged", paged_port)):
                 few = kinds["base"][: count if "paged" in label else max(8, count // 4)]
                 rate, ends = asyncio.run(load(other, world, few, CLIENTS[-1], str(world.base)))
-                found[f"{label}, base, {CLIENTS[-1]} clients"] = rate
+                found[f"{label}, base, {counted(CLIENTS[-1])}"] = rate
                 wrong.update({f"{label}: {end}": n for end, n in ends.items() if end != "right"})
             for way, rate in found.items():
                 if round_:  # the first one warms up
@@ -101,6 +101,11 @@ def measure_speed(world: World, count: int, repeats: int) -> dict[str, Any]:
         same_work = rates[f"one at a time, {'mixed' if 'mixed' in way else 'base'}"]
         ratios[way] = round(statistics.median(a / b for a, b in zip(values, same_work, strict=True)), 2)
     return {"requests a second": medians, "to one at a time": ratios, "not right": dict(wrong), "requests": count}
+
+
+def counted(clients: int) -> str:
+    """So many clients, in words."""
+    return f"{clients} client" if clients == 1 else f"{clients} clients"
 
 
 def measure_windows(world: World, count: int, repeats: int) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def measure_windows(world: World, count: int, repeats: int) -> dict[str, Any]:
                     if round_:
                         rates[window].append(rate)
             for window, values in rates.items():
-                found[f"{window} ms, {clients} clients"] = round(statistics.median(values), 1)
+                found[f"{window} ms, {counted(clients)}"] = round(statistics.median(values), 1)
     return found
 
 
