@@ -26,9 +26,9 @@ class MixedBatchesMixin(AdapterFilesMixin):
         Raises:
             ValueError: not one name a row, an unknown name, a cache of other adapters, or the adapters are disabled.
         """
-        held = cache.shadow if isinstance(cache, ShadowCache) else None
+        before = self.held_names(cache)
         if adapter_names is None:
-            return self.held_names(cache)
+            return before
         if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
             raise ValueError(f"adapter_names must hold one name a row, {num_rows} names, got {adapter_names!r}.")
         if not self.attachment.enabled:
@@ -37,9 +37,10 @@ class MixedBatchesMixin(AdapterFilesMixin):
         for name in dict.fromkeys(names):
             if name != BASE:
                 self.adapter(name)
-        if held is not None and not (isinstance(held, RowCaches) and held.names == names):
-            before = list(held.names) if isinstance(held, RowCaches) else "the active adapter"
-            raise ValueError(f"These past_key_values belong to {before}, and adapter_names is {list(names)}.")
+        has_shadow = isinstance(cache, ShadowCache) and cache.shadow is not None
+        if has_shadow and before != names:
+            owners = "the active adapter" if before is None else list(before)
+            raise ValueError(f"These past_key_values belong to {owners}, and adapter_names is {list(names)}.")
         return names
 
     def held_names(self, cache: Any) -> tuple[str, ...] | None:
