@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -94,6 +95,23 @@ def test_an_explicit_shadow_without_a_table_gets_a_copy() -> None:
     torch.testing.assert_close(exported(ids).logits, model(ids).shadow_logits)
     assert no_shared_tensor(exported, model)
     assert "embed_tokens.weight" not in str(model.state_dict().keys())
+
+
+@pytest.mark.parametrize("is_base_tied", [True, False])
+def test_a_table_that_is_the_head_too_is_stored_once(is_base_tied: bool, tmp_path: Path) -> None:
+    from shadow_peft import prepare_shadow_model
+
+    backbone = prepare_shadow_model(llama(2, num_hidden_layers=2), remove_embed_tokens=True)
+    base = llama(tie_word_embeddings=is_base_tied)
+    model, ids = ShadowForCausalLM(adapted(base, shadow_model=backbone)), tokens()
+    exported = model.export_shadow()
+    assert exported.config.tie_word_embeddings == is_base_tied
+    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == is_base_tied
+    exported.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        assert ("lm_head.weight" in stored.keys()) != is_base_tied  # noqa: SIM118
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).shadow_logits)
 
 
 def wrapped(optimal: bool) -> tuple[AutoModelForCausalLMWithHiddenProjection, PreTrainedModel, PreTrainedModel]:

@@ -2,8 +2,9 @@
 
     lm_head(P h) = (W P) h        W [V, d] the large head, P [d, S] the projection, h [S] a state of the backbone
 
-The stock causal LM of the backbone's architecture gets W P as its own, untied head. What its class multiplies, adds or caps
-beside that is measured (see `export.head`) and divided out, switched off or used; where it cannot, folding is refused.
+The stock causal LM of the backbone's architecture gets W P as its own head, tied to the embedding table where both are
+equal. What its class multiplies, adds or caps beside that is measured (see `export.head`) and divided out, switched off or
+used; where it cannot, folding is refused.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def stock_causal_lm(backbone: PreTrainedModel, weight: Tensor, bias: Tensor | No
     if form.cap != cap:
         raise CannotFold(f"{stock.__name__} caps its logits at {form.cap}, which are to be capped at {cap}")
     _set_head(exported, weight / form.scale, bias, form)
+    _tie_if_equal(exported)
     exported.to(backbone.device, backbone.dtype).eval()
     _require_logits(exported, backbone, weight, bias, cap)
     return exported
@@ -119,6 +121,16 @@ def _set_head(exported: PreTrainedModel, weight: Tensor, bias: Tensor | None, fo
     head.weight = nn.Parameter(weight.clone())
     if head.bias is not None:
         head.bias.copy_(torch.zeros_like(head.bias) if bias is None or not has_bias else bias / form.bias_scale)
+
+
+def _tie_if_equal(exported: PreTrainedModel) -> None:
+    """Hold one table instead of two equal ones, where the class can tie them."""
+    table, head = exported.get_input_embeddings(), exported.get_output_embeddings()
+    if not torch.equal(table.weight, head.weight):
+        return
+    exported.config.tie_word_embeddings = True
+    exported.tie_weights()
+    exported.config.tie_word_embeddings = head.weight is table.weight
 
 
 def _require_logits(
