@@ -4,7 +4,7 @@
 
 A random base of 12 layers, 512 wide, with 8192 tokens, in float32; 32 rows, in an order that shuffles the adapters; 1, 2,
 4, 8 and 32 adapters with as many rows each. Contenders: our variants "published" (r 16, k 10) and "readout" (r 64) with
-their default settings and a backbone of one layer with an MLP of 256, and LoRA of peft (r 16, all linear maps) with its
+their default settings and a backbone of one layer with an MLP of 256, and LoRA of peft (r 16, all linear layers) with its
 own `adapter_names`. Two kinds of work:
 
     decode     one cached step of one token for each row, behind 16 tokens

@@ -41,8 +41,8 @@ class Shape:
     @property
     def budget(self) -> int:
         """What `readout` trains."""
-        maps = 2 * self.width * (self.layers - 1) * (INJECTION + OUTPUT)
-        return self._backbone_size + maps + self.width * (2 * READOUT_GATE + 2 * READOUT)
+        low_rank = 2 * self.width * (self.layers - 1) * (INJECTION + OUTPUT)
+        return self._backbone_size + low_rank + self.width * (2 * READOUT_GATE + 2 * READOUT)
 
     @property
     def _backbone_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Pretrain the shadow: a cut of the base that learns its distribution, then serves as the shadow of an adapter.
+"""Pretrain the shadow: layers of the base that learn its distribution, then serves as the shadow of an adapter.
 
 python examples/pretrained_shadow.py
 """
@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
 from shadow_peft.demo.embedded import BASE_PATH  # a small base in the package; or any other
-from shadow_peft.pretraining.cut import cut_shadow
+from shadow_peft.pretraining.shadows import implicit_shadow
 from shadow_peft.pretraining.student import Objective, Student
 from shadow_peft.pretraining.trainer import finished
 
 base = AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
 text = tokenizer(["Here stands a long text of your own."] * 8, return_tensors="pt")["input_ids"]
-cut = ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="0,3", shadow_intermediate_size=128)
+config = ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="0,3", shadow_intermediate_size=128)
 
-student = Student(cut_shadow(base, cut), Objective(next_token=0.0, distillation=1.0)).train()
+student = Student(implicit_shadow(base, config), Objective(next_token=0.0, distillation=1.0)).train()
 optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-3)  # the shadow's layers; embeddings and head are the base's
 for _ in range(10):
     loss = student(text)["loss"]

@@ -236,7 +236,7 @@ class Shadowed(nn.Module):
 
 
 def make_backbone(base: PreTrainedModel, o: Options) -> nn.Module:
-    """The twin, cut where it is told."""
+    """The implicit shadow, from the layers that are told."""
     depth = base.config.num_hidden_layers
     ids = {"first": range(o.layers), "last": range(depth - o.layers, depth)}.get(o.cut)
     if o.cut == "even":

@@ -4,10 +4,10 @@
     while python -m benchmarks.starting_points --corpus corpus --next; do :; done    all runs of the plan
     python -m benchmarks.starting_points.report                                 table and picture of docs/pretraining.md
 
-random      random weights
-cut         layers of the base, and of these the strongest neurons and heads
-next token  the cut, pretrained on text by next-token loss
-distilled   the cut, pretrained on the same text by the base's distribution
+random       random weights
+base layers  layers of the base, and of these the strongest neurons and heads
+next token   the same, pretrained on text by next-token loss
+distilled    the same, pretrained on the same text by the base's distribution
 
 All have the shape of the demo's embedded shadow. The two pretrained ones read the same tokens in the same order; each seed
 reads another stretch of the text, and all are measured on the same blocks, which none of them reads. Then each is

@@ -25,8 +25,8 @@ from shadow_peft.demo.robot_commands import commands
 from shadow_peft.demo.scoring import completion_loss
 from shadow_peft.generation.drafting import DraftStatistics
 from shadow_peft.pretraining.corpus import Corpus, blocks, open_corpus, split_blocks
-from shadow_peft.pretraining.cut import ALONE, cut_shadow
 from shadow_peft.pretraining.resume import newest_checkpoint
+from shadow_peft.pretraining.shadows import ALONE, implicit_shadow
 from shadow_peft.pretraining.student import Objective, Student
 from shadow_peft.pretraining.trainer import PretrainingTrainer, Schedule, finished
 from shadow_peft.storage.files import read_json, write_json
@@ -132,8 +132,8 @@ def _trainer(cell: Cell, settings: Settings, work: Path) -> tuple[Student, Pretr
     """The shadow as it is made, and what would train it."""
     base, tokenizer = load_base(settings.base), load_tokenizer(settings.base)
     stream, held_out = text(cell.seed, settings, tokenizer)
-    cut = replace(shape(settings.shape), shadow_init="random" if cell.start == "random" else "base")
-    student = Student(cut_shadow(base, cut, cell.seed), OBJECTIVES.get(cell.start, Objective()))
+    config = replace(shape(settings.shape), shadow_init="random" if cell.start == "random" else "base")
+    student = Student(implicit_shadow(base, config, cell.seed), OBJECTIVES.get(cell.start, Objective()))
     schedule = Schedule(
         max_steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate,
         eval_steps=settings.steps, save_steps=max(1, settings.steps // 5), seed=cell.seed, use_cpu=True,
@@ -151,7 +151,7 @@ def text(seed: int, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def shape(folder: Path) -> ShadowConfig:
-    """A cut with the layers, neurons and heads of a stock model."""
+    """An implicit shadow with the layers, neurons and heads of a stock model."""
     config: Any = AutoConfig.from_pretrained(folder)
     return ShadowConfig(
         num_shadow_layers=config.num_hidden_layers,

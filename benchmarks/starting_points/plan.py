@@ -12,7 +12,7 @@ from benchmarks.locks import lock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/starting_points"
-STARTS = ("random", "cut", "next token", "distilled")
+STARTS = ("random", "base layers", "next token", "distilled")
 SEEDS = (0, 1, 2)
 
 

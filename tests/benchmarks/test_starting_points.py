@@ -102,12 +102,12 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(settings: Setting
 
 
 def test_results_of_another_base_or_size_are_not_mixed(settings: Settings, tmp_path: Path) -> None:
-    write(tmp_path, Cell("cut", 0), base="another")
-    with pytest.raises(SystemExit, match=r"has results of another base than .* such as cut--s0.json"):
+    write(tmp_path, Cell("base layers", 0), base="another")
+    with pytest.raises(SystemExit, match=r"has results of another base than .* such as base-layers--s0.json"):
         main(words(settings, "--next", "--out", str(tmp_path)))
     with pytest.raises(SystemExit):
         main(words(settings, "--next"))  # the committed folder, with other sizes
-    write(tmp_path, Cell("cut", 1))
+    write(tmp_path, Cell("base layers", 1))
     with pytest.raises(ValueError, match="differ in base"):
         report.results(tmp_path)
 
@@ -115,7 +115,7 @@ def test_results_of_another_base_or_size_are_not_mixed(settings: Settings, tmp_p
 def test_two_loops_do_different_runs(tmp_path: Path) -> None:
     write(tmp_path, Cell("random", 0))
     with claimed(tmp_path) as first, claimed(tmp_path) as second:
-        assert (first, second) == (Cell("cut", 0), Cell("next token", 0))
+        assert (first, second) == (Cell("base layers", 0), Cell("next token", 0))
         with claimed(tmp_path, first) as again:
             assert again is None
 
@@ -139,10 +139,10 @@ def write(folder: Path, cell: Cell, base: str = "abc", text_loss: float = 3.0) -
 
 def test_the_table_takes_the_rate_that_dev_chose(tmp_path: Path) -> None:
     for seed in (0, 2):
-        write(tmp_path, Cell("cut", seed))
+        write(tmp_path, Cell("base layers", seed))
     found = report.results(tmp_path)
     lines = report.markdown(found).splitlines()
-    (row,) = [line for line in lines if line.startswith("| cut |")]
+    (row,) = [line for line in lines if line.startswith("| base layers |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:3] == ["2,048", "3.100 ± 0.141"]
     assert cells[4] == "25.0 ± 0.0"

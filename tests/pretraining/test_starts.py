@@ -1,4 +1,4 @@
-"""Where a pretraining starts: named layers, a narrower cut, a small model under the base's head."""
+"""Where a pretraining starts: named layers, a narrower shadow, a small model under the base's head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowConfig
-from shadow_peft.pretraining.cut import cut_shadow, shares_embeddings, small_shadow
+from shadow_peft.pretraining.shadows import implicit_shadow, shares_embeddings, small_shadow
 from shadow_peft.pretraining.student import AlignedStudent, Objective, Student
 from shadow_peft.pretraining.trainer import finished
 from tests.tiny_models import gpt2, llama, qwen3, tokens
@@ -42,9 +42,9 @@ def in_a_subspace(width: int) -> Any:
 @pytest.mark.parametrize("sizes", [{}, {"shadow_intermediate_size": 24, "shadow_num_attention_heads": 2}])
 def test_a_narrow_cut_computes_what_the_wide_one_does(sizes: dict[str, int]) -> None:
     base = in_a_subspace(16)
-    cut = {"num_shadow_layers": 2, "shadow_init": "base", "shadow_init_layers": "even", **sizes}
-    wide = Student(cut_shadow(base, ShadowConfig(**cut)), Objective())
-    narrow = Student(cut_shadow(base, ShadowConfig(**cut, shadow_hidden_size=16), text=[tokens(4, 30)]), Objective())
+    shape = {"num_shadow_layers": 2, "shadow_init": "base", "shadow_init_layers": "even", **sizes}
+    wide = Student(implicit_shadow(base, ShadowConfig(**shape)), Objective())
+    narrow = Student(implicit_shadow(base, ShadowConfig(**shape, shadow_hidden_size=16), text=[tokens(4, 30)]), Objective())
     assert shares_embeddings(wide.model)
     assert not shares_embeddings(narrow.model)
     torch.testing.assert_close(shadow_logits(narrow), shadow_logits(wide), rtol=1e-4, atol=1e-4)
@@ -55,11 +55,11 @@ def test_a_narrow_cut_computes_what_the_wide_one_does(sizes: dict[str, int]) -> 
 
 
 def test_a_narrow_cut_of_other_norms_is_refused() -> None:
-    cut = ShadowConfig(shadow_init="base", shadow_hidden_size=16)
+    config = ShadowConfig(shadow_init="base", shadow_hidden_size=16)
     with pytest.raises(ValueError, match="the base has no norm"):
-        cut_shadow(gpt2(), cut, text=[tokens()])
+        implicit_shadow(gpt2(), config, text=[tokens()])
     with pytest.raises(ValueError, match="no states"):
-        cut_shadow(llama(), cut)
+        implicit_shadow(llama(), config)
 
 
 @pytest.mark.parametrize("padding", [0, 8])
@@ -133,8 +133,8 @@ def test_aligning_trains_the_projection_alone_and_runs_the_backbone_once() -> No
 
 def test_named_layers_are_cut() -> None:
     base = llama()
-    model = cut_shadow(base, ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="1,2"))
+    model = implicit_shadow(base, ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="1,2"))
     for new, old in ((0, 1), (1, 2)):
         assert torch.equal(model.shadow_model.layers[new].mlp.up_proj.weight, base.model.layers[old].mlp.up_proj.weight)
     with pytest.raises(ValueError, match="names layer 4, but the base's layers are 0 to 3"):
-        cut_shadow(base, ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="1,4"))
+        implicit_shadow(base, ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="1,4"))

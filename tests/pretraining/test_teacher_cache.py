@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shadow_peft import ShadowConfig
 from shadow_peft.pretraining import teacher_cache
-from shadow_peft.pretraining.cut import cut_shadow
+from shadow_peft.pretraining.shadows import implicit_shadow
 from shadow_peft.pretraining.student import Objective, Student
 from shadow_peft.pretraining.teacher_cache import TeacherCache, TeacherFacts, digest, fill
 from tests.tiny_models import llama
@@ -28,7 +28,7 @@ def numbered(count: int) -> IterableDataset:
 
 def student(seed: int = 0) -> Student:
     config = ShadowConfig(num_shadow_layers=2, shadow_init="base")
-    return Student(cut_shadow(llama(seed), config), Objective(0.5, 1.0, top_k=K))
+    return Student(implicit_shadow(llama(seed), config), Objective(0.5, 1.0, top_k=K))
 
 
 def batch(*numbers: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """What the shadow is for: contenders with a part of it taken away, each as large as the whole.
 
 *-zero-state        s = 0 in injection, update and read-out; the shadow still learns its own loss, which nothing reads
-*-frozen-untrained  a random backbone that stays as it is; what it would have trained goes to the maps
+*-frozen-untrained  a random backbone that stays as it is; what it would have trained goes to the low-rank weights
 *-frozen-pretrained the pretrained backbone, frozen likewise
 *-pretrained        the pretrained backbone, trained at 0.3 of the rate of the rest
 readout-unnormalized  the injection compares the states as they are

@@ -71,8 +71,8 @@ def dora(base: Any) -> Contender:
 
 def lora_upper(base: Any) -> Contender:
     """LoRA of twice the rank on the upper half of the layers."""
-    maps = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # peft wants a list here
-    return lora(base, ranks=(26, 28), target_modules=maps, layers_to_transform=list(upper_half(base)))
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # peft wants a list here
+    return lora(base, ranks=(26, 28), target_modules=linears, layers_to_transform=list(upper_half(base)))
 
 
 def lily(base: Any) -> Contender:

@@ -150,7 +150,7 @@ def _prunes_heads(config: ShadowConfig) -> bool:
 
 
 def _layer_rows(decoder: Decoder, config: ShadowConfig) -> dict[str, WeightSlice]:
-    """Slices of the linear maps beside the layers that hold a part for every layer."""
+    """Slices of the linear layers beside the layers that hold a part for every layer."""
     names = _existing(architecture_of(decoder.config).layer_rows, decoder)
     weights = {name: decoder.backbone.get_submodule(name).weight for name in names}
     return {name: WeightSlice(rows=_layer_blocks(decoder, config, w.shape[0])) for name, w in weights.items()}

@@ -3,8 +3,8 @@
 Q `[d, S]` are the S directions that hold most of the base's states x, each taken at unit length. With y = Q^T x
 
     embeddings              E' = E Q
-    maps that read x        W' = W diag(g) Q sqrt(d / S)        g the weight of the RMSNorm before them, whose own is 1
-    maps that write to x    W' = Q^T W
+    weights that read x     W' = W diag(g) Q sqrt(d / S)        g the weight of the RMSNorm before them, whose own is 1
+    weights that write to x W' = Q^T W
     projection              P  = diag(g) Q sqrt(d / S)          g that of the last RMSNorm
 
 RMSNorm divides by |y| / sqrt(S) where it divided by |x| / sqrt(d), hence the factor. Where all states lie in the span of Q,

@@ -1,6 +1,6 @@
 """Selective checkpointing of the backbone: in training it keeps its matrix products and recomputes everything else.
 
-Norms, activations, gating and attention are cheap beside the linear maps and hold more than half of what autograd would
+Norms, activations, gating and attention are cheap beside the linear layers and hold more than half of what autograd would
 save. It does not apply to layers that are recomputed anyway (gradient checkpointing), nor to compiled graphs, where the
 compiler decides what is saved.
 """

@@ -53,7 +53,7 @@ class Architecture:
         counts_from_padding: the first token has the position `pad_token_id + 1`.
         needs_token_ids: the backbone looks token ids up beside the embeddings.
         token_tables: tables that it looks them up in; each row holds one part per layer, side by side.
-        layer_rows: linear maps of the backbone whose rows hold one part per layer, one below the other.
+        layer_rows: linear layers of the backbone whose rows hold one part per layer, one below the other.
         non_text_modules: modules of the backbone that read something else than text; an implicit backbone is without them.
         head_input_path: the model inside a causal LM whose output the head reads, where that is not the outermost one that
             takes embeddings.
@@ -167,7 +167,7 @@ CLASSIFIERS = ("score", "classifier")
 
 
 class MlpNames(NamedTuple):
-    """Names of the linear maps of an MLP."""
+    """Names of the linear layers of an MLP."""
 
     gate: str
     up: str
@@ -175,7 +175,7 @@ class MlpNames(NamedTuple):
 
 
 class AttentionNames(NamedTuple):
-    """Names of the linear maps of an attention."""
+    """Names of the linear layers of an attention."""
 
     query: str
     key: str
@@ -185,7 +185,7 @@ class AttentionNames(NamedTuple):
 
 MLP = MlpNames("gate_proj", "up_proj", "down_proj")
 ATTENTION = AttentionNames("q_proj", "k_proj", "v_proj", "o_proj")
-"""The maps that can be pruned; a layer that names them otherwise can initialise an implicit backbone at full width only."""
+"""What can be pruned; a layer that names its parts otherwise can initialise an implicit backbone at full width only."""
 
 DEPTH_NAMES = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers")
 """Names of the number of decoder layers; `num_hidden_layers` is the encoder's in BART's family, twice the own in LongCat."""

@@ -23,9 +23,9 @@ from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Row, Screen
 from shadow_peft.config import ShadowConfig
 from shadow_peft.pretraining.corpus import Corpus, blocks, open_corpus, split_blocks
-from shadow_peft.pretraining.cut import ALONE, cut_shadow, shares_embeddings, small_shadow
 from shadow_peft.pretraining.report import PretrainingFacts, fit_in_words, next_command, write_report
 from shadow_peft.pretraining.resume import changed_options, newest_checkpoint, store_options
+from shadow_peft.pretraining.shadows import ALONE, implicit_shadow, shares_embeddings, small_shadow
 from shadow_peft.pretraining.student import AlignedStudent, Objective, Student
 from shadow_peft.pretraining.teacher_cache import TeacherCache, TeacherFacts, digest
 from shadow_peft.pretraining.teacher_cache import fill as fill_cache
@@ -33,11 +33,11 @@ from shadow_peft.pretraining.trainer import PretrainingTrainer, Schedule, save_f
 
 DESCRIPTION = """Makes a shadow of a base and trains it on text, as a language model of its own.
 
-The shadow is a cut: layers of the base, and of these the strongest neurons and heads. Or it is a small model (--small), with
-a fitted projection to the base's head. Embeddings and head are frozen. It learns the text (--next_token_weight), the base's
-next-token distribution (--distillation_weight), or both; with --align, the projection of a small model alone learns what the
-small model's own head says. --data are files of lines {"text": ...} (.jsonl, .json, .csv, .parquet) or of plain text (.txt),
-folders of them, or a dataset on the hub; they are streamed and need not fit into memory."""
+The shadow is made of layers of the base, and of these the strongest neurons and heads. Or it is a small model (--small),
+with a fitted projection to the base's head. Embeddings and head are frozen. It learns the text (--next_token_weight), the
+base's next-token distribution (--distillation_weight), or both; with --align, the projection of a small model alone learns
+what the small model's own head says. --data are files of lines {"text": ...} (.jsonl, .json, .csv, .parquet) or of plain
+text (.txt), folders of them, or a dataset on the hub; they are streamed and need not fit into memory."""
 EXAMPLES = """examples:
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000
   shadow-peft pretrain --model ./base --data corpus --output shadow --max_steps 2000 --resume
@@ -54,7 +54,7 @@ TEXT_OF_DIRECTIONS = 32
 
 
 def run(arguments: list[str]) -> None:
-    """Parse the options, cut, train and save."""
+    """Parse the options, make the shadow, train and save."""
     options, _ = parse(VerbParser("pretrain", OPTIONS["pretrain"], DESCRIPTION, EXAMPLES), arguments)
     checkpoint = _checkpoint(options)
     with quiet_libraries():
@@ -100,7 +100,7 @@ def _student(
     """What is trained, and how well the projection of a small model was fitted."""
     if options.small is None:
         text = (torch.tensor([row["input_ids"]]) for row in stream.take(TEXT_OF_DIRECTIONS))
-        student, fit = Student(cut_shadow(base, _cut(options), options.seed, text), _objective(options)), None
+        student, fit = Student(implicit_shadow(base, _cut(options), options.seed, text), _objective(options)), None
     else:
         small = load_complete(options.small, may_lack_embeddings=options.share_embeddings, dtype=options.dtype)
         known = small.get_input_embeddings().weight.shape[0]

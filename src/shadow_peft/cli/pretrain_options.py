@@ -7,8 +7,8 @@ from typing import Literal
 
 from shadow_peft.cli.ranges import LARGEST_SEED, Dtype, require
 
-#: Options of `shadow-peft pretrain` about a shadow that is cut from the base.
-CUT_OPTIONS = (
+#: Options of `shadow-peft pretrain` about a shadow that is made of layers of the base.
+IMPLICIT_OPTIONS = (
     *("num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_hidden_size"),
     *("shadow_intermediate_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"),
 )
@@ -28,7 +28,7 @@ class PretrainOptions:
     )
     small: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub id of a small model to take as the shadow, instead of a cut of the base."},
+        metadata={"help": "Folder or hub id of a small model to take as the shadow, instead of layers of the base."},
     )
     share_embeddings: bool = field(
         default=False,
@@ -128,12 +128,12 @@ class PretrainOptions:
         if self.align and self.small is None:
             raise ValueError("--align trains the projection of a small model: give it as --small")
         if self.share_embeddings and self.small is None:
-            raise ValueError("--share_embeddings belongs to --small; a cut of the base has no embeddings of its own")
+            raise ValueError("--share_embeddings belongs to --small; layers of the base share them where they can")
         if self.share_embeddings and self.align:
             raise ValueError("--align learns from the head of a small model, and --share_embeddings uses the base's")
-        defaults = {name: PretrainOptions.__dataclass_fields__[name].default for name in CUT_OPTIONS}
-        given = [name for name in CUT_OPTIONS if getattr(self, name) != defaults[name]]
+        defaults = {name: PretrainOptions.__dataclass_fields__[name].default for name in IMPLICIT_OPTIONS}
+        given = [name for name in IMPLICIT_OPTIONS if getattr(self, name) != defaults[name]]
         if self.small is not None and given:
-            raise ValueError(f"--{given[0]} is about a shadow that is cut from the base, and --small takes another model")
+            raise ValueError(f"--{given[0]} is about a shadow made of base layers, and --small takes another model")
         if self.teacher_cache is not None and (self.align or self.weights[1] == 0):
             raise ValueError("--teacher_cache keeps what the base teaches: give --distillation_weight, and no --align")

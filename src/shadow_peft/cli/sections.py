@@ -32,7 +32,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pretrain": {
         "what to train": ("model", "data", "output", "max_steps", "config", "resume"),
-        "the shadow: a cut of the base, or a small model": (
+        "the shadow: layers of the base, or a small model": (
             "num_shadow_layers", "shadow_init_layers", "shadow_init", "shadow_hidden_size", "shadow_intermediate_size",
             "shadow_num_attention_heads", "shadow_num_key_value_heads", "small", "share_embeddings",
         ),

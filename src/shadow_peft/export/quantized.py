@@ -3,8 +3,8 @@
     int8   torchao: integers of 8 bits, one float scale a row
     nf4    bitsandbytes: 4 bits, the codes of NormalFloat4, one scale for 64 weights of a row
 
-The linear maps of the layers are stored so; embeddings, norms and head stay floats, and so do activations. As nf4 only those
-are that have blocks of 64 weights in rows and blocks of 32 rows, since bitsandbytes runs no others on every CPU.
+The linear layers of the decoder are stored so; embeddings, norms and head stay floats, and so do activations. As nf4, only
+those are that have blocks of 64 weights in rows and blocks of 32 rows, since bitsandbytes runs no others on every CPU.
 Integers of 4 bits are not offered: of torchao's forms, those that transformers saves hold 8 bits each, or need a GPU.
 """
 
@@ -56,7 +56,7 @@ def _config(to: Quantization, model: PreTrainedModel) -> Any:
 
 
 def _without_nf4(model: PreTrainedModel) -> list[str]:
-    """Names of the linear maps that stay floats.
+    """Names of the linear layers that stay floats.
 
     Raises:
         CannotExport: all of them do.

@@ -1,6 +1,6 @@
 """Pretraining a shadow: make it for a base, train it on text by next-token loss or by distillation, as a model of its own.
 
-cut           a shadow made of layers of the base, or a small model beside it
+shadows       a shadow made of layers of the base, or a small model beside it
 corpus        a corpus as a stream of blocks of tokens
 student       what is trained: the shadow alone, its loss, and the base as its teacher
 teacher_cache what the base teaches, kept on disk

@@ -27,7 +27,7 @@ class PretrainingFacts:
 
     Attributes:
         base: folder or hub id of the base.
-        small: folder or hub id of the small model that the shadow was; None for a cut of the base.
+        small: folder or hub id of the small model that the shadow was; None for layers of the base.
         data: places of the text.
         licence: that of the text, as it was given.
         options: all options, by name.
@@ -129,7 +129,7 @@ def _origin(facts: PretrainingFacts) -> str:
     base = portable(facts.base)
     if facts.small is not None:
         return f"The small language model `{portable(facts.small)}` under the head of `{base}`, trained on text."
-    return f"A small language model cut from `{base}`, with the base's head, trained on text."
+    return f"A small language model made of layers of `{base}`, with its head, trained on text."
 
 
 def _data(facts: PretrainingFacts) -> str:

@@ -56,10 +56,10 @@ class Objective:
 class Student(nn.Module):
     """The shadow of a base as a language model of its own.
 
-    Its state dict holds what is trained, and the frozen table of embeddings of a cut that has its own.
+    Its state dict holds what is trained, and the frozen table of embeddings of a narrower shadow that has its own.
 
     Args:
-        model: a base with its shadow, see `cut`.
+        model: a base with its shadow, see `shadows`.
         objective: what the shadow learns. In evaluation the loss is the cross entropy, whatever it learns.
         cache: the base's most likely tokens of the blocks, already computed.
     """

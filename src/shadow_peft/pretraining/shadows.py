@@ -1,8 +1,8 @@
-"""A shadow to pretrain, beside the base that it is for: layers cut out of the base, or a small model.
+"""A shadow to pretrain, beside the base that it is for: layers of the base, or a small model.
 
-Embeddings and heads stay frozen. A shadow of another width than the base speaks through a projection: that of a cut comes
-from the directions of the residual stream (`backbone.narrowing`), that of a small model is fitted by least squares, so that
-it starts as the small model itself, as far as that can be.
+Embeddings and heads stay frozen. A shadow of another width than the base reaches the head through a projection: that of an
+implicit shadow comes from the directions of the residual stream (`backbone.narrowing`), that of a small model is fitted by
+least squares, so that it starts as the small model itself, as far as that can be.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ class SmallShadow:
     fit: Reconstruction | None
 
 
-def cut_shadow(base: PreTrainedModel, cut: ShadowConfig, seed: int = 0, text: Iterable[Tensor] = ()) -> ShadowPeftModel:
-    """A base with a shadow cut from it, of which the shadow alone is trained.
+def implicit_shadow(
+    base: PreTrainedModel, config: ShadowConfig, seed: int = 0, text: Iterable[Tensor] = ()
+) -> ShadowPeftModel:
+    """A base with a shadow made of its own layers, of which the shadow alone is trained.
 
     Args:
         base: a causal language model.
-        cut: which layers, how many neurons and heads, how wide; see `backbone.implicit`. Where `shadow_init` is "base", the
-            layers' weights are the base's, those of a narrower shadow projected.
+        config: which layers, how many neurons and heads, how wide; see `backbone.implicit`. Where `shadow_init` is "base",
+            the layers' weights are the base's, those of a narrower shadow projected.
         seed: of weights that are not copied.
         text: tokens `[B, T]`, on which the directions of a narrower shadow are found.
 
@@ -67,14 +69,14 @@ def cut_shadow(base: PreTrainedModel, cut: ShadowConfig, seed: int = 0, text: It
     """
     _require_head(base)
     torch.manual_seed(seed)
-    narrow = cut.shadow_hidden_size not in (None, find_decoder(base).hidden_size)
-    projected = narrow and cut.shadow_init == "base"
-    model = ShadowPeftModel(base, cut, init_from_base=not projected)
+    narrow = config.shadow_hidden_size not in (None, find_decoder(base).hidden_size)
+    projected = narrow and config.shadow_init == "base"
+    model = ShadowPeftModel(base, config, init_from_base=not projected)
     if projected:
-        assert cut.shadow_hidden_size is not None
+        assert config.shadow_hidden_size is not None
         assert isinstance(model.shadow_hidden_projection, nn.Linear)
-        basis = main_directions(_states(base, text), cut.shadow_hidden_size)
-        init_narrow(model.shadow_model, model.shadow_hidden_projection, model.decoder, cut, basis.cpu())
+        basis = main_directions(_states(base, text), config.shadow_hidden_size)
+        init_narrow(model.shadow_model, model.shadow_hidden_projection, model.decoder, config, basis.cpu())
         model.shadow_model.get_input_embeddings().requires_grad_(False)
     return _alone(model)
 
