@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -104,6 +105,21 @@ def test_scores_and_logits_of_every_place() -> None:
     drafted, plain = (model.generate(**batch, **LONG, **wanted, **how) for how in (DRAFT, {}))
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.stack(drafted[name]), torch.stack(plain[name]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("are_asked_for", [False, True])
+def test_logits_are_kept_only_where_they_are_asked_for(are_asked_for: bool) -> None:
+    held: list[int] = []
+
+    def count(ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        held.append(sum(t.dim() == 3 and t.shape[0] == 4 and t.shape[-1] == 96 for t in tensors))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model = agreeing("never")
+    settings = {**LONG, **DRAFT, "output_logits": are_asked_for, "return_dict_in_generate": True}
+    model.generate(**padded(), **settings, stopping_criteria=StoppingCriteriaList([count]))
+    assert (held[-1] > held[0]) == are_asked_for, held
 
 
 @pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])

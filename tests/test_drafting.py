@@ -286,3 +286,13 @@ def test_what_cannot_be_drafted_is_said() -> None:
     model.set_inference_mode("shadow_only")
     with pytest.raises(ValueError, match="switched off"):
         model.generate(ids, **LONG, **DRAFT)
+
+
+def test_one_drafter_at_a_time() -> None:
+    model = causal_lm(llama())
+    with pytest.raises(ValueError, match="use_shadow_draft and prompt_lookup_num_tokens exclude each other"):
+        model.generate(tokens(1), max_new_tokens=3, prompt_lookup_num_tokens=2, **DRAFT)
+    with pytest.raises(ValueError, match="use_shadow_draft and assistant_model exclude each other"):
+        model.generate(tokens(1), max_new_tokens=3, assistant_model=llama(num_hidden_layers=1), **DRAFT)
+    with pytest.raises(ValueError, match="works without assistant_ensemble_weight"):
+        model.generate(tokens(2), max_new_tokens=3, assistant_ensemble_weight=0.5, **DRAFT)

@@ -36,6 +36,15 @@ def test_an_argument_keeps_the_adapter_in_the_bases_dtype(dtype: torch.dtype) ->
     ShadowForCausalLM(peft)(tokens(), labels=tokens()).loss.backward()
 
 
+def test_rotary_frequencies_are_not_rounded() -> None:
+    """transformers loads a bfloat16 model with float32 frequencies; so do we, in memory as from a file."""
+    peft = get_shadow_model(llama().to(torch.bfloat16), ShadowConfig(), autocast_adapter_dtype=False)
+    exact = llama().model.rotary_emb.inv_freq
+    for backbone in (peft.shadow_model, ShadowForCausalLM(peft).export_shadow().model):
+        assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
+        assert torch.equal(backbone.rotary_emb.inv_freq, exact)
+
+
 VARIANTS = ["readout", "published", "peft"]
 
 

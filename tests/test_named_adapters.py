@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, ShadowPeftModel
 from shadow_peft.adapter import ShadowAdapter
@@ -175,6 +176,14 @@ def test_the_vocabulary_is_resized_for_all() -> None:
         assert model(torch.tensor([[100, 5]])).shadow_logits.shape[-1] == 104
 
 
+def test_a_trained_head_of_any_adapter_stops_a_resize() -> None:
+    model = several(names=("published",))
+    model.add_adapter("trained", ShadowConfig(modules_to_save=["lm_head"]))
+    assert model.active_adapter == "default"
+    with pytest.raises(ValueError, match="before heads are copied"):
+        model.resize_token_embeddings(104)
+
+
 def test_classifiers_keep_their_own_heads(tmp_path: Path) -> None:
     model = classifier(llama_classifier())
     first = answers(model)
@@ -280,6 +289,22 @@ def test_other_shapes_cannot_be_swapped_in(settings: dict[str, Any], complaint: 
     with pytest.raises(ValueError, match=complaint):
         model.hotswap_adapter(tmp_path)
     assert same(answers(model), before)
+
+
+def test_a_backbone_of_layers_of_another_kind_is_not_swapped_in(tmp_path: Path) -> None:
+    """Gemma's layers attend far or near: the same weights compute something else in a layer of the other kind."""
+
+    def make(base: PreTrainedModel, layers: str) -> ShadowForCausalLM:
+        return causal_lm(base, seed=9, num_shadow_layers=2, shadow_init_layers=layers)
+
+    for layers in ("0,2", "1,3"):
+        make(gemma3(), layers).save_pretrained(tmp_path / layers)
+    make(llama(), "0,2").save_pretrained(tmp_path / "llama")
+    model = make(gemma3(), "1,3")
+    model.hotswap_adapter(tmp_path / "1,3")
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] of the base \(here \[1, 3\]\)"):
+        model.hotswap_adapter(tmp_path / "0,2")
+    make(llama(), "1,3").hotswap_adapter(tmp_path / "llama")  # whose layers are all of one kind
 
 
 def test_another_backbone_is_not_swapped_in(tmp_path: Path) -> None:

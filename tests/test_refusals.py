@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, BertModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
-from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
-from tests.tiny_models import adapted, causal_lm, classifier, llama, qwen3_classifier, tokens
+from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, get_shadow_model
+from tests.tiny_models import adapted, causal_lm, classifier, llama, llama_classifier, qwen3_classifier, tokens
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -120,3 +120,10 @@ def test_outputs_come_in_the_order_of_transformers(make: Callable[..., Any]) -> 
     loss, logits, *_ = model(ids, labels=labels, return_dict=False)
     assert torch.equal(loss, outputs.loss)
     assert torch.equal(logits, outputs.logits)
+
+
+def test_resized_embeddings_reach_the_shadow_of_a_classifier() -> None:
+    model = ShadowForSequenceClassification(adapted(llama_classifier(), shadow_model=llama(5, hidden_size=16)))
+    model.resize_token_embeddings(100)
+    assert model.peft_model.shadow_model.get_input_embeddings().weight.shape[0] == 100
+    assert model(torch.tensor([[99, 3, 98]])).shadow_logits.isfinite().all()

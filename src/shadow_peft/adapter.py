@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from shadow_peft.backbone.cast_weights import with_cast_weights
 from shadow_peft.backbone.explicit import check_vocabularies, prepare_shadow_model, trains_embeddings
 from shadow_peft.backbone.implicit import build_implicit_backbone, master_dtype
+from shadow_peft.backbone.placement import place
 from shadow_peft.backbone.projection import backbone_width, fit_embedding_map, make_projection
 from shadow_peft.backbone.recompute import checkpoint_except_matmuls
 from shadow_peft.backbone.shared_embedding import SharedEmbedding
@@ -153,7 +154,7 @@ class ShadowAdapter(nn.Module):
         """Move the adapter to the device on which the base embeds its tokens."""
         device = execution_device(self.base_model.get_input_embeddings())
         for part in self.parts().values():
-            part.to(device, dtype)
+            place(part, dtype, device)
 
     def parts(self) -> dict[str, nn.Module]:
         """The adapter's own modules by name, without the base, the trained heads and other adapters."""

@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from shadow_peft.backbone.explicit import prepare_shadow_model
+from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjectionConfig
 from shadow_peft.backbone.truncated_config import truncated_config
 from shadow_peft.checkpoint import peft, reading
 from shadow_peft.config import ShadowConfig
 from shadow_peft.model import ShadowPeftModel
 from shadow_peft.storage.files import read_json, write_json
-from shadow_peft.storage.hub import local_directory
 
 SHADOW_FOLDER = "shadow_model"
 
@@ -96,9 +96,11 @@ def load(base: PreTrainedModel, stored: reading.Checkpoint) -> ShadowPeftModel:
 
 def _shadow_at(place: str) -> PreTrainedModel:
     """The backbone that peft takes from a model; a projected one brings its projection along."""
-    directory = local_directory(place)
-    projected = read_json(directory / "config.json").get("model_type") == "causal_lm_with_hidden_projection"
-    return prepare_shadow_model((AutoModelForCausalLM if projected else AutoModel).from_pretrained(directory))
+    try:
+        projected = isinstance(AutoConfig.from_pretrained(place), AutoModelForCausalLMWithHiddenProjectionConfig)
+        return prepare_shadow_model((AutoModelForCausalLM if projected else AutoModel).from_pretrained(place))
+    except OSError as error:
+        raise ValueError(f"The adapter's shadow cannot be loaded from {place!r}: {error}") from error
 
 
 def _is_mirror(model: ShadowPeftModel) -> bool:

@@ -86,6 +86,11 @@ def test_dtype_and_projection(adapter: Path, tmp_path: Path, capsys: pytest.Capt
     kept, folded = tmp_path / "kept", tmp_path / "folded"
     assert main(["export", str(adapter), "--output", str(kept), "--no_fold"]) == 0
     assert type(AutoModelForCausalLM.from_pretrained(kept)).__name__ == "AutoModelForCausalLMWithHiddenProjection"
+    card = (kept / "README.md").read_text()
+    assert "an `AutoModelForCausalLMWithHiddenProjection`, which the package `shadow-peft` brings." in card
+    usage = card.partition("```python\n")[2].partition("```")[0].replace('"kept"', f'"{kept}"')
+    ran = subprocess.run([sys.executable, "-c", usage], capture_output=True, text=True, check=False)
+    assert ran.stdout.startswith("Hello"), ran.stderr
     capsys.readouterr()
     assert main(["export", str(kept), "--output", str(folded)]) == 0
     assert "4 of 4 answers are those of the attached shadow" in capsys.readouterr().out
@@ -120,6 +125,12 @@ def test_folders_are_not_mixed(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     assert "--overwrite replaces it" in mistake(capsys, adapter)
     assert main(["export", str(adapter), "--overwrite"]) == 0
     capsys.readouterr()
+    chats = adapter / "hf" / "additional_chat_templates"
+    chats.mkdir()
+    (chats / "tools.jinja").write_text("{{ messages }}")
+    assert main(["export", str(adapter), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert not chats.exists()
     (adapter / "hf" / "notes").write_text("mine")
     assert "holds notes, which is of no export" in mistake(capsys, adapter, "--overwrite")
     other = tmp_path / "other"

@@ -87,6 +87,10 @@ def test_a_failing_converter_leaves_nothing(
         (["--to", "onnx", "--no_fold"], "--no_fold is for --to hf; onnx needs a stock model"),
         (["--to", "gguf", "--quantize", "int8"], "--quantize is for --to hf, got --to gguf"),
         (["--to", "html", "--page_prompt", "text:"], "--page_prompt needs {} for the typed text"),
+        (["--to", "onnx", "--dtype", "bfloat16"], "--dtype is for --to hf, got --to onnx"),
+        (["--to", "onnx", "--type", "q8_0"], "--type is for --to gguf, got --to onnx"),
+        (["--page_title", "mine"], "--page_title is for --to html, got --to hf"),
+        (["--to", "html", "--timeout", "5"], "--timeout is for the endpoint of a page"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from shadow_peft import ShadowForCausalLM
+from shadow_peft import AutoShadowModelForSequenceClassification, ShadowForCausalLM
 from shadow_peft.cli import loading, main
 from shadow_peft.cli.options import QuantizationOptions
 from tests.cli.test_eval import tasks  # noqa: F401 - a fixture
@@ -143,3 +143,30 @@ def test_help_does_not_speak_of_lora_only(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "Works only with LoRA" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_classifier_answers_on_the_base_that_it_was_trained_on(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need("bitsandbytes 4")
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out, options = tmp_path / "out", ["--task", "classification", "--max_steps", "2", *QUIET, *FLAGS[4]]
+    assert main(["train", "--model", str(base), "--data", str(data), "--output", str(out), *options]) == 0
+    flags = " ".join(FLAGS[4])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f'shadow-peft classify --adapter {out.name} {flags} "Hello"' in card
+    assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True" in card
+    capsys.readouterr()
+    asked = ["classify", "--adapter", str(out), "say 1"]
+    said = []
+    for more in (FLAGS[4], [*FLAGS[4], "--model", str(base)], []):
+        assert main([*asked, *more]) == 0
+        said.append(capsys.readouterr().out)
+    config = BitsAndBytesConfig(**CONFIGS[4])
+    model = AutoShadowModelForSequenceClassification.from_pretrained(out, quantization_config=config).eval()
+    ids = AutoTokenizer.from_pretrained(out)("say 1", return_tensors="pt")["input_ids"]
+    chance = model(ids).logits[0].float().softmax(-1).max()
+    assert said[0] == said[1]
+    assert f"{float(chance):.1%}" in said[0]

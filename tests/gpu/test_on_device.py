@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
-from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model, prepare_shadow_model
 from tests.quantized_bases import need, save_base, settings
 from tests.tiny_models import causal_lm, llama, tokens, with_nonzero_weights
 
@@ -172,3 +172,20 @@ def test_saved_here_loads_anywhere(device: str, tmp_path: Path) -> None:
 def test_the_adapter_follows_the_bases_device(device: str) -> None:
     model = causal_lm(llama().to(device))
     assert {p.device.type for p in model.parameters()} == {device}
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_shadow_is_exported_where_it_is(device: str, fold: bool, tied: bool) -> None:
+    backbone = prepare_shadow_model(llama(2, num_hidden_layers=2), remove_embed_tokens=True)
+    peft = get_shadow_model(llama(tie_word_embeddings=tied), ShadowConfig(), shadow_model=backbone)
+    model, ids = ShadowForCausalLM(peft).eval().to(device), tokens(2, 9).to(device)
+    exported = model.export_shadow(fold=fold)
+    assert exported.device.type == device
+    torch.testing.assert_close(exported(ids).logits, model(ids).shadow_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projected_shadow_is_folded_where_it_is(device: str) -> None:
+    model, ids = ShadowForCausalLM(get_shadow_model(llama(), ShadowConfig(shadow_hidden_size=16))), tokens(2, 9).to(device)
+    folded = model.eval().to(device).export_shadow(fold=True)
+    torch.testing.assert_close(folded(ids).logits, model(ids).shadow_logits, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel
+from shadow_peft.storage.hub import local_directory
 from tests.hub.fake import FakeHub, Repository, connected, running
 from tests.test_atomic_save import stop_after_commit
 from tests.test_base_adapters import shadowed, with_lora
@@ -216,3 +217,10 @@ def test_the_example_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "you/my-shadow@v1 gives the same logits" in run.stdout
     assert hub.repositories["you/my-shadow"].private
+
+
+def test_a_calibration_beside_an_adapter_is_fetched(hub: FakeHub) -> None:
+    causal_lm(llama()).push_to_hub("org/shadow", token=TOKEN)
+    repository = hub.repositories["org/shadow"]
+    repository.commit("main", {**repository.commits[repository.branches["main"]], "cascade.json": b"{}"})
+    assert (local_directory("org/shadow") / "cascade.json").read_bytes() == b"{}"

@@ -138,3 +138,15 @@ def test_named_layers_are_cut() -> None:
         assert torch.equal(model.shadow_model.layers[new].mlp.up_proj.weight, base.model.layers[old].mlp.up_proj.weight)
     with pytest.raises(ValueError, match="names layer 4, but the base's layers are 0 to 3"):
         implicit_shadow(base, ShadowConfig(num_shadow_layers=2, shadow_init="base", shadow_init_layers="1,4"))
+
+
+def test_the_own_head_of_a_small_model_goes_where_the_student_goes() -> None:
+    """Its untied head is no part of the student, and learning from it needs both in one place."""
+    made = small_shadow(llama(), qwen3(hidden_size=16, tie_word_embeddings=False))
+    student = (
+        AlignedStudent(made.model, Objective(next_token=0.0, distillation=1.0), made.own_head).to(torch.float64).train()
+    )
+    loss = student(tokens())["loss"]
+    assert loss.dtype == torch.float64
+    loss.backward()
+    assert not [name for name in student.state_dict() if "lm_head" in name]

@@ -102,6 +102,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"echo": True}, 400, "echo"),
     ({"logprobs": 3}, 400, "logprobs"),
     ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 1, "99999999": 1}}, 400, "logit_bias names a token that the model does not have; it has 96"),
     ({"generation_config": "{}"}, 400, "generation_config"),
     ({"no_such_field": 1}, 400, "no_such_field"),
     ({"instructions": "x"}, 422, "instructions"),
@@ -114,6 +115,14 @@ def test_what_cannot_be_honoured_is_refused(change: dict[str, Any], status: int,
     response = http.post("/v1/completions", json={**GOOD, **change})
     assert response.status_code == status
     assert said in response.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_taken(http: httpx2.Client) -> None:
+    plain = http.post("/v1/completions", json=GOOD).json()["choices"][0]["text"]
+    for change in ({"logit_bias": {}}, {"temperature": 1e-40}, {"temperature": 1e-5}):
+        response = http.post("/v1/completions", json={**GOOD, **change})
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["text"] == plain
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from shadow_peft import ShadowCascade, ShadowForCausalLM
 from shadow_peft.cascade.calibration import Calibration, Promise
@@ -19,12 +21,14 @@ from shadow_peft.cascade.scorer import Scorer
 from shadow_peft.cascade.storage import save_calibration
 from tests.serving.conftest import ADAPTERS, base, chat_tokenizer, client, running
 from tests.serving.test_answers import alone
+from tests.tiny_models import causal_lm, gpt2
 
 pytest.importorskip("fastapi")
 from shadow_peft.generation.batched import BatchedDrafting
 from shadow_peft.serving.app import build_app
+from shadow_peft.serving.decoding import Decoder
 from shadow_peft.serving.limits import Limits
-from shadow_peft.serving.routes import load_served
+from shadow_peft.serving.routes import ServedModels, context_of, load_served
 
 PROMPTS = ["put the red box", "go", "open the door", "stop", "left", "and right"]
 
@@ -106,3 +110,17 @@ def test_penalties_and_biases_are_each_rows_own(stored: dict[str, Path]) -> None
     settings: list[dict[str, Any]] = [{}, {"frequency_penalty": 0.9}, {"logit_bias": {str(biased): 5.0}}]
     with connected(stored) as api, ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda s: ask(api, "one", PROMPTS[0], **s), settings)) == wanted
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_row_that_has_ended_stays_within_the_table_of_positions(draft: bool) -> None:
+    """A long prompt with a short answer, and a short prompt with a long one: together they would pass the context."""
+    model = causal_lm(gpt2())
+    served = ServedModels(model.eval(), chat_tokenizer(), ["default"])
+    context = context_of(model)
+    decoder, sizes = Decoder(served, draft), ((context - 3, 2), (2, context // 2), (4, context // 2))
+    configs = [GenerationConfig(max_new_tokens=new, do_sample=False) for _, new in sizes]
+    route, pairs = served.route("default"), zip(sizes, configs, strict=True)
+    waiting: list[Any] = [SimpleNamespace(route=route, prompt=[5] * n, config=config) for (n, _), config in pairs]
+    assert decoder.together(waiting, 8) == waiting[:1]
+    assert decoder.together(waiting[1:], 8) == waiting[1:]

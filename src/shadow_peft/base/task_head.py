@@ -114,6 +114,10 @@ class TaskHead:
         linear = None if torch.is_grad_enabled() else self.linear_for(h)
         return self._logits(h) if linear is None else F.linear(h.to(linear[0].dtype), *linear)
 
+    def apply_to_modules(self, *args: Any, **kwargs: Any) -> None:
+        """What `nn.Module.to` does to its parts, for the modules of the head; they are those of its base."""
+        self._view._apply(*args, **kwargs)
+
     def _logits(self, h: Tensor) -> Tensor:
         dtype = self._output.weight.dtype
         h = h.to(dtype) if dtype.is_floating_point else h

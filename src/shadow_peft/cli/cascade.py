@@ -121,7 +121,7 @@ def load_classes(
     """
     if options.adapter is None:
         place = str(options.model)
-        return load_classifier(place, dtype=options.dtype), load_tokenizer(place)
+        return load_classifier(place, quantization, dtype=options.dtype), load_tokenizer(place)
     tokenizer = load_tokenizer(options.adapter, options.model or named_base(options.adapter))
     return load_adapted_classifier(options.adapter, options.model, quantization, dtype=options.dtype), tokenizer
 

@@ -33,18 +33,18 @@ def is_classifier(model: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
-def load_classifier(model: str, **kwargs: Any) -> PreTrainedModel:
+def load_classifier(model: str, quantization: QuantizationOptions | None = None, **kwargs: Any) -> PreTrainedModel:
     """A classifier, in eval mode.
+
+    Args:
+        model: folder or hub id.
+        quantization: options that `check_quantization` has let pass; None quantizes nothing.
+        kwargs: go to `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    check_place(model)
-    try:
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
-    except Exception as error:  # of a damaged folder it may be of any type
-        raise UserError(f"cannot load a classifier from {model!r}: {one_line(error)}") from error
-    return loaded.eval()
+    return load_base(model, quantization or QuantizationOptions(), AutoModelForSequenceClassification, **kwargs).eval()
 
 
 def load_adapted_classifier(
@@ -63,7 +63,6 @@ def load_adapted_classifier(
     """
     name = named_base(adapter) if model is None else model
     settings = classifier_settings(_stored(adapter)) | kwargs
-    check_place(name)
     base = load_base(name, quantization or QuantizationOptions(), AutoModelForSequenceClassification, **settings)
     try:
         return ShadowForSequenceClassification.from_pretrained(base, adapter).eval()

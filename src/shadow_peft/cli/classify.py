@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadow_peft.cli.classifiers import load_adapted_classifier, load_classifier
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import load_tokenizer, named_base
-from shadow_peft.cli.options import OPTIONS, ClassifyOptions
+from shadow_peft.cli.loading import check_quantization, load_tokenizer, named_base
+from shadow_peft.cli.options import OPTIONS, ClassifyOptions, QuantizationOptions
 from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 
@@ -27,9 +27,10 @@ EXAMPLES = """examples:
 
 def run(arguments: list[str]) -> None:
     """Parse the options, load the classifier and print one line per text."""
-    options, others = parse(make_classify_parser(), arguments)
+    options, quantization, others = parse(make_classify_parser(), arguments)
+    check_quantization(quantization)
     with quiet_libraries():
-        model, tokenizer = _load(options)
+        model, tokenizer = _load(options, quantization)
         for text in others.text:
             name, probability = classified(model, tokenizer, text.replace("\\n", "\n"))
             print(f"{name}  {probability:.1%}", flush=True)
@@ -42,16 +43,16 @@ def make_classify_parser() -> VerbParser:
     return parser
 
 
-def _load(options: ClassifyOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(options: ClassifyOptions, quantization: QuantizationOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier, and its tokenizer.
 
     Raises:
         UserError: it cannot be loaded.
     """
     if options.adapter is None:
-        return load_classifier(str(options.model), dtype=options.dtype), load_tokenizer(options.model)
-    tokenizer = load_tokenizer(options.adapter, named_base(options.adapter))
-    model = load_adapted_classifier(options.adapter, dtype=options.dtype)
+        return load_classifier(str(options.model), quantization, dtype=options.dtype), load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.adapter, options.model or named_base(options.adapter))
+    model = load_adapted_classifier(options.adapter, options.model, quantization, dtype=options.dtype)
     if options.shadow_only:
         model.set_inference_mode("shadow_only")
     return model, tokenizer

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from shadow_peft.backbone.placement import place
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.cli.classifiers import adapts_classifier, load_adapted_classifier
 from shadow_peft.cli.errors import UserError, one_line
@@ -124,7 +125,7 @@ def detached(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
     except ValueError as error:
         keep = "; --no_fold keeps the projection apart" if options.fold else ""
         raise UserError(f"cannot export this shadow: {one_line(error)}{keep}") from error
-    exported = exported if options.dtype == "auto" else exported.to(getattr(torch, options.dtype))
+    exported = exported if options.dtype == "auto" else place(exported, getattr(torch, options.dtype))
     if options.quantize == "none":
         return exported
     try:

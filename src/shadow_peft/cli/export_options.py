@@ -9,6 +9,9 @@ from typing import Literal
 
 from shadow_peft.cli.ranges import Dtype, require
 
+_OF_ONE_FORMAT = {"type": "gguf", "dtype": "hf", "page_title": "html", "page_about": "html", "page_prompt": "html"}
+"""Option -> the format that it is for."""
+
 LONGEST_TIMEOUT = 3600
 """Seconds that a page waits for an answer, at most."""
 
@@ -40,7 +43,9 @@ class ExportOptions:
             "help": "Multiply the projection of a shadow of another width into its head, so that it is a stock model."
         },
     )
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the weights; auto is the one they were trained in."})
+    dtype: Dtype = field(
+        default="auto", metadata={"help": "dtype of the weights of an hf folder; auto is the one they were trained in."}
+    )
     check: str | None = field(
         default=None, metadata={"help": "JSON lines with prompt, messages or text to compare answers on; by default a few."}
     )
@@ -74,6 +79,9 @@ class ExportOptions:
             raise ValueError(f"--quantize is for --to hf, got --to {self.to}")
         if not self.fold and self.to != "hf":
             raise ValueError(f"--no_fold is for --to hf; {self.to} needs a stock model")
+        for name, format in _OF_ONE_FORMAT.items():
+            if self.to != format and getattr(self, name) != ExportOptions.__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} is for --to {format}, got --to {self.to}")
         self._check_remote()
 
     def _check_remote(self) -> None:
@@ -82,6 +90,8 @@ class ExportOptions:
         if self.remote_url is None:
             if self.threshold is not None:
                 raise ValueError("--threshold says when the page asks; add --remote_url and --remote_model")
+            if self.timeout != ExportOptions.timeout:
+                raise ValueError("--timeout is for the endpoint of a page; add --remote_url and --remote_model")
             return
         if self.to != "html":
             raise ValueError(f"--remote_url is for --to html, got --to {self.to}")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -35,13 +36,14 @@ def load_model(name: str, auto_class: Any = AutoModelForCausalLM, **kwargs: Any)
     """Load a model, by default a causal language model, from a folder or the hub; `kwargs` go to `from_pretrained`.
 
     Raises:
-        UserError: there is no such model, or it is no causal language model.
+        UserError: there is no such model, or it is of another kind.
     """
     check_place(name)
     try:
         model: PreTrainedModel = auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # of a damaged folder it may be of any type
-        raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
+        kind = "classifier" if auto_class is AutoModelForSequenceClassification else "causal language model"
+        raise UserError(f"cannot load a {kind} from {name!r}: {one_line(error)}") from error
     return model
 
 
@@ -158,7 +160,7 @@ def check_quantization(options: Any) -> None:
 
 
 def quantization_flags(options: Any) -> str:
-    """The options that quantize a base as TRL's `ModelConfig` says, as `generate` and `eval` take them; empty if none do."""
+    """The options that quantize a base as TRL's `ModelConfig` says, as the verbs that answer take them; empty if none do."""
     flags = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant") if getattr(options, name)]
     if options.load_in_4bit and options.bnb_4bit_quant_type != "nf4":
         flags.append(f"--bnb_4bit_quant_type {options.bnb_4bit_quant_type}")
@@ -175,7 +177,7 @@ def load_base(name: str, options: Any, auto_class: Any = AutoModelForCausalLM, *
         kwargs: go to `from_pretrained`, `dtype` among them. 4 bit weights compute in it; "auto" is the checkpoint's.
 
     Raises:
-        UserError: if there is no such model, or it is no causal language model.
+        UserError: there is no such model, or it is of another kind.
     """
     if options.load_in_8bit:
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

@@ -65,7 +65,7 @@ class TrainOptions:
     shadow_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
     shadow_learning_rate_scale: float = field(
         default=1.0,
-        metadata={"help": "Learning rate of the backbone divided by --learning_rate; about 0.05 for a pretrained one."},
+        metadata={"help": "Backbone's learning rate as a multiple of --learning_rate; for a pretrained one try 1 and 0.3."},
     )
     distillation_weight: float = field(
         default=0.0,
@@ -133,23 +133,26 @@ class GenerateOptions:
 class ClassifyOptions:
     """Options of `shadow-peft classify`."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or hub id of a classifier, such as an exported one."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a classifier, such as an exported one; with --adapter, of its base."},
+    )
     adapter: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of a shadow adapter, which names its base."}
+        default=None, metadata={"help": "Folder or hub id of a shadow adapter; it names its base, --model overrides it."}
     )
     shadow_only: bool = field(default=False, metadata={"help": "The shadow alone answers; no layer of the base runs."})
     dtype: Dtype = field(default="auto", metadata={"help": "dtype of the base; auto is that of its file."})
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.adapter is None):
-            raise ValueError("give --model or --adapter, one of them")
+        if self.model is None and self.adapter is None:
+            raise ValueError("give --model, --adapter, or both")
         if self.shadow_only and self.adapter is None:
             raise ValueError("--shadow_only needs --adapter: a bare model has no shadow")
 
 
 @dataclass
 class QuantizationOptions:
-    """How `generate` and `eval` quantize a base; names and defaults as in TRL's `ModelConfig`, which `train` takes."""
+    """How the verbs that answer quantize a base; names and defaults as in TRL's `ModelConfig`, which `train` takes."""
 
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base to 4 bits, by bitsandbytes."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base to 8 bits, by bitsandbytes."})
@@ -242,7 +245,7 @@ OPTIONS: dict[str, list[type]] = {
     "train": [TrainOptions, TemplateOptions, ShadowConfig],
     "pretrain": [PretrainOptions],
     "generate": [GenerateOptions, SamplingOptions, QuantizationOptions],
-    "classify": [ClassifyOptions],
+    "classify": [ClassifyOptions, QuantizationOptions],
     "eval": [EvalOptions, QuantizationOptions],
     "cascade": [CascadeOptions, SamplingOptions, QuantizationOptions],
     "serve": [ServeOptions, QuantizationOptions],

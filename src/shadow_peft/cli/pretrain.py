@@ -79,7 +79,9 @@ def _pretrain(options: PretrainOptions, checkpoint: Path | None, arguments: list
         raise UserError(one_line(error)) from error
     progress = TrainingProgress(screen, partial(_head, options, trainer, fit), bars=True)
     trainer.add_callback(progress)
-    store_options(output, asdict(options))
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        store_options(output, asdict(options))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -88,8 +90,10 @@ def _pretrain(options: PretrainOptions, checkpoint: Path | None, arguments: list
         progress.close()
     seconds = trainer.seconds()
     evaluation = trainer.evaluate()
-    save_finished(student, tokenizer, output, options.include_embeddings)
-    write_report(output, _facts(options, trainer, arguments, seconds, fit), trainer.state.log_history)
+    if is_main:
+        save_finished(student, tokenizer, output, options.include_embeddings)
+        write_report(output, _facts(options, trainer, arguments, seconds, fit), trainer.state.log_history)
+    trainer.accelerator.wait_for_everyone()
     screen.panel("done", _tail(output, seconds, evaluation))
     screen.command("use it", next_command(options.model, options.output, shares_embeddings(student.model)))
 
@@ -100,7 +104,8 @@ def _student(
     """What is trained, and how well the projection of a small model was fitted."""
     if options.small is None:
         text = (torch.tensor([row["input_ids"]]) for row in stream.take(TEXT_OF_DIRECTIONS))
-        student, fit = Student(implicit_shadow(base, _cut(options), options.seed, text), _objective(options)), None
+        model = implicit_shadow(base, _implicit_config(options), options.seed, text)
+        student, fit = Student(model, _objective(options)), None
     else:
         small = load_complete(options.small, may_lack_embeddings=options.share_embeddings, dtype=options.dtype)
         known = small.get_input_embeddings().weight.shape[0]
@@ -178,7 +183,7 @@ def _checkpoint(options: PretrainOptions) -> Path | None:
     return newest_checkpoint(output)
 
 
-def _cut(options: PretrainOptions) -> ShadowConfig:
+def _implicit_config(options: PretrainOptions) -> ShadowConfig:
     return ShadowConfig(
         num_shadow_layers=options.num_shadow_layers,
         shadow_init=options.shadow_init,

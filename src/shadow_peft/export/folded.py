@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from shadow_peft.backbone.placement import place
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.base.decoder import find_decoder
 from shadow_peft.base.task_head import path_of
@@ -65,13 +66,14 @@ def stock_causal_lm(backbone: PreTrainedModel, weight: Tensor, bias: Tensor | No
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone.config), None)
     if stock is None:
         raise CannotFold(f"transformers has no causal language model of the architecture {backbone.config.model_type!r}")
+    weight, bias = weight.to(backbone.device), None if bias is None else bias.to(backbone.device)
     exported = _with_weights(stock, backbone, rows=weight.shape[0], cap=cap)
     form = measure_head(exported, find_decoder(exported, min_layers=1))
     if form.cap != cap:
         raise CannotFold(f"{stock.__name__} caps its logits at {form.cap}, which are to be capped at {cap}")
     _set_head(exported, weight / form.scale, bias, form)
+    place(exported, backbone.dtype, backbone.device).eval()
     _tie_if_equal(exported)
-    exported.to(backbone.device, backbone.dtype).eval()
     _require_logits(exported, backbone, weight, bias, cap)
     return exported
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
+from shadow_peft.base.quantization import quantization_method
 from shadow_peft.storage.atomic import all_or_none
 
 CARD = "README.md"
@@ -22,7 +24,7 @@ MARK = "shadow-peft export"
 _PACKAGES = ("shadow-peft", "torch", "transformers")
 _WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
-    r"|tokenizer\.model|chat_template\.jinja|model\b.*\.safetensors(\.index\.json)?|README\.md"
+    r"|(tokenizer|spiece)\.model|additional_chat_templates|chat_template\.jinja|model\b.*\.safetensors(\.index\.json)?|README\.md"
     r"|model-\w+\.gguf|model\.onnx(_data)?|openvino_model\.(xml|bin)|model\.(pte|html)|export\.json"
 )
 
@@ -98,22 +100,38 @@ def card(model: PreTrainedModel, origin: Origin, name: str, usage: str | None = 
         **{package: version(package) for package in _PACKAGES},
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)])
-    form = "; no other package is needed." if to == "hf" else f", exported to {to}."
+    form = _needs(model) if to == "hf" else f"It is a stock `{type(model).__name__}` of transformers, exported to {to}."
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {f'Shadow of {base_name}' if base_name else name}\n\n"
         f"A small model that was trained as the shadow of {f'`{base_name}`' if base_name else 'a larger one'} by ShadowPEFT "
-        f"and detached from it. It is a stock `{type(model).__name__}` of transformers{form}\n\n"
-        f"## Use\n\n{usage or _usage(is_classifier, name)}\n\n"
+        f"and detached from it. {form}\n\n"
+        f"## Use\n\n{usage or _usage(is_classifier, name, _is_projected(model))}\n\n"
         f"## Provenance\n\nMade by `{MARK} {adapter}{'' if to == 'hf' else f' --to {to}'}`.\n\n{table}\n"
     )
 
 
-def _usage(is_classifier: bool, name: str) -> str:
+def _is_projected(model: PreTrainedModel) -> bool:
+    return isinstance(model, AutoModelForCausalLMWithHiddenProjection)
+
+
+def _needs(model: PreTrainedModel) -> str:
+    """What a folder of transformers is, and what loading it needs."""
+    kind = type(model).__name__
+    if _is_projected(model):
+        return f"It is an `{kind}`, which the package `shadow-peft` brings."
+    method = quantization_method(model)
+    if method is None:
+        return f"It is a stock `{kind}` of transformers; no other package is needed."
+    return f"It is a stock `{kind}` of transformers, quantized: loading it needs the package `{method}`."
+
+
+def _usage(is_classifier: bool, name: str, is_projected: bool) -> str:
+    package = "import shadow_peft  # brings the class\n" if is_projected else ""
     auto, ending = ("AutoModelForCausalLM", _GENERATE)
     if is_classifier:
         auto, ending = ("AutoModelForSequenceClassification", _CLASSIFY)
     return f"""```python
-from transformers import {auto}, AutoTokenizer
+{package}from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = {auto}.from_pretrained("{name}")

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.dequantize import dequantized_view, float_copy
 from shadow_peft.backbone.implicit import materialized, own_tensors
+from shadow_peft.backbone.placement import place
 from shadow_peft.backbone.projected_lm import (
     AutoModelForCausalLMWithHiddenProjection,
     AutoModelForCausalLMWithHiddenProjectionConfig,
@@ -62,7 +63,7 @@ def build_standalone_model(model: ShadowAdapter, folded: bool = False) -> PreTra
         if module is not None:
             module.requires_grad_(False)
     exported.generation_config = copy.deepcopy(getattr(model.base_model, "generation_config", None))
-    return exported.to(model.shadow_model.device, model.shadow_model.dtype).eval()
+    return place(exported, model.shadow_model.dtype, model.shadow_model.device).eval()
 
 
 def _require_loadable(config: PreTrainedConfig) -> None:
@@ -145,7 +146,7 @@ def _complete_backbone(model: ShadowAdapter) -> PreTrainedModel:
             backbone.set_submodule(path, module.materialize())
     if input_embeddings(backbone) is None:
         _restore_embeddings(backbone, model)
-    return backbone.to(model.shadow_model.dtype)
+    return place(backbone, model.shadow_model.dtype)
 
 
 def _explicit_classifier(model: ShadowAdapter) -> PreTrainedModel:

@@ -236,7 +236,9 @@ class BatchedDrafting:
             draft = Draft.empty(len(processed), processed.shape[-1], processed.device)
         accepted, token = accept(draft, processed, bool(self._config.do_sample))
         texts.put(token, accepted)
-        self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, processed, logits))
+        asked = self._config.output_scores, self._config.output_logits
+        scores, raw = (kept if is_asked else None for kept, is_asked in zip((processed, logits), asked, strict=True))
+        self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, scores, raw))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
         drafting, kept = self.going_on, taken - 1
@@ -288,7 +290,8 @@ class BatchedDrafting:
     def _columns(self, name: str, length: int) -> tuple[Tensor, ...]:
         """Scores or logits `[B, V]` of every written place; zero where a row had ended."""
         first = int(self._written[0].lengths[0])
-        whole = self._written[0].logits.new_zeros(len(self._ends), length - first, self._written[0].logits.shape[-1])
+        like = getattr(self._written[0], name)
+        whole = like.new_zeros(len(self._ends), length - first, like.shape[-1])
         for written in self._written:
             for row, (start, count) in enumerate(zip(written.lengths.tolist(), written.counts.tolist(), strict=True)):
                 kept = max(0, min(start + count, length) - start)
@@ -298,12 +301,15 @@ class BatchedDrafting:
 
 @dataclass(frozen=True)
 class DecodedStep:
-    """What one pass wrote: from each row's length `[B]` on `counts` `[B]` tokens, with scores and logits `[B, k + 1, V]`."""
+    """What one pass wrote: from each row's length `[B]` on `counts` `[B]` tokens.
+
+    Scores and logits `[B, k + 1, V]` are kept where the config asks for them, for they take most of the memory.
+    """
 
     lengths: Tensor
     counts: Tensor
-    scores: Tensor
-    logits: Tensor
+    scores: Tensor | None
+    logits: Tensor | None
 
 
 def require_shiftable(cache: Any) -> ShadowCache:

@@ -30,6 +30,8 @@ from shadow_peft.multi_adapter.row_caches import RowCaches
 from shadow_peft.outputs import InferenceMode
 
 _NAMES = "adapter_names"
+_OTHER_DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options that ask transformers for another drafter."""
 """What travels with a generation whose rows belong to different adapters."""
 
 
@@ -198,6 +200,10 @@ class ShadowGenerationMixin(GenerationMixin):
         prepared.assistant_vocab_size = next(iter(given[VOCABULARY_SIZE]), DEFAULT_VOCABULARY_SIZE)
         if prepared.assistant_vocab_size < 0:
             raise ValueError(f"{VOCABULARY_SIZE} must be 0 or a number of tokens, got {prepared.assistant_vocab_size}.")
+        if getattr(prepared, SWITCH, None):
+            for other in _OTHER_DRAFTERS:
+                if getattr(prepared, other, None) is not None:
+                    raise ValueError(f"use_shadow_draft and {other} exclude each other: one drafter at a time.")
         guided = prepared.guidance_scale not in (None, 1)
         if guided and getattr(prepared, SWITCH, None):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")
@@ -222,6 +228,8 @@ class ShadowGenerationMixin(GenerationMixin):
             bare = set(kwargs.get(_NAMES) or ()) == {BASE}
             if self.inference_mode == "shadow_only" or bare or not self.peft_model.attachment.enabled:
                 raise ValueError("use_shadow_draft needs base and shadow together; one of them is switched off.")
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError("use_shadow_draft and assistant_model exclude each other: one drafter at a time.")
             generation_config.stopping_criteria, generation_config.statistics = stopping_criteria, DraftStatistics()
             if input_ids.shape[0] > 1:
                 return self._drafted_batch(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
@@ -244,8 +252,10 @@ class ShadowGenerationMixin(GenerationMixin):
         """Drafting for several rows, see `generation.batched`; transformers' assisted generation takes one.
 
         Raises:
-            ValueError: a streamer, or ranks that decode in step.
+            ValueError: a streamer, ranks that decode in step, or an ensemble of drafter and base.
         """
+        if generation_config.assistant_ensemble_weight is not None:
+            raise ValueError("A batch that drafts works without assistant_ensemble_weight; generate row by row.")
         if streamer is not None or synced_gpus:
             raise ValueError("A batch that drafts works without streamer and without synced_gpus.")
         for unused in ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "uncached_tokens"):

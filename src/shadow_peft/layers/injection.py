@@ -48,7 +48,7 @@ def mask_width(down: Tensor, dropout_before_down: bool) -> int:
 
 
 def thin_product(difference: Tensor, down: Tensor, mask: Tensor | None, dropout: float, dropout_before_down: bool) -> Tensor:
-    """z `[N, r]` of h - s `[N, d]`; `keep` is what dropout keeps, `[N, d]` with `dropout_before_down` and else `[N, r]`."""
+    """z `[N, r]` of h - s `[N, d]`; `mask` is what dropout keeps, `[N, d]` with `dropout_before_down` and else `[N, r]`."""
     if dropout_before_down:
         return apply_mask(difference, mask, dropout) @ down
     return apply_mask(difference @ down, mask, dropout)

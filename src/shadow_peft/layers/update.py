@@ -105,11 +105,11 @@ class StackedUpdateWeights(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> list[UpdateWeights]:
         """The weights of every layer in the dtype of the computation, with one cast and one split for all layers."""
-        return _rows({name: cast(decoder, dtype) for name, decoder in self.named_parameters()})
+        return _rows({name: cast(stack, dtype) for name, stack in self.named_parameters()})
 
     def views(self) -> list[UpdateWeights]:
         """The weights of every layer as detached views of the parameters."""
-        return _rows({name: decoder.detach() for name, decoder in self.named_parameters()})
+        return _rows({name: stack.detach() for name, stack in self.named_parameters()})
 
 
 class ShadowUpdateModel(nn.Module):
@@ -151,7 +151,7 @@ class ShadowUpdateModel(nn.Module):
 
 
 def _rows(stacks: dict[str, Tensor]) -> list[UpdateWeights]:
-    columns = {name: decoder.unbind(0) for name, decoder in stacks.items()}
+    columns = {name: stack.unbind(0) for name, stack in stacks.items()}
     return [UpdateWeights(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 

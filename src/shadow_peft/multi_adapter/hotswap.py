@@ -6,6 +6,8 @@ from typing import Any
 
 from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.backbone.explicit import registered_config
+from shadow_peft.backbone.shared_embedding import SharedEmbedding
+from shadow_peft.backbone.truncated_config import selected_layers, truncated_config
 from shadow_peft.checkpoint.reading import Checkpoint
 
 _FIXED = (
@@ -26,10 +28,23 @@ def check_swappable(adapter: ShadowAdapter, stored: Checkpoint) -> None:
     """
     fixed = {name: (getattr(stored.config, name), getattr(adapter.shadow_config, name)) for name in _FIXED}
     differing = [f"{name} {new!r} (here {old!r})" for name, (new, old) in fixed.items() if new != old]
+    differing += _layer_differences(adapter, stored)
     if stored.provenance:  # files of the published packages do not tell the kind of shadow
         differing += _backbone_differences(adapter, stored.provenance.get("shadow_model_config"))
     if differing:
         raise ValueError(f"{stored.directory} cannot be swapped in: {', '.join(differing)}.")
+
+
+def _layer_differences(adapter: ShadowAdapter, stored: Checkpoint) -> list[str]:
+    """Base layers that the backbones correspond to, where an implicit one computes something else for other layers."""
+    if not adapter.has_implicit_shadow:
+        return []
+    new, old = (selected_layers(adapter.decoder, config) for config in (stored.config, adapter.shadow_config))
+    configs = [truncated_config(adapter.decoder, config).to_dict() for config in (stored.config, adapter.shadow_config)]
+    reads_part = any(isinstance(m, SharedEmbedding) and m.columns is not None for m in adapter.shadow_model.modules())
+    if new == old or (configs[0] == configs[1] and not reads_part):
+        return []
+    return [f"layers {new} of the base (here {old})"]
 
 
 def _backbone_differences(adapter: ShadowAdapter, stored: dict[str, Any] | None) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shadow_peft.adapter import ShadowAdapter
+from shadow_peft.backbone.placement import place
 
 _GATE = ("gate_down", "gate_up", "gate_bias")
 
@@ -49,7 +50,7 @@ def weighted_adapter(adapters: Sequence[ShadowAdapter], weights: Sequence[float]
     config = replace(configs[0], alpha=1.0, **ranks)
     summed = ShadowAdapter(first.base_model, config, shadow_model=shadow, init_from_base=False)
     for part in summed.parts().values():
-        part.to(dtype)
+        place(part, dtype)
     _fill(summed, adapters, [w * config.alpha for w, config in zip(weights, configs, strict=True)], weights)
     for name, head in first.task_heads.items():
         summed.task_heads[name] = copy.deepcopy(head)

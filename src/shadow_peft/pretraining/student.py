@@ -169,6 +169,11 @@ class AlignedStudent(Student):
         model.shadow_model.requires_grad_(False)
         self._own_head = own_head
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the small model's own head along, which is no part of this module."""
+        self._own_head.apply_to_modules(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
     def _states_and_teacher(self, input_ids: Tensor, index: Tensor | None, distils: bool) -> tuple[Tensor, TopTokens | None]:
         with torch.no_grad():
             own, _ = self.model.backbone_states(_inputs(input_ids))

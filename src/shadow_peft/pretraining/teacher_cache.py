@@ -33,6 +33,9 @@ SHARD = 256
 
 FACTS = "teacher.json"
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a value -> integers of that size."""
+
 
 @dataclass(frozen=True)
 class TeacherFacts:
@@ -50,9 +53,14 @@ class TeacherFacts:
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of names, shapes and sums of a model's weights."""
-    sums = {name: (tuple(p.shape), float(p.detach().sum(dtype=torch.float64))) for name, p in model.named_parameters()}
+    """A digest of names, shapes and bits of a model's weights, the same on every device and with any number of threads."""
+    sums = {name: (tuple(p.shape), _sum_of_bits(p.detach())) for name, p in model.named_parameters()}
     return sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """The sum of a tensor's values read as integers of their size, which no order of adding changes."""
+    return int(tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 class TeacherCache:

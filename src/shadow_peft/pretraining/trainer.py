@@ -14,6 +14,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from shadow_peft.backbone.placement import place
 from shadow_peft.pretraining.student import Student
 
 _TERMS = ("next_token_loss", "distillation_loss")
@@ -152,7 +153,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 def finished(student: Student) -> PreTrainedModel:
     """The trained shadow as a model of its own, with copies of the base's embeddings and head, in the base's dtype."""
     model = student.model
-    return model.export_shadow().to(model.base_model.dtype)
+    return place(model.export_shadow(), model.base_model.dtype)
 
 
 def save_finished(
@@ -164,8 +165,8 @@ def save_finished(
         student: what was trained.
         tokenizer: the base's, written beside a model that has embeddings.
         output: the folder.
-        include_embeddings: False leaves out the base's embedding table and what is tied to it. Such a folder is small; it is
-            a shadow for this base and no model of its own.
+        include_embeddings: False leaves out the embedding table and the head, which are the base's. Such a folder is small;
+            it is a shadow for this base and no model of its own.
     """
     model = finished(student)
     if include_embeddings:

@@ -22,7 +22,7 @@ from transformers import (
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.serving.cascading import answer_by_cascade
 from shadow_peft.serving.requests import Request, Written
-from shadow_peft.serving.routes import ServedModels
+from shadow_peft.serving.routes import ServedModels, context_of
 from shadow_peft.serving.row_text import RowText, cut_at
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -56,12 +56,18 @@ class Decoder:
         return "attached", "drafted"
 
     def together(self, waiting: Sequence[Request], most: int) -> list[Request]:
-        """Of requests of one kind, oldest first, those that make the next batch: adapters must fit into memory at once."""
+        """Of requests of one kind, oldest first, those that make the next batch.
+
+        Adapters must fit into memory at once, and the longest prompt with the longest answer into the context: a row that
+        has ended is fed until the last one ends, and its positions go on.
+        """
         chosen: list[Request] = []
         loaded: set[str] = set()
+        context = context_of(self._served.model)
         for request in waiting[: 4 * most]:
             own = {request.route.adapter} if self._served.takes_room(request.route) else set()
-            if len(chosen) < most and (self._served.room is None or len(loaded | own) <= self._served.room):
+            fits = self._served.room is None or len(loaded | own) <= self._served.room
+            if len(chosen) < most and fits and _longest([*chosen, request]) <= context:
                 chosen.append(request)
                 loaded |= own
         return chosen
@@ -116,7 +122,7 @@ class Decoder:
         ids, mask = padded([request.prompt for request in batch], batch[0].config.pad_token_id or 0, model.device)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=max(int(request.config.max_new_tokens or 1) for request in batch),
+            max_new_tokens=max(map(_most_new, batch)),
             pad_token_id=batch[0].config.pad_token_id,
             eos_token_id=eos_token_id,
         )
@@ -144,7 +150,7 @@ class Row:
         self._text = RowText(tokenizer._tokenizer, request.stops, request.keep_special)
         self._tokens: list[int] = []
         self._eos = eos_of(request.config)
-        self._most = int(request.config.max_new_tokens or 1)
+        self._most = _most_new(request)
         self._done = False
 
     def take(self, token: int) -> bool:
@@ -164,17 +170,24 @@ class Row:
         self._request.finish(finished(self._request, self._tokenizer, self._tokens))
 
 
-def finished(
-    request: Request, tokenizer: PreTrainedTokenizerBase, tokens: list[int], answered_by: str | None = None
-) -> Written:
+def _most_new(request: Request) -> int:
+    return int(request.config.max_new_tokens or 1)
+
+
+def _longest(batch: Sequence[Request]) -> int:
+    """Tokens that the row with the longest prompt has when the longest answer ends."""
+    return max(len(request.prompt) for request in batch) + max(map(_most_new, batch))
+
+
+def finished(request: Request, tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Written:
     """An answer from its tokens, cut before a stop string."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     cut = cut_at(text, request.stops)
     if cut is None:
-        return Written(text, tokens, answered_by)
+        return Written(text, tokens)
     raw: str = tokenizer.decode(tokens)
     kept = raw[: cut_at(raw, request.stops)]
-    return Written(text[:cut], list(tokenizer(kept, add_special_tokens=False)["input_ids"]), answered_by)
+    return Written(text[:cut], list(tokenizer(kept, add_special_tokens=False)["input_ids"]))
 
 
 class RowEnds(StoppingCriteria):

@@ -23,6 +23,8 @@ ANSWERED_BY = "x-shadow-answered-by"
 """Header of an answer of a cascade that is not streamed: who answered."""
 
 MOST_STOPS = 16
+LOWEST_TEMPERATURE = 1e-4
+"""What is below decodes greedily: logits that are divided by less may overflow."""
 LARGEST_SEED = 2**63 - 1
 OF_THE_SHADOW = ("logit_bias", "chat_template_kwargs", "suffix", "tools")
 """Fields that a cascade with a remote model refuses, since they would reach the shadow alone."""
@@ -147,18 +149,24 @@ class CheckedHandler:
     def _build_generation_config(self, body: dict[str, Any], *_: Any, **__: Any) -> GenerationConfig:
         """The config of one request, with its seed.
 
-        A request that names a temperature above 0 or a `top_p` samples; one that names none decodes as the model's own
-        config says. `max_new_tokens` is None where the request leaves the length open.
+        A request that names a temperature above 0 (`LOWEST_TEMPERATURE`) or a `top_p` samples; one that names none decodes
+        as the model's own config says. `max_new_tokens` is None where the request leaves the length open.
+
+        Raises:
+            HTTPException: 400 for a bias of a token that the model does not have.
         """
         defaults = defaults_of(self.model_manager.model, self.model_manager.tokenizer)
         asked = {name: value for name, value in body.items() if name != "seed"}
         config: GenerationConfig = super()._build_generation_config(asked, defaults)  # type: ignore[misc]
         if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & body.keys():
             config.max_new_tokens = None
-        if "logit_bias" in body:
+        if body.get("logit_bias"):
+            tokens = self.model_manager.model.config.get_text_config(decoder=True).vocab_size
+            if max(map(int, body["logit_bias"])) >= tokens:
+                raise HTTPException(400, f"logit_bias names a token that the model does not have; it has {tokens}.")
             config.sequence_bias = [[[int(token)], float(bias)] for token, bias in body["logit_bias"].items()]
         if "temperature" in body or "top_p" in body:
-            config.do_sample = body.get("temperature", 1) > 0
+            config.do_sample = body.get("temperature", 1) >= LOWEST_TEMPERATURE
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         config.max_length, config.num_beams, config.num_return_sequences = None, None, None

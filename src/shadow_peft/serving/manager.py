@@ -21,7 +21,7 @@ from shadow_peft.serving.batcher import Batcher, OverloadedError
 from shadow_peft.serving.limits import Limits
 from shadow_peft.serving.metrics import Metrics
 from shadow_peft.serving.requests import Request, TimedOutError, Written
-from shadow_peft.serving.routes import Route, ServedModels
+from shadow_peft.serving.routes import Route, ServedModels, context_of
 
 
 class BatchedState(GenerationState):
@@ -137,7 +137,7 @@ class BatchedManager(BaseGenerateManager):
     def _allowed_tokens(self, prompt: int, asked: int | None, model: PreTrainedModel) -> int:
         """How many tokens the answer may have."""
         limits = self._limits
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
+        context = context_of(model)
         if prompt == 0:
             raise HTTPException(400, "The prompt is empty: there is nothing to go on with.")
         if prompt > limits.prompt_tokens:

@@ -85,6 +85,10 @@ class ServedModels(ModelManager):
             if name in self.cascades:
                 routes.append(Route(f"{name}:cascade", name, "cascade"))
         self.routes = {route.name: route for route in routes}
+        if len(self.routes) < len(routes):
+            names = [route.name for route in routes]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r} is the name of two routes; rename the adapter, or the base.")
 
     def route(self, name: Any) -> Route:
         """The route of a name.
@@ -206,6 +210,11 @@ def load_served_shadow(
         raise ValueError(f"There is no {FILE} in {path}: calibrate a cascade, and write it there.")
     cascade = ShadowCascade(shadow, tokenizer, remote=remote, calibration=load_calibration(directory))
     return ServedModels(shadow, tokenizer, [], base_name=name, cascades={name: cascade})
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The most tokens that a model reads, prompt and answer together; a number beyond all where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
 
 
 def _view(model: PreTrainedModel, mode: Any) -> Any:

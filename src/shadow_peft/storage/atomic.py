@@ -80,10 +80,10 @@ def finish_save(directory: Path) -> None:
     old.mkdir(exist_ok=True)
     for name in manifest.written:
         if (saved / name).exists():
-            _move_file(directory / name, old / name)
+            _move(directory / name, old / name)
             os.replace(saved / name, directory / name)
     for name in manifest.removed:
-        _move_file(directory / name, old / name)
+        _move(directory / name, old / name)
     _flush(directory)
     _delete(saved)
 
@@ -174,8 +174,8 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and not name.startswith(".") and bool(name) and not set(name) & {"/", "\\", "\0", ":"}
 
 
-def _move_file(path: Path, destination: Path) -> None:
-    if path.is_symlink() or path.is_file():
+def _move(path: Path, destination: Path) -> None:
+    if path.is_symlink() or path.exists():
         os.replace(path, destination)
 
 

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-_PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", ".saved/*"]
-"""Files of an adapter; the last ones are there if a folder was uploaded in which a save was interrupted."""
+_PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", "cascade.json", ".saved/*"]
+"""Files of an adapter and the calibration of its cascade; the last ones are there if a folder was uploaded in which a save
+was interrupted."""
 
 
 def local_directory(path_or_repo: str | Path) -> Path:

@@ -222,6 +222,10 @@ class ShadowTaskModel(TaskAdaptersMixin, PreTrainedModel):
                 raise
             return getattr(self.peft_model, name)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the embeddings of the base and of a shadow that has its own; arguments as transformers takes them."""
+        return self.peft_model.resize_token_embeddings(*args, **kwargs)
+
     # ---------------------------------------------------------------- files
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:

@@ -310,9 +310,9 @@ class ShadowForCausalLM(ShadowGenerationMixin, ShadowTaskModel):
         Raises:
             ValueError: a head is a trained copy.
         """
-        if len(self.peft_model.task_heads):
+        if any(len(adapter.task_heads) for adapter in map(self.peft_model.adapter, self.peft_model.adapter_configs)):
             raise ValueError("Resize the base's token embeddings before heads are copied for training.")
-        return self.peft_model.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
 
 
 def _source(logits: Tensor | None, states: Tensor | None, head: TaskHead, rows: list[int] | None) -> LogitSource | None:

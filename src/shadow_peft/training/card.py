@@ -203,13 +203,15 @@ def _of_the_shadow(facts: RunFacts) -> str:
 def _classifier_usage(facts: RunFacts) -> str:
     """The same for a classifier."""
     if facts.method == "ShadowPEFT":
-        auto, package, more = "AutoShadowModelForSequenceClassification", "shadow_peft", ""
-        command = f'\n\n```bash\nshadow-peft classify --adapter {facts.name} "Hello"\n```'
+        auto, package, more = "AutoShadowModelForSequenceClassification", "shadow_peft", _quantized(facts.quantization)
+        options = f"--adapter {facts.name}" + f" {facts.quantization}" * bool(facts.quantization)
+        command = f'\n\n```bash\nshadow-peft classify {options} "Hello"\n```'
     else:
         auto, package, more = "AutoPeftModelForSequenceClassification", "peft", f", num_labels={len(facts.class_names)}"
         command = ""
+    names = "AutoTokenizer, BitsAndBytesConfig" if "BitsAndBytes" in more else "AutoTokenizer"
     python = f"""from {package} import {auto}
-from transformers import AutoTokenizer
+from transformers import {names}
 
 tokenizer = AutoTokenizer.from_pretrained("{facts.name}")
 model = {auto}.from_pretrained("{facts.name}"{more})

@@ -4,9 +4,8 @@
     everything else           learning_rate
     norms, biases, vectors    no weight decay
 
-A pretrained backbone needs a smaller rate than weights that start at zero: 0.05 to 0.06 of it, or 0.3 for a very small
-backbone. A random one needs the same rate. Schedulers of torch and transformers multiply the rate of each group, so the
-ratio stays the same during the run.
+A pretrained backbone may want a smaller rate than weights that start at zero: try 1 and 0.3. Schedulers
+of torch and transformers multiply the rate of each group, so the ratio stays the same during the run.
 """
 
 from __future__ import annotations
