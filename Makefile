@@ -1,4 +1,4 @@
-# Every target works on a clean clone: it makes $(VENV) first, where only python3 with pip is needed.
+# Every target works on a clean clone: it makes $(VENV) first, where only python3 with pip is needed. page needs npm and Chromium too.
 #
 #   make demo          fine-tune the embedded base on the embedded task, offline, and race LoRA beside it
 #   make page          the shadow of the demo as one page for a browser, in shadow-demo/page; after make demo

@@ -63,7 +63,7 @@ def shell_commands(text: str) -> list[str]:
 
 def tiny_base(width: int) -> PreTrainedModel:
     """A random Qwen3 for the tiny tokenizer."""
-    return qwen3(vocab_size=300, hidden_size=width, intermediate_size=128, head_dim=16, eos_token_id=1, bos_token_id=None)
+    return qwen3(vocab_size=300, hidden_size=width, intermediate_size=1024, head_dim=16, eos_token_id=1, bos_token_id=None)
 
 
 def make_place(folder: Path) -> None:

@@ -157,6 +157,17 @@ def test_what_loading_freezes(freeze: dict[str, bool], tmp_path: Path) -> None:
     assert model.shadow_hidden_projection.weight.grad.any()
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_table_that_is_to_be_trained_is_so_behind_a_preparation(freeze: bool, tmp_path: Path) -> None:
+    from shadow_peft import prepare_shadow_model
+
+    wrapped(optimal=False)[0].save_pretrained(tmp_path)
+    for prepare in (prepare_shadow_model, lambda model: model):
+        shadow = AutoModelForCausalLMWithHiddenProjection.from_pretrained(tmp_path, freeze_embed_tokens=freeze)
+        peft = adapted(llama(2, hidden_size=64), shadow_model=prepare(shadow))
+        assert peft.shadow_model.get_input_embeddings().weight.requires_grad != freeze
+
+
 def test_wrap_refuses_what_does_not_fit() -> None:
     small, large = qwen3(1, hidden_size=16), llama(2, hidden_size=64)
 

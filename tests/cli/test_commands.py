@@ -148,7 +148,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = TEMPLATE
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 4}  # as many as the recipes prune
     for name, sizes in (
-        ("Qwen/Qwen3-0.6B", {}),
+        ("Qwen/Qwen3-0.6B", {"intermediate_size": 1024}),
         ("Qwen/Qwen3-4B", heads),
         ("Qwen/Qwen3-8B", {"hidden_size": 64, "intermediate_size": 128, **heads}),
         ("base", {}),

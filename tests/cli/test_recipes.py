@@ -175,7 +175,7 @@ def test_recipe_opens_with_its_command(path: Path) -> None:
         assert arguments[:2] == ["--config", f"recipes/{name_of(path)}.yaml"]
         parsed(arguments)
     if name_of(path) in CLASSES:
-        ((options, _),) = (parse(make_classify_parser(), arguments) for arguments in commands(text, "classify"))
+        ((options, _, _),) = (parse(make_classify_parser(), arguments) for arguments in commands(text, "classify"))
         assert options.adapter == recipe(name_of(path))["output"]
         return
     for arguments in commands(text, "eval"):

@@ -47,6 +47,8 @@ def prepare_shadow_model(shadow_model: PreTrainedModel, *, remove_embed_tokens: 
     backbone: PreTrainedModel = shadow_model.shadow_model if is_projected_lm else _without_head(shadow_model)
     if projection is not None:
         carry_projection(backbone, projection)
+    if trains_embeddings(shadow_model):
+        vars(backbone)["train_embed_tokens"] = True
     if remove_embed_tokens:
         remove_embeddings(backbone)
     return backbone

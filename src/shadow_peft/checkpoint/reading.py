@@ -76,7 +76,7 @@ class Checkpoint:
         """The same checkpoint for a model without task heads."""
         if self.heads:
             heads = " and ".join(self.head_names)
-            logger.info("%s also holds %s; load it with a task model to get them.", self.directory, heads)
+            logger.warning("%s also holds %s; load it with a task model to get them.", self.directory, heads)
         return replace(self, heads={}, config=replace(self.config, modules_to_save=[]))
 
 

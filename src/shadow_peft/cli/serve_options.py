@@ -51,7 +51,7 @@ class ServeOptions:
     )
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt in tokens."})
     max_new_tokens: int = field(
-        default=1024, metadata={"help": "Longest answer in tokens, and its length where a request names none."}
+        default=1024, metadata={"help": "Most tokens of an answer; also the limit where a request names none."}
     )
     max_queue: int = field(default=256, metadata={"help": "Requests that may wait; one more gets status 429."})
     timeout: float = field(default=120.0, metadata={"help": "Seconds in which a request must be answered."})

@@ -20,7 +20,7 @@ from shadow_peft.export.runtimes import CannotExport, require
 
 Quantization = Literal["int8", "nf4"]
 NF4_BLOCK = (32, 64)
-"""Rows, and weights in a row, of which a map must have a multiple to be stored as nf4."""
+"""Rows, and weights in a row, of which a linear layer must have a multiple to be stored as nf4."""
 
 PACKAGES: dict[Quantization, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
