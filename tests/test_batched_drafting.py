@@ -26,7 +26,7 @@ from tests.test_drafting import (
     set_costs,
     sharp,
 )
-from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, llama, tokens
+from tests.tiny_models import CROPPABLE, FAMILIES, causal_lm, gpt2, llama, tokens
 
 
 def padded(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
@@ -120,6 +120,18 @@ def test_logits_are_kept_only_where_they_are_asked_for(are_asked_for: bool) -> N
     settings = {**LONG, **DRAFT, "output_logits": are_asked_for, "return_dict_in_generate": True}
     model.generate(**padded(), **settings, stopping_criteria=StoppingCriteriaList([count]))
     assert (held[-1] > held[0]) == are_asked_for, held
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_no_row_reads_beyond_a_table_of_positions(eos: bool) -> None:
+    """Rows that ended are fed on and fast rows wait for slow ones; GPT-2 has no position behind the longest answer."""
+    model = agreeing("sometimes", gpt2)
+    ids = tokens(6, model.config.max_position_embeddings - 24)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    if eos:  # some rows end early, the others go on to the last position
+        whole = model.generate(ids, **settings)
+        settings |= {"eos_token_id": whole[::2, -20].tolist(), "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings, **DRAFT), model.generate(ids, **settings))
 
 
 @pytest.mark.parametrize("agreement", ["always", "sometimes", "never"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import pytest
@@ -22,11 +23,11 @@ DRAFT = {
 }
 
 
-def agreeing(agreement: str) -> ShadowForCausalLM:
+def agreeing(agreement: str, make_base: Callable[[], PreTrainedModel] = llama) -> ShadowForCausalLM:
     """A shadow that is the base itself and so always agrees, one that never does, or one that does sometimes."""
     torch.manual_seed(1)
     config = ShadowConfig(num_shadow_layers=4, shadow_init="base", modules_to_save=["shadow_lm_head"])
-    peft = get_shadow_model(llama(), config)
+    peft = get_shadow_model(make_base(), config)
     model = ShadowForCausalLM(peft).eval()
     head = peft.task_heads["shadow_lm_head"].weight.data
     if agreement == "never":

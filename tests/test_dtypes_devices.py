@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, get_shadow_model
+from tests.conformance.tiny import tiny_model
 from tests.tiny_models import (
     BASES,
     adapted,
@@ -43,6 +44,15 @@ def test_rotary_frequencies_are_not_rounded() -> None:
     for backbone in (peft.shadow_model, ShadowForCausalLM(peft).export_shadow().model):
         assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
         assert torch.equal(backbone.rotary_emb.inv_freq, exact)
+
+
+@pytest.mark.parametrize("model_type", ["xglm", "openai-gpt", "falcon_h1"])
+def test_other_buffers_are_cast_with_the_weights(model_type: str) -> None:
+    """transformers makes these in the dtype that a model is loaded in, and adds them to states of that dtype."""
+    base = tiny_model(model_type).to(torch.bfloat16)
+    model = ShadowForCausalLM(get_shadow_model(base, ShadowConfig(), autocast_adapter_dtype=False)).eval()
+    assert model(tokens()).shadow_logits.dtype == torch.bfloat16
+    assert model.export_shadow()(tokens()).logits.isfinite().all()
 
 
 VARIANTS = ["readout", "published", "peft"]

@@ -87,7 +87,7 @@ def test_dtype_and_projection(adapter: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["export", str(adapter), "--output", str(kept), "--no_fold"]) == 0
     assert type(AutoModelForCausalLM.from_pretrained(kept)).__name__ == "AutoModelForCausalLMWithHiddenProjection"
     card = (kept / "README.md").read_text()
-    assert "an `AutoModelForCausalLMWithHiddenProjection`, which the package `shadow-peft` brings." in card
+    assert "an `AutoModelForCausalLMWithHiddenProjection`; loading it needs `shadow-peft`." in card
     usage = card.partition("```python\n")[2].partition("```")[0].replace('"kept"', f'"{kept}"')
     ran = subprocess.run([sys.executable, "-c", usage], capture_output=True, text=True, check=False)
     assert ran.stdout.startswith("Hello"), ran.stderr

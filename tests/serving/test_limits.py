@@ -123,6 +123,9 @@ def test_what_changes_nothing_is_taken(http: httpx2.Client) -> None:
         response = http.post("/v1/completions", json={**GOOD, **change})
         assert response.status_code == 200, response.text
         assert response.json()["choices"][0]["text"] == plain
+    said = [http.post("/v1/chat/completions", json={**TALK, **change}) for change in ({}, {"logit_bias": {}})]
+    assert [response.status_code for response in said] == [200, 200]
+    assert said[0].json()["choices"] == said[1].json()["choices"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_EXACT = "inv_freq"
+"""How the buffers end that transformers computes in float32 whatever a model is loaded in."""
+
 
 def place(model: Model, dtype: torch.dtype, device: torch.device | None = None) -> Model:
-    """Move and cast a model in place; buffers that no file holds, such as rotary frequencies, are moved and not rounded.
+    """Move and cast a model in place; rotary frequencies are moved and not rounded.
 
     `nn.Module.to` would round them: in bfloat16 a frequency is off by up to 0.2 %, and after a thousand tokens by a radian,
     while a model that is loaded in bfloat16 has them in float32.
@@ -20,10 +23,10 @@ def place(model: Model, dtype: torch.dtype, device: torch.device | None = None) 
         (module, name, buffer)
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set
+        if name.endswith(_EXACT)
     ]
     model.to(device, dtype)
     for module, name, buffer in exact:
         cast: Tensor = module.get_buffer(name)
-        module.register_buffer(name, buffer.to(cast.device), persistent=False)
+        module._buffers[name] = buffer.to(cast.device)
     return model

@@ -33,6 +33,7 @@ from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.remote import remote_model
 from shadow_peft.cli.screen import Row, Screen
+from shadow_peft.storage.hub import local_directory
 
 DESCRIPTION = """The shadow answers; where its confidence is below a threshold, the adapted base takes over, or a remote one.
 An answer is a text, or a class where the adapter was trained with --task classification.
@@ -140,11 +141,12 @@ def make_cascade(
     """
     found: Calibration | None = None
     try:
-        stored = Path(options.adapter or str(options.model))
-        if not options.calibrate and (stored / FILE).is_file():
+        place = options.adapter or str(options.model)
+        stored = None if options.calibrate else local_directory(place)
+        if stored is not None and (stored / FILE).is_file():
             found = load_calibration(stored)
-        elif not options.calibrate and options.threshold is None:
-            raise ValueError(f"there is no {FILE} in {stored}; give --threshold, or --calibrate with data")
+        elif stored is not None and options.threshold is None:
+            raise ValueError(f"there is no {FILE} in {place}; give --threshold, or --calibrate with data")
         return ShadowCascade(
             model,
             tokenizer,

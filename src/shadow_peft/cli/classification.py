@@ -163,8 +163,15 @@ def accuracies(evaluated: EvalPrediction) -> dict[str, float]:
     return {name: float(np.mean(given.argmax(-1) == labels)) for name, given in zip(names, logits, strict=False)}
 
 
-def next_command(output: str, rows: Dataset) -> str:
-    """The command by which the trained classifier answers the beginning of a text of the data."""
+def next_command(output: str, rows: Dataset, quantization: str = "") -> str:
+    """The command by which the trained classifier answers the beginning of a text of the data.
+
+    Args:
+        output: folder of the run.
+        rows: of the data.
+        quantization: options that quantized the base; empty if none did.
+    """
     text, _ = example_prompt(rows)
     dashes = "-- " if text.startswith("-") else ""
-    return f"shadow-peft classify --adapter {shlex.quote(output)} {dashes}{shlex.quote(text)}"
+    options = " ".join(filter(None, (f"--adapter {shlex.quote(output)}", quantization)))
+    return f"shadow-peft classify {options} {dashes}{shlex.quote(text)}"

@@ -179,6 +179,7 @@ def load_base(name: str, options: Any, auto_class: Any = AutoModelForCausalLM, *
     Raises:
         UserError: there is no such model, or it is of another kind.
     """
+    check_place(name)
     if options.load_in_8bit:
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif options.load_in_4bit:
@@ -203,7 +204,7 @@ def _compute_dtype(name: str, dtype: str | None, revision: str | None) -> torch.
             name, revision = read_json(Path(lora))["base_model_name_or_path"], None
         stored: Any = AutoConfig.from_pretrained(name, revision=revision or "main").dtype
     except Exception as error:  # of a damaged folder it may be of any type
-        raise UserError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
+        raise UserError(f"cannot read the dtype of {name!r}: {one_line(error)}") from error
     return torch.float32 if stored is None else stored
 
 

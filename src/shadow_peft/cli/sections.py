@@ -49,7 +49,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "seed",
         ),
     },
-    "classify": {"what answers": ("model", "adapter", "shadow_only", "dtype", "config")},
+    "classify": {"what answers": ("model", "adapter", "shadow_only", "dtype", *QUANTIZATION, "config")},
     "eval": {
         "what is scored": ("model", "adapter", "inference_mode", "dtype", *QUANTIZATION, "device", "config"),
         "by what": (

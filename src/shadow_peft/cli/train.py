@@ -131,7 +131,7 @@ def _train(
     if options.task == "causal_lm":
         command = summary.next_command(options.output, train_set, peft.use_peft, quantization_flags(peft))
     elif not peft.use_peft:
-        command = classification.next_command(options.output, train_set)
+        command = classification.next_command(options.output, train_set, quantization_flags(peft))
     else:
         return
     screen.command("try it", command)

@@ -116,13 +116,12 @@ def _is_projected(model: PreTrainedModel) -> bool:
 
 def _needs(model: PreTrainedModel) -> str:
     """What a folder of transformers is, and what loading it needs."""
-    kind = type(model).__name__
-    if _is_projected(model):
-        return f"It is an `{kind}`, which the package `shadow-peft` brings."
-    method = quantization_method(model)
-    if method is None:
-        return f"It is a stock `{kind}` of transformers; no other package is needed."
-    return f"It is a stock `{kind}` of transformers, quantized: loading it needs the package `{method}`."
+    kind, method = type(model).__name__, quantization_method(model)
+    packages = [*["shadow-peft"] * _is_projected(model), *([] if method is None else [method])]
+    what = f"an `{kind}`" if _is_projected(model) else f"a stock `{kind}` of transformers"
+    if not packages:
+        return f"It is {what}; no other package is needed."
+    return f"It is {what}; loading it needs {' and '.join(f'`{package}`' for package in packages)}."
 
 
 def _usage(is_classifier: bool, name: str, is_projected: bool) -> str:

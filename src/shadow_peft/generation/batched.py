@@ -189,8 +189,8 @@ class BatchedDrafting:
 
     def state_of_last(self, ahead: int) -> Tensor:
         """s `[B, 1, d]` of each row's last token, `ahead` tokens being drafted already."""
-        mask = F.pad(self._kwargs["attention_mask"], (0, ahead), value=1)
-        return self._model.shadow_step(self._texts.last(ahead), mask, None, self._cache)
+        mask = self._with_new(self._kwargs["attention_mask"], ahead)
+        return self._model.shadow_step(self._texts.last(ahead), mask, last_positions(mask, 1), self._cache)
 
     def processed_logits(self, state: Tensor, ahead: int) -> Tensor:
         """The shadow's processed logits `[B, V]` of the next token."""
@@ -204,12 +204,13 @@ class BatchedDrafting:
     def _verify(self, draft: Draft) -> None:
         """One pass of the base over all drafts; rows take what they accept and are shifted to end together again."""
         count = draft.tokens.shape[1]
-        mask = F.pad(self._kwargs["attention_mask"], (0, count), value=1)
+        mask = self._with_new(self._kwargs["attention_mask"], count)
         tokens = torch.cat([self._texts.last(), draft.tokens], 1)
         inputs = self._model.prepare_inputs_for_generation(
             tokens, next_sequence_length=count + 1, is_first_iteration=False, **{**self._kwargs, "attention_mask": mask}
         )
-        outputs = self._model(**{**inputs, "logits_to_keep": 0}, return_dict=True)
+        inputs |= {"logits_to_keep": 0, "position_ids": last_positions(mask, count + 1)}
+        outputs = self._model(**inputs, return_dict=True)
         live = self._live
         rejected = count + 1 - self._take(draft, outputs.logits.to(torch.float32))
         least = int(rejected[live].min())
@@ -270,7 +271,13 @@ class BatchedDrafting:
         update = self._model._update_model_kwargs_for_generation
         kwargs = update(outputs, {**self._kwargs, "attention_mask": mask}, num_new_tokens=columns)
         kwargs.pop("position_ids", None)  # they follow from the mask, row by row
-        self._kwargs = {**kwargs, "attention_mask": F.pad(mask, (0, 1), value=1)}
+        self._kwargs = {**kwargs, "attention_mask": self._with_new(mask, 1)}
+
+    def _with_new(self, mask: Tensor, columns: int) -> Tensor:
+        """A mask `[B, W]` with new columns; a row reads them up to its longest end, so no position lies behind that."""
+        room = (self._config.max_length - self._texts.lengths) * self._live
+        new = torch.arange(columns, device=mask.device) < room[:, None]
+        return torch.cat([mask, new.to(mask.dtype)], 1)
 
     def _processed(self, logits: Tensor, ahead: int) -> Tensor:
         """Logits `[B, V]` of the token `ahead` places behind each row's text, processed with the text up to there."""
@@ -297,6 +304,11 @@ class BatchedDrafting:
                 kept = max(0, min(start + count, length) - start)
                 whole[row, start - first : start - first + kept] = getattr(written, name)[row, :kept]
         return whole.unbind(1)
+
+
+def last_positions(mask: Tensor, columns: int) -> Tensor:
+    """Positions `[B, columns]` of the last columns of a mask; what a row does not read stands where its last token does."""
+    return (mask.long().cumsum(-1) - 1)[:, -columns:].clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from shadow_peft.multi_adapter.row_caches import RowCaches
 from shadow_peft.outputs import InferenceMode
 
 _NAMES = "adapter_names"
-_OTHER_DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options that ask transformers for another drafter."""
 """What travels with a generation whose rows belong to different adapters."""
+
+_OTHER_DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Options that ask transformers for another drafter."""
 
 
 class ShadowGenerationMixin(GenerationMixin):
@@ -77,7 +78,8 @@ class ShadowGenerationMixin(GenerationMixin):
             What transformers' `generate` returns; with `return_dict_in_generate` and drafts, `draft_statistics` beside it.
 
         Raises:
-            ValueError: drafting with beams, guidance, or a cache that cannot be cropped; an unknown adapter;
+            ValueError: drafting with beams, guidance, another drafter, or a cache that cannot be cropped; drafting for a
+                batch with a streamer or an ensemble (`assistant_ensemble_weight`); an unknown adapter;
                 guidance for rows of several adapters; a negative `assistant_vocab_size`.
         """
         if adapter_names is not None:
@@ -202,7 +204,7 @@ class ShadowGenerationMixin(GenerationMixin):
             raise ValueError(f"{VOCABULARY_SIZE} must be 0 or a number of tokens, got {prepared.assistant_vocab_size}.")
         if getattr(prepared, SWITCH, None):
             for other in _OTHER_DRAFTERS:
-                if getattr(prepared, other, None) is not None:
+                if getattr(prepared, other, None):
                     raise ValueError(f"use_shadow_draft and {other} exclude each other: one drafter at a time.")
         guided = prepared.guidance_scale not in (None, 1)
         if guided and getattr(prepared, SWITCH, None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.serving.cascading import answer_by_cascade
 from shadow_peft.serving.requests import Request, Written
-from shadow_peft.serving.routes import ServedModels, context_of
+from shadow_peft.serving.routes import ServedModels, context_of, has_position_table
 from shadow_peft.serving.row_text import RowText, cut_at
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -58,12 +59,12 @@ class Decoder:
     def together(self, waiting: Sequence[Request], most: int) -> list[Request]:
         """Of requests of one kind, oldest first, those that make the next batch.
 
-        Adapters must fit into memory at once, and the longest prompt with the longest answer into the context: a row that
-        has ended is fed until the last one ends, and its positions go on.
+        Adapters must fit into memory at once. Where positions are looked up in a table, so must the longest prompt with the
+        longest answer: a row that has ended is fed until the last one ends, and its positions go on.
         """
         chosen: list[Request] = []
         loaded: set[str] = set()
-        context = context_of(self._served.model)
+        context = context_of(self._served.model) if has_position_table(self._served.model) else sys.maxsize
         for request in waiting[: 4 * most]:
             own = {request.route.adapter} if self._served.takes_room(request.route) else set()
             fits = self._served.room is None or len(loaded | own) <= self._served.room

@@ -160,11 +160,11 @@ class CheckedHandler:
         config: GenerationConfig = super()._build_generation_config(asked, defaults)  # type: ignore[misc]
         if not {"max_tokens", "max_completion_tokens", "max_output_tokens"} & body.keys():
             config.max_new_tokens = None
-        if body.get("logit_bias"):
+        if "logit_bias" in body:
             tokens = self.model_manager.model.config.get_text_config(decoder=True).vocab_size
-            if max(map(int, body["logit_bias"])) >= tokens:
+            if max(map(int, body["logit_bias"]), default=0) >= tokens:
                 raise HTTPException(400, f"logit_bias names a token that the model does not have; it has {tokens}.")
-            config.sequence_bias = [[[int(token)], float(bias)] for token, bias in body["logit_bias"].items()]
+            config.sequence_bias = [[[int(token)], float(bias)] for token, bias in body["logit_bias"].items()] or None
         if "temperature" in body or "top_p" in body:
             config.do_sample = body.get("temperature", 1) >= LOWEST_TEMPERATURE
         if not config.do_sample:

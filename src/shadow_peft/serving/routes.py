@@ -217,6 +217,21 @@ def context_of(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
 
 
+def has_position_table(model: PreTrainedModel) -> bool:
+    """Whether positions are looked up in a table, beyond which there is nothing; rotary ones can be computed anywhere."""
+    shadows = (
+        [model.peft_model.adapter(name).shadow_model for name in model.peft_model.adapter_configs]
+        if isinstance(model, ShadowTaskModel)
+        else []
+    )
+    configs = [part.config.get_text_config() for part in (model, *shadows)]
+    return any(getattr(config, "max_position_embeddings", None) and not _is_rotary(config) for config in configs)
+
+
+def _is_rotary(config: Any) -> bool:
+    return getattr(config, "rope_parameters", None) is not None
+
+
 def _view(model: PreTrainedModel, mode: Any) -> Any:
     """A model of the same parts in a mode of its own, whose generation config says nothing: requests bring theirs."""
     view = type(model)(model.peft_model, inference_mode=mode) if isinstance(model, ShadowTaskModel) else copy.copy(model)

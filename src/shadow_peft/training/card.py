@@ -208,6 +208,7 @@ def _classifier_usage(facts: RunFacts) -> str:
         command = f'\n\n```bash\nshadow-peft classify {options} "Hello"\n```'
     else:
         auto, package, more = "AutoPeftModelForSequenceClassification", "peft", f", num_labels={len(facts.class_names)}"
+        more += _quantized(facts.quantization)
         command = ""
     names = "AutoTokenizer, BitsAndBytesConfig" if "BitsAndBytes" in more else "AutoTokenizer"
     python = f"""from {package} import {auto}
