@@ -94,6 +94,13 @@ def test_rows_of_complete_partial_and_missing_methods(results: Results) -> None:
     assert row(text, "dora") == ["dora", *["-"] * 8, "0 of 9"]
 
 
+def test_ours_less_the_others(results: Results) -> None:
+    text = report.versus_table(results, CHOOSING)
+    none, tenth = ["+0.000 [+0.000, +0.000]", "+0.0 [+0.0, +0.0]"], ["-0.100 [-0.100, -0.100]", "+0.0 [+0.0, +0.0]"]
+    assert row(text, "lora") == ["lora", *none, *tenth]
+    assert row(text, "dora") == ["dora", *["-"] * 4]
+
+
 def test_costs_are_ratios_on_the_same_task(results: Results) -> None:
     text = report.cost_table(results, PLANNED)
     assert row(text, "readout") == ["readout", "4,000", "0.50", "1.00", "1.00", *["2.00"] * 4]

@@ -33,6 +33,7 @@ from benchmarks.quality.table import table
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
 BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
 REFERENCE = "lora"
+OURS = ("published", "readout")
 METHODS = ("lora", "lora-upper", *OTHERS, "published", "readout", "readout-upper", *PRETRAINED)
 DECODED = tuple(task for task in PLANNED if task in DRAFTED)
 
@@ -90,6 +91,15 @@ def quality_table(results: Results, tasks: Sequence[str]) -> str:
         "runs",
     ]  # fmt: skip
     return table(heads, lines)
+
+
+def versus_table(results: Results, tasks: Sequence[str]) -> str:
+    """Differences of both variants to each method that is not ours, with intervals."""
+    lines = []
+    for other in (REFERENCE, *OTHERS):
+        pairs = [[results.difference(ours, other, tasks, name) for name in ("loss", "exact")] for ours in OURS]
+        lines.append([other, *(cell for loss, exact in pairs for cell in (signed(loss), signed(exact, 1, 100)))])
+    return table(["less", *(f"{ours}, {measure}" for ours in OURS for measure in ("loss", "right, %"))], lines)
 
 
 SCORES = ("loss", "exact", "detached_loss", "detached_exact", "agreement")
@@ -160,6 +170,7 @@ def markdown(results: Results) -> str:
     over, drafted = ", ".join(tasks), " and ".join(DECODED)
     parts = [
         f"### All methods, means over {over}\n\n{quality_table(results, tasks)}",
+        f"### Ours less the others, means over {over}\n\n{versus_table(results, tasks)}",
         f"### Cost as a ratio to LoRA, means over {over}, and drafting on {drafted}\n\n{cost_table(results, tasks)}",
         f"### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
         *(f"### {task}\n\n{task_table(results, task)}" for task in PLANNED),
