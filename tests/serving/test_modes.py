@@ -125,3 +125,4 @@ def test_a_row_that_has_ended_stays_within_the_table_of_positions() -> None:
     assert decoder.together(waiting[1:], 8) == waiting[1:]
     rotary = ServedModels(causal_lm(llama()).eval(), chat_tokenizer(), ["default"])
     assert Decoder(rotary).together(waiting, 8) == waiting
+    assert context_of(causal_lm(llama(max_position_embeddings=256), shadow_model=gpt2())) == 128  # the shadow's table ends

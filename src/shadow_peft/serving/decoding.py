@@ -23,7 +23,7 @@ from transformers import (
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.serving.cascading import answer_by_cascade
 from shadow_peft.serving.requests import Request, Written
-from shadow_peft.serving.routes import ServedModels, context_of, has_position_table
+from shadow_peft.serving.routes import ServedModels, position_tables
 from shadow_peft.serving.row_text import RowText, cut_at
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -64,11 +64,11 @@ class Decoder:
         """
         chosen: list[Request] = []
         loaded: set[str] = set()
-        context = context_of(self._served.model) if has_position_table(self._served.model) else sys.maxsize
+        positions = min(position_tables(self._served.model), default=sys.maxsize)
         for request in waiting[: 4 * most]:
             own = {request.route.adapter} if self._served.takes_room(request.route) else set()
             fits = self._served.room is None or len(loaded | own) <= self._served.room
-            if len(chosen) < most and fits and _longest([*chosen, request]) <= context:
+            if len(chosen) < most and fits and _longest([*chosen, request]) <= positions:
                 chosen.append(request)
                 loaded |= own
         return chosen

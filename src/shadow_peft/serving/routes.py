@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -213,19 +214,19 @@ def load_served_shadow(
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """The most tokens that a model reads, prompt and answer together; a number beyond all where its config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
+    """The most tokens that a model reads, prompt and answer together; a number beyond all where nothing names one."""
+    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min([named or sys.maxsize, *position_tables(model)])
 
 
-def has_position_table(model: PreTrainedModel) -> bool:
-    """Whether positions are looked up in a table, beyond which there is nothing; rotary ones can be computed anywhere."""
-    shadows = (
-        [model.peft_model.adapter(name).shadow_model for name in model.peft_model.adapter_configs]
-        if isinstance(model, ShadowTaskModel)
-        else []
-    )
-    configs = [part.config.get_text_config() for part in (model, *shadows)]
-    return any(getattr(config, "max_position_embeddings", None) and not _is_rotary(config) for config in configs)
+def position_tables(model: PreTrainedModel) -> list[int]:
+    """Sizes of the tables in which base and shadows look positions up; rotary positions can be computed anywhere."""
+    parts = [model]
+    if isinstance(model, ShadowTaskModel):
+        parts += [model.peft_model.adapter(name).shadow_model for name in model.peft_model.adapter_configs]
+    configs = [part.config.get_text_config() for part in parts]
+    sizes = [getattr(config, "max_position_embeddings", None) for config in configs if not _is_rotary(config)]
+    return [size for size in sizes if size]
 
 
 def _is_rotary(config: Any) -> bool:
