@@ -86,12 +86,12 @@ def test_pairing_removes_what_both_methods_share() -> None:
 
 def test_rows_of_complete_partial_and_missing_methods(results: Results) -> None:
     text = report.quality_table(results, PLANNED)
-    assert row(text, "lora") == ["lora", "1.000", "-", "50.0", "-", "-", "-", "-", "0.500", "9 of 9"]
+    assert row(text, "lora") == ["lora", "1.000", "-", "50.0", "-", "-", "-", "-", "0.500", "0.500", "9 of 9"]
     differences = ["-0.100 [-0.100, -0.100]", "+0.0 [+0.0, +0.0]"]
-    shadow = ["0.900", "50.0", "0.750", "0.500", "9 of 9"]
+    shadow = ["0.900", "50.0", "0.750", "0.500", "0.500", "9 of 9"]
     assert row(text, "readout") == ["readout", "0.900", differences[0], "50.0", differences[1], *shadow]
-    assert row(text, "published") == ["published", *["-"] * 8, "2 of 9"]
-    assert row(text, "dora") == ["dora", *["-"] * 8, "0 of 9"]
+    assert row(text, "published") == ["published", *["-"] * 7, "0.500", "-", "2 of 9"]
+    assert row(text, "dora") == ["dora", *["-"] * 9, "0 of 9"]
 
 
 def test_ours_less_the_others(results: Results) -> None:
@@ -112,6 +112,13 @@ def test_means_are_over_the_tasks_that_every_begun_method_has(results: Results) 
     """`published` was begun on the tasks of the grid, so that the means of all leave QuaRTz out."""
     assert results.common_tasks(report.METHODS, PLANNED) == CHOOSING
     assert results.common_tasks(("lora", "readout", "dora"), PLANNED) == PLANNED
+    for seed in SEEDS[:2]:
+        write(results.folder, "published", "quartz", seed, RATES[0], shadow=True)
+    assert Results(results.folder).common_tasks(report.METHODS, PLANNED) == PLANNED  # as long as none is complete
+    for task in CHOOSING:
+        for seed in SEEDS:
+            write(results.folder, "published", task, seed, RATES[0], shadow=True)
+    assert Results(results.folder).common_tasks(report.METHODS, PLANNED) == CHOOSING
     text = report.markdown(results)
     assert "means over commands, headlines\n" in text
     assert row(text, "published")[1:3] == ["1.000", "+0.000 [+0.000, +0.000]"]

@@ -82,13 +82,13 @@ def quality_table(results: Results, tasks: Sequence[str]) -> str:
             [
                 method, number(means["loss"]), signed(loss or None), number(means["exact"], 1, 100),
                 signed(exact or None, 1, 100), number(means["detached_loss"]), number(means["detached_exact"], 1, 100),
-                number(means["agreement"]), number(results.mean_over(method, writing, forgotten)),
+                number(means["agreement"]), *(number(results.mean(method, task, forgotten)) for task in writing),
                 runs_there(results, method, PLANNED),
             ]
         )  # fmt: skip
     heads = [
-        "method", "loss", "to LoRA", "right, %", "to LoRA", "detached loss", "detached right, %", "agreement", "forgetting",
-        "runs",
+        "method", "loss", "to LoRA", "right, %", "to LoRA", "detached loss", "detached right, %", "agreement",
+        *(f"forgetting, {task}" for task in writing), "runs",
     ]  # fmt: skip
     return table(heads, lines)
 

@@ -66,9 +66,14 @@ class Results:
         return mean(found)
 
     def common_tasks(self, methods: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
-        """The tasks that every method has a run of which has any; so means over them are of the same tasks for all."""
+        """The tasks that every method which has any run has all runs of, or where there is none, one.
+
+        So means over them are of the same tasks for all.
+        """
         begun = [method for method in methods if self.count(method, tasks)]
-        return tuple(task for task in tasks if all(self.of(method, task) for method in begun))
+        fewest = {task: min(len(self.of(method, task)) for method in begun) for task in tasks} if begun else {}
+        complete = tuple(task for task, runs in fewest.items() if runs == len(SEEDS))
+        return complete or tuple(task for task, runs in fewest.items() if runs)
 
     def count(self, method: str, tasks: Sequence[str]) -> int:
         """Number of runs at the chosen rate."""
