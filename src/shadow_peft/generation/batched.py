@@ -237,8 +237,8 @@ class BatchedDrafting:
             draft = Draft.empty(len(processed), processed.shape[-1], processed.device)
         accepted, token = accept(draft, processed, bool(self._config.do_sample))
         texts.put(token, accepted)
-        asked = self._config.output_scores, self._config.output_logits
-        scores, raw = (kept if is_asked else None for kept, is_asked in zip((processed, logits), asked, strict=True))
+        scores = processed if self._config.output_scores else None
+        raw = logits if self._config.output_logits else None
         self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, scores, raw))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
