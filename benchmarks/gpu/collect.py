@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.quality.real import tasks
 from benchmarks.quality.real.packages import PEER, ROOT, fetched
-from benchmarks.quality.real.plan import PLANNED
+from benchmarks.quality.real.plan import FURTHER, PLANNED
 
 OWN = "shadow-peft"
 WITH_CUDA = ("torch", "triton", "pytorch-triton")
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     from benchmarks.quality.real.weights import base_folder
 
     print(base_folder(), fetched(PEER), sep="\n")
-    for task in PLANNED:
+    for task in (*PLANNED, *FURTHER):
         print(task, {split: len(found) for split, found in tasks.splits(task).items()})
     print("passages", len(tasks.passages()))
     if not (cache / "corpus").exists():

@@ -186,6 +186,18 @@ def test_ablations_take_the_rate_of_their_variant(tmp_path: Path) -> None:
     assert {(run.task, run.seed, run.rate) for run in planned} == {(t, s, 2e-3) for t in CHOOSING for s in plan.SEEDS}
 
 
+def test_further_tasks_are_run_by_the_main_methods_alone(tmp_path: Path) -> None:
+    for method in ("lora", "dora"):
+        losses(tmp_path, method, {1e-3: 1.0, 2e-3: 0.9, 4e-3: 1.0})
+    planned = missing(tmp_path)
+    assert {run.task for run in planned if run.method == "dora"} == set(plan.PLANNED)
+    further = [run for run in planned if run.task in plan.FURTHER]
+    assert further == planned[-len(further) :]
+    assert {(run.method, run.task, run.seed, run.rate) for run in further} == {
+        ("lora", task, seed, 2e-3) for task in plan.FURTHER for seed in plan.SEEDS
+    }
+
+
 def test_the_pages_command_for_one_cell_is_accepted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/quality.md").read_text(encoding="utf-8")
     (line,) = [line for line in page.splitlines() if "benchmarks.quality.run --base smollm2 --method" in line]

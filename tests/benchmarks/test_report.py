@@ -12,7 +12,7 @@ from benchmarks.pages import put_between
 from benchmarks.quality.real import report
 from benchmarks.quality.real.bootstrap import mean, paired
 from benchmarks.quality.real.picture import draw, label
-from benchmarks.quality.real.plan import CHOOSING, PLANNED, RATES, SEEDS, Run
+from benchmarks.quality.real.plan import CHOOSING, FURTHER, PLANNED, RATES, SEEDS, Run
 from benchmarks.quality.real.results import Results
 
 EXAMPLES = 6
@@ -99,6 +99,17 @@ def test_ours_less_the_others(results: Results) -> None:
     none, tenth = ["+0.000 [+0.000, +0.000]", "+0.0 [+0.0, +0.0]"], ["-0.100 [-0.100, -0.100]", "+0.0 [+0.0, +0.0]"]
     assert row(text, "lora") == ["lora", *none, *tenth]
     assert row(text, "dora") == ["dora", *["-"] * 4]
+
+
+def test_further_tasks_are_each_compared_with_lora(results: Results) -> None:
+    for method, loss in (("lora", 1.0), ("readout", 1.2)):
+        write(results.folder, method, "mails", SEEDS[1], RATES[0], loss, method == "readout")
+    lines = {tuple(line.strip("| ").split(" | ")[:2]): line for line in report.further_table(results).splitlines()[2:]}
+    assert list(lines) == [(task, method) for task in FURTHER for method in ("lora", "published", "readout")]
+    cells = [cell.strip() for cell in lines["mails", "readout"].strip("|").split("|")]
+    assert cells[2:8] == ["1.200", "+0.200 [+0.200, +0.200]", "50.0", "+0.0 [+0.0, +0.0]", "1.200", "50.0"]
+    assert cells[8:] == ["9.00", "9.00", "1 of 3"]
+    assert lines["robot", "published"] == "| robot | published |" + " - |" * 8 + " 0 of 3 |"
 
 
 def test_costs_are_ratios_on_the_same_task(results: Results) -> None:

@@ -25,6 +25,8 @@ RATES = (2e-3, 1e-3, 4e-3)
 SLOWEST, FASTEST = 1e-4, 7e-2
 CHOOSING = ("commands", "headlines")
 PLANNED = ("commands", "headlines", "quartz")
+FURTHER = ("robot", "mails")
+"""Tasks for the methods of `CORE` alone."""
 CORE = ("readout", "lora", "published")
 UPPER = ("readout-upper", "lora-upper")
 OTHERS = ("rslora", "dora", "lily", "peft-shadow", "shadow-peft-0.1.1")
@@ -128,6 +130,7 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
     yield from grids(PRETRAINED, folder)
     yield from finals((*PRETRAINED, *FROZEN_PRETRAINED), CHOOSING, SEEDS, folder)
     yield from finals((*CORE, *UPPER, *OTHERS, *PRETRAINED), PLANNED, SEEDS, folder)
+    yield from finals(CORE, FURTHER, SEEDS, folder)
 
 
 def missing(folder: Path = RESULTS) -> list[Run]:

@@ -16,7 +16,9 @@ from benchmarks.quality.real.bootstrap import Difference
 from benchmarks.quality.real.packages import ROOT
 from benchmarks.quality.real.plan import (
     CHOOSING,
+    CORE,
     FROZEN_PRETRAINED,
+    FURTHER,
     OTHERS,
     PARTS,
     PLANNED,
@@ -71,18 +73,25 @@ def runs_there(results: Results, method: str, tasks: Sequence[str]) -> str:
     return f"{results.count(method, tasks)} of {len(tasks) * len(SEEDS)}"
 
 
+def attached(results: Results, method: str, tasks: Sequence[str], other: str) -> list[str]:
+    """Loss, its difference to another method, right answers in percent, and their difference; none to itself."""
+    cells = []
+    for name, digits, scale in (("loss", 3, 1.0), ("exact", 1, 100.0)):
+        difference = None if method == other else results.difference(method, other, tasks, name)
+        mean = results.mean_over(method, tasks, score(name))
+        cells += [number(mean, digits, scale), signed(difference, digits, scale)]
+    return cells
+
+
 def quality_table(results: Results, tasks: Sequence[str]) -> str:
     """Means over tasks, attached and detached, with differences to LoRA."""
     lines, writing = [], [task for task in tasks if task not in CLASSIFICATION]
     for method in METHODS:
-        means = {name: results.mean_over(method, tasks, score(name)) for name in SCORES}
-        other = None if method == REFERENCE else REFERENCE
-        loss, exact = (other and results.difference(method, other, tasks, name) for name in ("loss", "exact"))
+        loss, right, agreement = (results.mean_over(method, tasks, score(name)) for name in SCORES[2:])
         lines.append(
             [
-                method, number(means["loss"]), signed(loss or None), number(means["exact"], 1, 100),
-                signed(exact or None, 1, 100), number(means["detached_loss"]), number(means["detached_exact"], 1, 100),
-                number(means["agreement"]), *(number(results.mean(method, task, forgotten)) for task in writing),
+                method, *attached(results, method, tasks, REFERENCE), number(loss), number(right, 1, 100),
+                number(agreement), *(number(results.mean(method, task, forgotten)) for task in writing),
                 runs_there(results, method, PLANNED),
             ]
         )  # fmt: skip
@@ -134,15 +143,7 @@ def ablation_table(results: Results) -> str:
         variant = zero.partition("-")[0]
         parts = [one for one in (*PRETRAINED, *PARTS, *FROZEN_PRETRAINED) if one.startswith(f"{variant}-")]
         for method in (zero, variant, *parts):
-            other = None if method == zero else zero
-            loss, exact = (other and results.difference(method, other, CHOOSING, name) for name in ("loss", "exact"))
-            means = [results.mean_over(method, CHOOSING, score(name)) for name in ("loss", "exact")]
-            lines.append(
-                [
-                    method, number(means[0]), signed(loss or None), number(means[1], 1, 100),
-                    signed(exact or None, 1, 100), runs_there(results, method, CHOOSING),
-                ]
-            )  # fmt: skip
+            lines.append([method, *attached(results, method, CHOOSING, zero), runs_there(results, method, CHOOSING)])
     return table(["method", "loss", "to s = 0", "right, %", "to s = 0", "runs"], lines)
 
 
@@ -155,6 +156,26 @@ def task_table(results: Results, task: str) -> str:
         rate = rates(method, results.folder)[1]
         lines.append([method, *cells, "-" if rate is None else f"{rate:g}", f"{len(found)} of {len(SEEDS)}"])
     return table(["method", *(name.replace("_", " ").replace("exact", "right") for name in SCORES), "rate", "seeds"], lines)
+
+
+def further_table(results: Results) -> str:
+    """The tasks for which no rate was chosen and which the main methods alone have, each by itself."""
+    lines = []
+    for task in FURTHER:
+        for method in [one for one in METHODS if one in CORE]:
+            loss, right = (results.mean(method, task, score(name)) for name in ("detached_loss", "detached_exact"))
+            times = (number(results.mean(method, task, drafting(name)), 2) for name in ("drafted_time", "undrafted_time"))
+            lines.append(
+                [
+                    task, method, *attached(results, method, [task], REFERENCE), number(loss), number(right, 1, 100),
+                    *times, runs_there(results, method, [task]),
+                ]
+            )  # fmt: skip
+    heads = [
+        "task", "method", "loss", "to LoRA", "right, %", "to LoRA", "detached loss", "detached right, %",
+        "drafted time", "undrafted time", "runs",
+    ]  # fmt: skip
+    return table(heads, lines)
 
 
 def spread(values: list[float]) -> str:
@@ -173,6 +194,7 @@ def markdown(results: Results) -> str:
         f"### Ours less the others, means over {over}\n\n{versus_table(results, tasks)}",
         f"### Cost as a ratio to LoRA, means over {over}, and drafting on {drafted}\n\n{cost_table(results, tasks)}",
         f"### The shadow's part, mean over {' and '.join(CHOOSING)}\n\n{ablation_table(results)}",
+        f"### Further tasks, at the rates chosen on {' and '.join(CHOOSING)}\n\n{further_table(results)}",
         *(f"### {task}\n\n{task_table(results, task)}" for task in PLANNED),
     ]
     return "\n\n".join(parts)

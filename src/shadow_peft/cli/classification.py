@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.loading import load_base
 from shadow_peft.cli.options import TemplateOptions, TrainOptions
+from shadow_peft.cli.refusals import declared_defaults, given
 from shadow_peft.cli.running import WithCard, callbacks
 from shadow_peft.cli.summary import example_prompt
 from shadow_peft.config import ShadowConfig
@@ -47,9 +47,8 @@ def check(options: TrainOptions, templates: TemplateOptions, sft: SFTConfig) -> 
     Raises:
         UserError: one of them is given.
     """
-    for names, given in ((OF_TEXT, templates), (OF_TEXT_TRAINING, sft), (OF_TEXT_SHADOW, options)):
-        defaults = {f.name: f.default for f in fields(type(given))}
-        wrong = [name for name in names if getattr(given, name) != defaults[name]]
+    for names, values in ((OF_TEXT, templates), (OF_TEXT_TRAINING, sft), (OF_TEXT_SHADOW, options)):
+        wrong = given(values, names, declared_defaults(type(values)))
         if wrong:
             raise UserError(f"--{wrong[0]} belongs to the learning of texts, and --task classification learns classes")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -61,33 +63,31 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def _check_numbers(sft: SFTConfig, peft: ModelConfig) -> None:
     """Numbers that TRL takes and that mean nothing: they would stop a run late, or change it without a word."""
+    numbers = vars(peft) | vars(sft)
     try:
         for name, (least, most) in RANGES.items():
-            require(name, getattr(sft, name, getattr(peft, name, None)), least, most)
+            require(name, numbers[name], least, most)
         if sft.max_steps <= 0 and not 0 < sft.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs must be above 0, got {sft.num_train_epochs}")
         for name in ("logging_steps", "save_steps", "eval_steps"):
-            value = getattr(sft, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} must be above 0, got {value}")
+            if numbers[name] is not None and not 0 < numbers[name] < math.inf:
+                raise ValueError(f"--{name} must be above 0, got {numbers[name]}")
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _check_method(options: TrainOptions, shadow: ShadowConfig, peft: ModelConfig) -> None:
     """Refuse options of the method that is not trained."""
-    neutral = ("model_name_or_path", "use_peft", "dtype", "model_revision", "attn_implementation")
-    lora = [f.name for f in fields(ModelConfig) if f.name.startswith(("lora_", "use_rslora", "use_dora"))]
     if not peft.use_peft:
-        given = [name for name in lora if getattr(peft, name) != getattr(ModelConfig(), name) and name not in neutral]
-        if given:
-            raise UserError(f"--{given[0]} belongs to LoRA; add --use_peft to train LoRA instead of a shadow")
+        wrong = given(peft, _options_named(ModelConfig, "lora_", "use_rslora", "use_dora"), vars(ModelConfig()))
+        if wrong:
+            raise UserError(f"--{wrong[0]} belongs to LoRA; add --use_peft to train LoRA instead of a shadow")
         return
     of_shadow = ("shadow_model", "export", "shadow_learning_rate_scale", *ShadowForCausalLM.loss_settings)
-    given = [f.name for f in fields(shadow) if getattr(shadow, f.name) != getattr(DEFAULT_SHADOW, f.name)]
-    given += [f.name for f in fields(options) if f.name in of_shadow and getattr(options, f.name) != f.default]
-    if given:
-        raise UserError(f"--{given[0]} belongs to a shadow, and --use_peft trains LoRA instead; drop one of them")
+    wrong = given(shadow, _options_named(ShadowConfig, ""), vars(DEFAULT_SHADOW))
+    wrong += given(options, of_shadow, declared_defaults(TrainOptions))
+    if wrong:
+        raise UserError(f"--{wrong[0]} belongs to a shadow, and --use_peft trains LoRA instead; drop one of them")
 
 
 def _check_shadow(options: TrainOptions, shadow: ShadowConfig) -> None:
@@ -98,12 +98,26 @@ def _check_shadow(options: TrainOptions, shadow: ShadowConfig) -> None:
                 "--share_embeddings belongs to --shadow_model; a shadow made from the base has no embeddings of its own"
             )
         return
-    shape = [f.name for f in fields(shadow) if f.name.startswith(("num_shadow_", "shadow_"))]
-    given = [name for name in shape if getattr(shadow, name) != getattr(DEFAULT_SHADOW, name)]
-    if given:
+    wrong = given(shadow, _options_named(ShadowConfig, "num_shadow_", "shadow_"), vars(DEFAULT_SHADOW))
+    if wrong:
         raise UserError(
-            f"--{given[0]} is for a shadow made from the base, and --shadow_model passes another one; drop one of them"
+            f"--{wrong[0]} is for a shadow made from the base, and --shadow_model passes another one; drop one of them"
         )
+
+
+def given(options: object, names: Iterable[str], defaults: Mapping[str, Any]) -> list[str]:
+    """Those of the named options whose values are not the defaults."""
+    return [name for name in names if vars(options)[name] != defaults[name]]
+
+
+def declared_defaults(kind: type) -> dict[str, Any]:
+    """Name -> default, of the fields of a dataclass of options."""
+    return {f.name: f.default for f in fields(kind)}
+
+
+def _options_named(kind: type, *prefixes: str) -> list[str]:
+    """The fields of a dataclass of options whose names begin with one of the prefixes."""
+    return [f.name for f in fields(kind) if f.name.startswith(prefixes)]
 
 
 def _check_evaluation(options: TrainOptions, sft: SFTConfig) -> None:
