@@ -140,7 +140,7 @@ def _rows(
             target = Path(folder)
             runtime(to).convert(source, target, settings)
             size = sum(path.stat().st_size for path in target.iterdir())
-            with runtime(to).running(target, source.tokenizer) as run:
+            with runtime(to).running(target) as run:
                 ratio = side_by_side(generates(source.model), run.answer, prompts)
                 seen = [run.answer(prompt, TOKENS) for prompt in prompts]
         ends = ends_of(source.model)

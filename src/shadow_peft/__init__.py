@@ -80,7 +80,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        from shadow_peft.storage.versions import version_of
+
+        value: Any = version_of("shadow-peft")
     elif name in _MODULES:
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     else:
@@ -91,16 +93,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
-
-
-def _version() -> str:
-    """The version of the installed package; "unknown" for a source tree that was not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("shadow-peft")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 register_projected_lm()

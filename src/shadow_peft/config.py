@@ -114,6 +114,8 @@ class ShadowConfig:
         if self.variant != "readout":
             _check_unset("normalize_injection", self.normalize_injection, False, self.variant)
             _check_unset("use_shadow_state", self.use_shadow_state, True, self.variant)
+            _check_unset("output_hidden_size", self.output_hidden_size, None, self.variant)
+            _check_unset("readout_hidden_size", self.readout_hidden_size, None, self.variant)
         if self.variant == "peft" and self.first_injected_layer != 0:
             raise ValueError(f"first_injected_layer must be 0 in the variant 'peft', got {self.first_injected_layer}.")
         _check_choice("shadow_init", self.shadow_init, get_args(ShadowInit))

@@ -77,7 +77,8 @@ def to_native(base: PreTrainedModel, adapter: str | Path, folder: Path) -> Shado
     """
     stored = reading.read(adapter)
     if stored.dialect != "peft" or stored.provenance:
-        raise ValueError(f"{adapter} was written by this library already.")
+        writer = "this library already" if stored.provenance else "shadow-peft 0.1.x, whose files are read as they are"
+        raise ValueError(f"{adapter} was written by {writer}.")
     model = load(base, stored)
     model.save_pretrained(folder, training=stored.training)
     return model

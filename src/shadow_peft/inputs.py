@@ -77,6 +77,8 @@ class ModelInputs:
         count = self.num_rows
         names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         chosen: dict[str, Any] = {name: _rows_of(getattr(self, name), rows, count) for name in names}
+        if self.position_ids is not None and _has_kinds(self.position_ids, count):  # also where n is B
+            chosen["position_ids"] = self.position_ids[:, list(rows)]
         extra = {name: _rows_of(value, rows, count) for name, value in self.extra.items()}
         return replace(self, **chosen, extra=extra)
 
@@ -108,7 +110,12 @@ def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
     index = torch.tensor(rows, device=value.device)
     if value.shape[0] == count:
         return value.index_select(0, index)
-    return value.index_select(1, index) if value.dim() == 3 and value.shape[1] == count else value
+    return value.index_select(1, index) if _has_kinds(value, count) else value
+
+
+def _has_kinds(value: Tensor | None, count: int) -> bool:
+    """Whether a tensor is `[n, B, T]`, as positions of several kinds are."""
+    return value is not None and value.dim() == 3 and value.shape[1] == count
 
 
 def positions(attention_mask: Tensor, length: int) -> Tensor:

@@ -294,7 +294,7 @@ class ShadowPeftModel(MixedBatchesMixin):
         self._attachment = None
         self._kernels.release()
         if self._checkpointing:
-            self.gradient_checkpointing_disable()
+            self.save_backbone()
         if not attachments_of(base):
             attachment.record.restore(base)
         given: PreTrainedModel = self._given[0]

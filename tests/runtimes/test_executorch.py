@@ -26,7 +26,7 @@ def test_executorch_answers_as_transformers(
     source = tiny_source(tmp_path / "hf", num_hidden_layers=1)
     executorch.convert(source, tmp_path, Settings())
     assert max(map(len, prompts)) > 8
-    with executorch.running(tmp_path, source.tokenizer) as run:
+    with executorch.running(tmp_path) as run:
         assert agreement(generates(source.model), run.answer, prompts, 12, {1}).same == len(prompts)
     assert {"model.pte", "config.json", "tokenizer.json"} < {path.name for path in tmp_path.iterdir()}
 

@@ -63,7 +63,7 @@ def test_llama_cpp_answers_as_transformers(source: Source, prompts: list[list[in
     need("gguf")
     gguf.convert(source, tmp_path, Settings(type="f32"))
     assert [path.name for path in tmp_path.iterdir()] == ["model-f32.gguf"]
-    with gguf.running(tmp_path, source.tokenizer) as run:
+    with gguf.running(tmp_path) as run:
         assert agreement(generates(source.model), run.answer, prompts, 12, {1}).same == len(prompts)
         assert run.tokens is not None
         assert [run.tokens(text) for text in TEXTS] == prompts
@@ -92,7 +92,7 @@ def test_q4_k_m_stores_4_bits_where_rows_have_256_weights(tmp_path: Path) -> Non
     weights = sum(parameter.numel() for parameter in source.model.parameters() if parameter.dim() > 1)
     header = 40_000  # names, settings and tokens
     assert 144 / 256 < file.stat().st_size / weights < (210 / 256) + header / weights
-    with gguf.running(tmp_path / "gguf", source.tokenizer) as run:
+    with gguf.running(tmp_path / "gguf") as run:
         assert len(run.answer([5, 6, 7], 4)) == 4
     assert [path.name for path in tmp_path.glob("*.gguf")] == []
 

@@ -24,7 +24,7 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_onnxruntime_answers_as_transformers(folder: Path, source: Source, prompts: list[list[int]]) -> None:
-    with onnx.running(folder, source.tokenizer) as run:
+    with onnx.running(folder) as run:
         assert agreement(generates(source.model), run.answer, prompts, 12, {1}).same == len(prompts)
 
 

@@ -25,7 +25,7 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_openvino_answers_as_transformers(folder: Path, source: Source, prompts: list[list[int]]) -> None:
     """Twice, since the cache of a text must not reach the next one."""
-    with openvino.running(folder, source.tokenizer) as run:
+    with openvino.running(folder) as run:
         found = agreement(generates(source.model), run.answer, [*prompts, prompts[0]], 12, {1})
     assert found.same == found.prompts == len(prompts) + 1
 

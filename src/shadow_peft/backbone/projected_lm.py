@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadow_peft.backbone.explicit import prepare_shadow_model, registered_config
 from shadow_peft.backbone.projection import fit_projection
+from shadow_peft.base.signature import Signature, returned_cache
 from shadow_peft.losses.language_modeling import next_token_loss, shifted
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
@@ -227,6 +228,15 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         """Replace the output embedding."""
         self.lm_head = new_embeddings
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """A recurrent backbone reads the whole text for every token: transformers' loop hands no state on here."""
+        if Signature.of(self.shadow_model).is_recurrent:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -263,10 +273,10 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
+            **{Signature.of(self.shadow_model).cache_name or "past_key_values": past_key_values},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -278,9 +288,9 @@ class AutoModelForCausalLMWithHiddenProjection(PreTrainedModel, GenerationMixin)
         result = CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits, shifted(labels), num_items_in_batch),
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=returned_cache(outputs),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
         return result.to_tuple() if return_dict is False else result
 

@@ -6,7 +6,6 @@ import copy
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from shadow_peft.cascade.outcomes import Outcome, Quality, exact_match
 from shadow_peft.cascade.remote import Prompt, RemoteModel
 from shadow_peft.cascade.scorer import Scorer
 from shadow_peft.cascade.signals import Takeover
-from shadow_peft.cascade.storage import FILE, load_calibration, save_calibration
+from shadow_peft.cascade.storage import find_calibration, save_calibration
 from shadow_peft.cascade.writing import Writers
 from shadow_peft.outputs import InferenceMode
+from shadow_peft.storage.versions import versions_of
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -113,8 +113,8 @@ class ShadowCascade:
         classifies = any(name.endswith("ForSequenceClassification") for name in names)
         auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
         model, tokenizer = auto.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-        if kwargs.get("calibration") is None and Path(path, FILE).is_file():
-            kwargs["calibration"] = load_calibration(path)
+        if kwargs.get("calibration") is None:
+            kwargs["calibration"] = find_calibration(path)
         return cls(model, tokenizer, remote=remote, **kwargs)
 
     # ---------------------------------------------------------------- answering
@@ -247,7 +247,7 @@ class ShadowCascade:
         sides = self._sides
         generation = sides.config.to_diff_dict() if isinstance(sides, Writers) else None
         return {
-            "versions": {**{name: _version(name) for name in packages}, "python": platform.python_version()},
+            "versions": {**versions_of(packages), "python": platform.python_version()},
             "shadow": type(self.shadow).__name__,
             "base": self.shadow.name_or_path or None,
             "attached": None if self.remote is None else {"model": self.remote.model, "base_url": self.remote.base_url},
@@ -325,10 +325,3 @@ def _pair(row: dict[str, Any], number: int) -> tuple[Prompt, str]:
         raise ValueError(f"Row {number} has no 'prompt' and 'completion'.")
     completion = row["completion"]
     return row["prompt"], completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

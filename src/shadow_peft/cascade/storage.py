@@ -9,8 +9,9 @@ from typing import Any
 from shadow_peft.cascade.calibration import Calibration, Promise
 from shadow_peft.cascade.scorer import Scorer
 from shadow_peft.cascade.signals import signals_for
-from shadow_peft.storage.atomic import all_or_none
+from shadow_peft.storage.atomic import all_or_none, visible_files
 from shadow_peft.storage.files import read_json, write_json
+from shadow_peft.storage.hub import local_directory
 
 FILE = "cascade.json"
 FORMAT = 1
@@ -37,13 +38,23 @@ def save_calibration(calibration: Calibration, directory: str | Path) -> Path:
     return Path(directory, FILE)
 
 
+def find_calibration(place: str | Path) -> Calibration | None:
+    """The calibration in a folder, a hub repository or a folder of one; None where there is none.
+
+    Raises:
+        ValueError: there is no such place, or the calibration is malformed.
+    """
+    directory = local_directory(place)
+    return load_calibration(directory) if FILE in visible_files(directory) else None
+
+
 def load_calibration(directory: str | Path) -> Calibration:
     """Read the `cascade.json` of a folder.
 
     Raises:
         ValueError: there is none, or it is malformed.
     """
-    path = Path(directory, FILE)
+    path = visible_files(Path(directory)).get(FILE, Path(directory, FILE))
     data = read_json(path)
     try:
         return _parsed(data)

@@ -107,7 +107,7 @@ class CheckpointMixin(ShadowAdapter):
     # ---------------------------------------------------------------- files
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the adapters, see `multi_adapter.named`."""
+        """Save the adapters, see `multi_adapter.files`."""
         raise NotImplementedError
 
     def push_to_hub(

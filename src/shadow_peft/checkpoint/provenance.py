@@ -8,7 +8,6 @@ import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from shadow_peft.adapter import ShadowAdapter
 from shadow_peft.base import peft_adapters
 from shadow_peft.base.task_head import input_embeddings
 from shadow_peft.losses.label_tokens import MOST_STORED, LabelTokens
+from shadow_peft.storage.versions import versions_of
 
 
 def provenance(
@@ -33,7 +33,7 @@ def provenance(
     base = model.base_model
     return {
         "versions": {
-            **{name: version(name) for name in ("shadow-peft", "torch", "transformers", "safetensors")},
+            **versions_of(("shadow-peft", "torch", "transformers", "safetensors")),
             "python": platform.python_version(),
         },
         "base_model_name_or_path": base.name_or_path or None,

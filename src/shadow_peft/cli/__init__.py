@@ -1,4 +1,4 @@
-"""The command line `shadow-peft`: demo, train, generate, eval; one file per verb."""
+"""The command line `shadow-peft`: one file per verb, its options in a file beside it."""
 
 from shadow_peft.cli.dispatch import main
 

@@ -21,7 +21,7 @@ from shadow_peft.cascade.cascade import ShadowCascade
 from shadow_peft.cascade.curve import draw_curves
 from shadow_peft.cascade.outcomes import QUALITIES
 from shadow_peft.cascade.remote import Prompt, RemoteError, RemoteModel
-from shadow_peft.cascade.storage import FILE, load_calibration
+from shadow_peft.cascade.storage import FILE, find_calibration
 from shadow_peft.cli.cascade_data import read_classes, read_texts
 from shadow_peft.cli.cascade_options import CascadeOptions
 from shadow_peft.cli.classifiers import adapts_classifier, is_classifier, load_adapted_classifier, load_classifier
@@ -33,7 +33,6 @@ from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.remote import remote_model
 from shadow_peft.cli.screen import Row, Screen
-from shadow_peft.storage.hub import local_directory
 
 DESCRIPTION = """The shadow answers; where its confidence is below a threshold, the adapted base takes over, or a remote one.
 An answer is a text, or a class where the adapter was trained with --task classification.
@@ -142,10 +141,9 @@ def make_cascade(
     found: Calibration | None = None
     try:
         place = options.adapter or str(options.model)
-        stored = None if options.calibrate else local_directory(place)
-        if stored is not None and (stored / FILE).is_file():
-            found = load_calibration(stored)
-        elif stored is not None and options.threshold is None:
+        if not options.calibrate:
+            found = find_calibration(place)
+        if found is None and not options.calibrate and options.threshold is None:
             raise ValueError(f"there is no {FILE} in {place}; give --threshold, or --calibrate with data")
         return ShadowCascade(
             model,

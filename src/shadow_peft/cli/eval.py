@@ -26,6 +26,7 @@ from shadow_peft.cli.parsing import VerbParser, parse
 from shadow_peft.cli.quiet import quiet_libraries
 from shadow_peft.cli.screen import Screen
 from shadow_peft.outputs import InferenceMode
+from shadow_peft.storage.versions import versions_of
 
 DESCRIPTION = """Scores a model with lm-evaluation-harness: a base with its shadow adapter in
 either inference mode, or any other model that transformers loads, such as an
@@ -119,7 +120,7 @@ def write_results(path: Path, results: dict[str, Any], model: str, options: Eval
         "model": model,
         "adapter": options.adapter,
         "seed": options.seed,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions_of(PACKAGES),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"provenance": provenance, "modes": results}, indent=1, default=handle_non_serializable)

@@ -12,12 +12,11 @@ from shadow_peft.cascade.answers import Policy
 from shadow_peft.cascade.calibration import Calibration
 from shadow_peft.cascade.cascade import require_same_shadow
 from shadow_peft.cascade.scorer import Scorer
-from shadow_peft.cascade.storage import FILE, load_calibration
+from shadow_peft.cascade.storage import FILE, find_calibration
 from shadow_peft.cli.errors import UserError, one_line
 from shadow_peft.cli.export_options import ExportOptions
 from shadow_peft.export import hf
 from shadow_peft.export.runtimes import Ask, Page
-from shadow_peft.storage.hub import local_directory
 
 EXAMPLES = 6
 """Prompts of `--check` that a page offers."""
@@ -54,13 +53,24 @@ def page_of(model: PreTrainedModel, origin: hf.Origin, options: ExportOptions) -
 def _examples(check: str | None, prompt: str) -> tuple[str, ...]:
     """The first prompts of a file that begin and end as the page's prompt does, without what it puts around."""
     before, _, after = prompt.partition("{}")
-    found = []
+    found: list[str] = []
     for line in Path(check).read_text(encoding="utf-8").splitlines() if check is not None else ():
-        row = json.loads(line) if line.strip() else {}
-        text = row.get("prompt", row.get("text"))
-        if isinstance(text, str) and text.startswith(before) and text.endswith(after):
+        if len(found) == EXAMPLES:
+            break
+        text = _text_of(line)
+        if text.startswith(before) and text.endswith(after):
             found.append(text[len(before) : len(text) - len(after)])
-    return tuple(found[:EXAMPLES])
+    return tuple(found)
+
+
+def _text_of(line: str) -> str:
+    """The prompt of a row; nothing where it has none, which is no matter here: an example is left out."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return ""
+    text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def ask_of(model: PreTrainedModel, adapter: str, options: ExportOptions) -> tuple[Ask | None, int]:
@@ -79,7 +89,7 @@ def ask_of(model: PreTrainedModel, adapter: str, options: ExportOptions) -> tupl
     if options.remote_url is None or options.remote_model is None:
         return None, options.check_tokens
     try:
-        found = _calibration(adapter)
+        found = find_calibration(adapter)
         policy = _policy(found, model, options.threshold)
     except ValueError as error:
         raise UserError(one_line(error)) from error
@@ -93,11 +103,6 @@ def ask_of(model: PreTrainedModel, adapter: str, options: ExportOptions) -> tupl
     )
     generation = _generation(found)
     return ask, int(generation.get("max_new_tokens", options.check_tokens))
-
-
-def _calibration(adapter: str) -> Calibration | None:
-    directory = local_directory(adapter)
-    return load_calibration(directory) if (directory / FILE).is_file() else None
 
 
 def _policy(found: Calibration | None, model: PreTrainedModel, threshold: float | None) -> Policy:

@@ -65,7 +65,7 @@ def compare_runtime(
     reason = cannot_run(options.to)
     if reason is not None:
         return f"not run, so its answers are not compared: {reason}"
-    with runtime(options.to).running(folder, tokenizer) as run:
+    with runtime(options.to).running(folder) as run:
         found = agreement(generates(model.float()), run.answer, prompts, options.check_tokens, ends_of(model))
         differ = _split_otherwise(run, tokenizer, prompts)
     prompt = f"; the first other one is that to prompt {found.others[0] + 1}" if found.others else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from shadow_peft.checkpoint import peft
 from shadow_peft.checkpoint.folder import FILES as ADAPTER_FILES
 from shadow_peft.checkpoint.folder import others_in
 from shadow_peft.cli.errors import UserError
@@ -18,7 +19,7 @@ from shadow_peft.storage.files import read_json
 CARD, EXPORT, STATE = "README.md", "shadow", "trainer_state.json"
 
 _RESULTS = ("all_results.json", "train_results.json", "eval_results.json", STATE, "training_args.bin", "losses.png")
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
@@ -86,15 +87,24 @@ def old_run(output: Path) -> list[Path]:
     here = sorted(output.iterdir()) if output.is_dir() else []
     ours = {*ADAPTER_FILES, *_RESULTS}
     found = [p for p in here if (p.name in ours and p.is_file()) or _is_checkpoint(p)]
-    if not found:
+    if not found or (_is_foreign(output) and not any(p.name in _RESULTS for p in here)):
         return []
-    found += [p for p in here if p.name in _TOKENIZER or _LEFTOVER.fullmatch(p.name)]
+    found += [p for p in here if p.name in TOKENIZER_FILES or _LEFTOVER.fullmatch(p.name)]
     if (output / EXPORT / "config.json").is_file():
         found.append(output / EXPORT)
     card = output / CARD
     if card.is_file() and "shadow-peft" in card.read_text(encoding="utf-8", errors="replace"):
         found.append(card)
     return found
+
+
+def _is_foreign(output: Path) -> bool:
+    """Whether the adapter in a folder is one of PEFT's methods; a run of ours with `--use_peft` leaves results beside it."""
+    config = output / peft.CONFIG_FILE
+    try:
+        return config.is_file() and read_json(config).get("peft_type") != peft.PEFT_TYPE
+    except ValueError:  # damaged: nobody's
+        return False
 
 
 def clear(output: Path) -> None:
@@ -110,7 +120,7 @@ def clear(output: Path) -> None:
 
 def _clear_export(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_file() and (path.name in _TOKENIZER or _MODEL.fullmatch(path.name)):
+        if path.is_file() and (path.name in TOKENIZER_FILES or _MODEL.fullmatch(path.name)):
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
         prompts = [_prompt(text, tokenizer, options.chat) for text in others.text]
         set_seed(options.seed)
         for prompt in prompts:
-            answer, statistics = continuation(model, tokenizer, prompt, config)
+            answer, statistics = continuation(model, tokenizer, prompt, config, options.chat)
             print(answer, flush=True)
             if statistics is not None:
                 print(report(statistics), file=sys.stderr)
@@ -82,14 +82,19 @@ def generation_config(
 
 @torch.no_grad()
 def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerationConfig, chat: bool = False
 ) -> tuple[str, DraftStatistics | None]:
     """What the model adds to a prompt, without special tokens, and the statistics of drafting, if it drafted.
+
+    Args:
+        chat: the prompt was formatted by a chat template, which wrote the special tokens that it wants.
 
     Raises:
         UserError: an empty prompt, or options that the model cannot answer with.
     """
-    inputs: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs: Any = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False).to(
+        model.device
+    )
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("the text is empty: there is nothing to go on with")
     config.return_dict_in_generate = True

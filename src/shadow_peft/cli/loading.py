@@ -24,6 +24,7 @@ from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProj
 from shadow_peft.backbone.projection import carried_projection
 from shadow_peft.checkpoint import peft
 from shadow_peft.cli.errors import UserError, one_line
+from shadow_peft.cli.folders import TOKENIZER_FILES
 from shadow_peft.cli.options import QuantizationOptions
 from shadow_peft.cli.quiet import no_reports
 from shadow_peft.config import CONFIG_FILE
@@ -268,15 +269,19 @@ def load_shadow(name: str, base: PreTrainedModel, tokens: int, share_embeddings:
 
 
 def load_tokenizer(*places: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the first folder that has one, else that of the last place.
+    """Load the tokenizer of the first folder or hub repository that has one, else that of the last place.
 
     Raises:
         UserError: none has one.
     """
     named = [place for place in places if place]
     for place in named[:-1]:
-        if Path(place, "tokenizer_config.json").is_file():
-            return _tokenizer(place)
+        try:
+            directory = local_directory(place, TOKENIZER_FILES)
+        except (OSError, ValueError):  # what it is needed for besides will say so
+            continue
+        if (directory / "tokenizer_config.json").is_file():
+            return _tokenizer(str(directory))
     return _tokenizer(named[-1])
 
 

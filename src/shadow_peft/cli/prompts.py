@@ -27,24 +27,23 @@ def read_prompts(path: str | None, tokenizer: PreTrainedTokenizerBase, most: int
         UserError: the file cannot be read, a row has none of them, or there is no row.
     """
     if path is None:
-        texts = list(DEFAULT)
+        ids = [list(tokenizer(text)["input_ids"]) for text in DEFAULT]
     else:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"--check {path} is no UTF-8 text") from error
         rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:most]
-        texts = [_prompt(f"{path}:{number}", line, tokenizer) for number, line in rows]
-    if not texts:
+        ids = [_prompt_ids(f"{path}:{number}", line, tokenizer) for number, line in rows]
+    if not ids:
         raise UserError(f"--check {path} has no row")
-    ids: list[list[int]] = [list(tokenizer(text)["input_ids"]) for text in texts]
     empty = next((index for index, prompt in enumerate(ids) if not prompt), None)
     if empty is not None:
         raise UserError(f"--check {path}: prompt {empty + 1} has no token")
     return ids
 
 
-def _prompt(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _prompt_ids(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
@@ -55,8 +54,9 @@ def _prompt(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if tokenizer.chat_template is None:
             raise UserError(f"--check {where}: messages need a tokenizer with a chat template; this one has none")
         asked = turns[:-1] if "messages" in row and turns[-1].get("role") == "assistant" else turns
-        return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        chat = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        return list(tokenizer(chat, add_special_tokens=False)["input_ids"])  # the template wrote those that it wants
     text = row.get("prompt", row.get("text"))
     if not isinstance(text, str) or not text:
         raise UserError(f"--check {where}: a row needs 'prompt', 'messages' or 'text'")
-    return text
+    return list(tokenizer(text)["input_ids"])

@@ -16,7 +16,6 @@ from shadow_peft.cli.errors import InterruptedRunError, UserError, one_line
 from shadow_peft.cli.folders import checkpoints, what_is_missing
 from shadow_peft.cli.options import TrainOptions
 from shadow_peft.cli.progress import TrainingProgress
-from shadow_peft.cli.screen import Screen
 from shadow_peft.export.head import CannotFold
 from shadow_peft.training.card import RunFacts, write_card
 from shadow_peft.training.sft import ShadowSFTTrainer
@@ -79,7 +78,7 @@ def make_trainer(
     return trainer
 
 
-def show_progress(trainer: Any, screen: Screen, progress: TrainingProgress) -> TrainingProgress:
+def show_progress(trainer: Any, progress: TrainingProgress) -> TrainingProgress:
     """Show our bar or lines instead of transformers'."""
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

@@ -120,7 +120,7 @@ def _train(
     tokenizer, train_set, eval_set, trainer = _prepared(options, templates, shadow, sft, peft, screen)
     trainer.facts = _facts(options, trainer, shadow, peft, arguments, chat=summary.example_prompt(train_set)[1])
     head = partial(summary.head, options, trainer, method(shadow, peft), _dropped(trainer, train_set, eval_set))
-    progress = show_progress(trainer, screen, TrainingProgress(screen, head, bars=not sft.disable_tqdm))
+    progress = show_progress(trainer, TrainingProgress(screen, head, bars=not sft.disable_tqdm))
     if options.overwrite and trainer.is_world_process_zero():
         clear(Path(options.output))
     started = time.perf_counter()

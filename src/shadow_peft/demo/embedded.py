@@ -1,4 +1,4 @@
-"""The embedded models of `shadow-peft demo`: a base of 3 million parameters, and a shadow of a third of a million.
+"""The embedded models of `shadow-peft demo`: a base of 4 million parameters, and a shadow of three layers.
 
 `scripts/pretrain_demo_base.py` trained the base on text. `scripts/pretrain_demo_shadow.py` initialised the shadow from the
 base and trained it on the same text. Both are stock Llamas; the shadow uses the base's embedding table.

@@ -6,12 +6,12 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from shadow_peft.demo.race import Contender, RaceSettings
 from shadow_peft.demo.robot_commands import Command
+from shadow_peft.storage.versions import versions_of
 
 HEADINGS = ("path", "exact match", "fields", "loss", "trainable", "seconds", "peak MB")
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -41,7 +41,7 @@ def save_results(path: Path, settings: RaceSettings, contenders: Sequence[Conten
         "seconds_in_all": round(seconds, 1),
         "settings": {**asdict(settings), "base": settings.base.name, "shadow_model": settings.shadow_model.name},
         "machine": {"platform": platform.platform(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions_of(PACKAGES),
         "contenders": [asdict(contender) for contender in contenders],
     }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from shadow_peft.export.onnx import decode_step, ends_in
@@ -72,7 +72,7 @@ def only_tokens_vary(inputs: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
+def running(target: Path) -> Iterator[Running]:
     """ExecuTorch's own runtime on the CPU."""
     from executorch.runtime import Runtime
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from shadow_peft.export.fetched import Package, fetch
 from shadow_peft.export.runtimes import CannotExport, Running, Settings, Source
@@ -72,7 +71,7 @@ def convert(source: Source, target: Path, settings: Settings) -> None:
 
 
 @contextmanager
-def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
+def running(target: Path) -> Iterator[Running]:
     """llama.cpp's server in this process, on as many threads as torch has."""
     file = next(target.glob("*.gguf"))
     with serving(file) as post:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shadow_peft.backbone.projected_lm import AutoModelForCausalLMWithHiddenProjection
 from shadow_peft.base.quantization import quantization_method
 from shadow_peft.storage.atomic import all_or_none
+from shadow_peft.storage.versions import versions_of
 
 CARD = "README.md"
 MARK = "shadow-peft export"
@@ -97,7 +97,7 @@ def card(model: PreTrainedModel, origin: Origin, name: str, usage: str | None = 
         "base": None if base_name is None else f"`{base or base_name}`",
         "variant": None if origin.variant is None else f"`{origin.variant}`",
         "python": platform.python_version(),
-        **{package: version(package) for package in _PACKAGES},
+        **versions_of(_PACKAGES),
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)])
     form = _needs(model) if to == "hf" else f"It is a stock `{type(model).__name__}` of transformers, exported to {to}."

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from shadow_peft.export import onnx
 from shadow_peft.export.fetched import Package, fetch
 from shadow_peft.export.runtimes import Ask, CannotExport, Page, Running, Settings, Source
@@ -105,7 +103,7 @@ def compose(page: Page, parts: dict[str, bytes]) -> str:
 
 
 @contextmanager
-def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
+def running(target: Path) -> Iterator[Running]:
     """The page in a Chromium without a network and without a window."""
     with opened(target / FILE) as browser, asking(browser) as run:
         yield run

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from shadow_peft.export.runtimes import CannotExport, Running, Settings, Source
 
@@ -60,7 +60,7 @@ def convert(source: Source, target: Path, settings: Settings) -> None:
 
 
 @contextmanager
-def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
+def running(target: Path) -> Iterator[Running]:
     """onnxruntime on the CPU, on as many threads as torch has."""
     import onnxruntime
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from shadow_peft.export.onnx import decode_step, ends_in
 from shadow_peft.export.runtimes import CannotExport, Running, Settings, Source
@@ -42,7 +41,7 @@ def convert(source: Source, target: Path, settings: Settings) -> None:
 
 
 @contextmanager
-def running(target: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Running]:
+def running(target: Path) -> Iterator[Running]:
     """OpenVINO on the CPU in float32, on as many threads as torch has."""
     import openvino
 

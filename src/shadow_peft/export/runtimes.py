@@ -3,7 +3,7 @@
 A runtime is one module with two functions:
 
     convert(source, target, settings)      writes into `target`
-    running(target, tokenizer)             a context manager: what was written, loaded by the runtime itself
+    running(target)                        a context manager: what was written, loaded by the runtime itself
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Runtime(Protocol):
     def convert(self, source: Source, target: Path, settings: Settings) -> None:
         """Write the model into a folder."""
 
-    def running(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Running]:
+    def running(self, target: Path) -> AbstractContextManager[Running]:
         """Load what `convert` wrote."""
 
 

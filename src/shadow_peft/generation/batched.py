@@ -242,7 +242,7 @@ class BatchedDrafting:
         self._written.append(DecodedStep(texts.lengths, (accepted + 1) * live, scores, raw))
         taken = self._up_to_ends(accepted + 1, live)
         self._written[-1] = replace(self._written[-1], counts=taken * live)
-        drafting, kept = self.going_on, taken - 1
+        drafting, kept = self._with_shadow(live), taken - 1
         for row in live.nonzero()[:, 0].tolist():
             number = int(kept[row])
             self._config.statistics.record(count if drafting[row] else number, number)

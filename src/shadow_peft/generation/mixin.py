@@ -83,6 +83,8 @@ class ShadowGenerationMixin(GenerationMixin):
                 guidance for rows of several adapters; a negative `assistant_vocab_size`.
         """
         if adapter_names is not None:
+            if isinstance(adapter_names, str):
+                raise ValueError(f"adapter_names must hold one name a row, got {adapter_names!r}.")
             kwargs[_NAMES] = self.peft_model.row_names(adapter_names, None, len(adapter_names))
         if use_shadow_draft is not None:
             kwargs["use_shadow_draft"] = use_shadow_draft
@@ -206,6 +208,8 @@ class ShadowGenerationMixin(GenerationMixin):
             for other in _OTHER_DRAFTERS:
                 if getattr(prepared, other, None):
                     raise ValueError(f"use_shadow_draft and {other} exclude each other: one drafter at a time.")
+            if model_kwargs.get("position_ids") is not None:
+                raise ValueError("use_shadow_draft counts positions from the attention mask; leave position_ids out.")
         guided = prepared.guidance_scale not in (None, 1)
         if guided and getattr(prepared, SWITCH, None):
             raise ValueError("use_shadow_draft works without guidance_scale, whose second context would have no drafts.")

@@ -196,8 +196,11 @@ class NamedAdaptersMixin(CheckpointMixin):
                 or backbone; nothing is changed.
         """
         adapter, stored = self.adapter(adapter_name), reading.read(pretrained_shadow_path)
-        if not adapter.task_heads:
-            stored = stored.without_heads()
+        if stored.head_names and not adapter.task_heads:
+            raise ValueError(
+                f"{stored.directory} has a trained {stored.head_names[0]}, and the adapter {adapter_name!r} has none. "
+                "Load it with the task model's load_adapter."
+            )
         check_swappable(adapter, stored)
         self._require_same_base_adapters(stored)
         store.load_into(adapter, stored)

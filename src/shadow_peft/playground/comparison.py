@@ -34,7 +34,7 @@ class Answer:
         text: what was added to the prompt, without special tokens.
         ids: its tokens `[N]`, special ones included.
         seconds: wall-clock time of the generation, the pass over the prompt included.
-        base_passes: passes of the base; None where drafting did not count them.
+        base_passes: passes of the base; None where there is no answer.
         problem: why there is no answer; else None.
     """
 

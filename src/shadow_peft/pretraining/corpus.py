@@ -66,8 +66,12 @@ def open_corpus(corpus: Corpus) -> IterableDataset:
         FileNotFoundError: a file is not there, or a folder holds no file that can be read.
         ValueError: a file of another kind, or without the column.
     """
-    files = [file for place in corpus.places for file in files_of(place)]
+    found = {place: files_of(place) for place in corpus.places}
+    files = [file for place in corpus.places for file in found[place]]
     if files:
+        missing = [place for place, those in found.items() if not those]
+        if missing:
+            raise FileNotFoundError(f"There is no {missing[0]}; a dataset of the hub is read alone, not beside files.")
         parts = [load_dataset(**READERS[f.suffix], data_files=str(f), split="train", streaming=True) for f in files]
     else:
         parts = [load_dataset(p, corpus.name, split=corpus.split, streaming=True) for p in corpus.places]

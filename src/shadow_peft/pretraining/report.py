@@ -6,7 +6,6 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from shadow_peft.backbone.projection import Reconstruction
 from shadow_peft.pretraining.corpus import files_of
 from shadow_peft.storage.files import write_json
+from shadow_peft.storage.versions import versions_of
 from shadow_peft.training.card import CARD, PICTURE, LogRow, draw_losses, loss_curves, portable
 
 REPORT = "pretraining.json"
@@ -92,7 +92,7 @@ def _facts(facts: PretrainingFacts, log: Sequence[LogRow]) -> dict[str, Any]:
         "projection": None if facts.fit is None else facts.fit._asdict(),
         "command": shlex.join(["shadow-peft", "pretrain", *map(portable, facts.arguments)]),
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **versions_of(PACKAGES),
     }
 
 

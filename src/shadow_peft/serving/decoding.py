@@ -57,7 +57,7 @@ class Decoder:
         return "attached", "drafted"
 
     def together(self, waiting: Sequence[Request], most: int) -> list[Request]:
-        """Of requests of one kind, oldest first, those that make the next batch.
+        """Of requests of one kind, oldest first, those that make the next batch; the oldest is always one of them.
 
         Adapters must fit into memory at once. Where positions are looked up in a table, so must the longest prompt with the
         longest answer: a row that has ended is fed until the last one ends, and its positions go on.
@@ -68,7 +68,7 @@ class Decoder:
         for request in waiting[: 4 * most]:
             own = {request.route.adapter} if self._served.takes_room(request.route) else set()
             fits = self._served.room is None or len(loaded | own) <= self._served.room
-            if len(chosen) < most and fits and _longest([*chosen, request]) <= positions:
+            if not chosen or (len(chosen) < most and fits and _longest([*chosen, request]) <= positions):
                 chosen.append(request)
                 loaded |= own
         return chosen

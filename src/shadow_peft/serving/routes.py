@@ -17,10 +17,9 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from shadow_peft.cascade.cascade import ShadowCascade
 from shadow_peft.cascade.remote import RemoteModel
-from shadow_peft.cascade.storage import FILE, load_calibration
+from shadow_peft.cascade.storage import FILE, find_calibration
 from shadow_peft.multi_adapter.mixed import BASE
 from shadow_peft.multi_adapter.pool import AdapterPool
-from shadow_peft.storage.hub import local_directory
 from shadow_peft.tasks.base import ShadowTaskModel
 from shadow_peft.tasks.causal_lm import ShadowForCausalLM
 
@@ -177,10 +176,10 @@ def load_served(
             model.load_adapter(adapters[name], name)
     cascades = {}
     for name, path in adapters.items():
-        directory = local_directory(path)
-        if (directory / FILE).is_file():
-            own = ShadowForCausalLM.from_pretrained(base, directory).eval()
-            cascades[name] = ShadowCascade(own, tokenizer, remote=remote, calibration=load_calibration(directory))
+        calibration = find_calibration(path)
+        if calibration is not None:
+            own = ShadowForCausalLM.from_pretrained(base, path).eval()
+            cascades[name] = ShadowCascade(own, tokenizer, remote=remote, calibration=calibration)
     return ServedModels(
         model.eval(), tokenizer, list(adapters), base_name=base_name, pool=pool, room=room, cascades=cascades
     )
@@ -206,10 +205,10 @@ def load_served_shadow(
     Raises:
         ValueError: there is no calibration, or one of another shadow.
     """
-    directory = local_directory(path)
-    if not (directory / FILE).is_file():
+    calibration = find_calibration(path)
+    if calibration is None:
         raise ValueError(f"There is no {FILE} in {path}: calibrate a cascade, and write it there.")
-    cascade = ShadowCascade(shadow, tokenizer, remote=remote, calibration=load_calibration(directory))
+    cascade = ShadowCascade(shadow, tokenizer, remote=remote, calibration=calibration)
     return ServedModels(shadow, tokenizer, [], base_name=name, cascades={name: cascade})
 
 
@@ -223,7 +222,8 @@ def position_tables(model: PreTrainedModel) -> list[int]:
     """Sizes of the tables in which base and shadows look positions up; rotary positions can be computed anywhere."""
     parts = [model]
     if isinstance(model, ShadowTaskModel):
-        parts += [model.peft_model.adapter(name).shadow_model for name in model.peft_model.adapter_configs]
+        adapters = model.peft_model, *list(model.peft_model.other_adapters.values())  # other threads may load and remove
+        parts += [adapter.shadow_model for adapter in adapters]
     configs = [part.config.get_text_config() for part in parts]
     sizes = [getattr(config, "max_position_embeddings", None) for config in configs if not _is_rotary(config)]
     return [size for size in sizes if size]

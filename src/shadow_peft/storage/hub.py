@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-_PATTERNS = ["shadow_*", "adapter_*", "base_adapter.safetensors", "cascade.json", ".saved/*"]
+_PATTERNS = ("shadow_*", "adapter_*", "base_adapter.safetensors", "cascade.json", ".saved/*")
 """Files of an adapter and the calibration of its cascade; the last ones are there if a folder was uploaded in which a save
 was interrupted."""
 
 
-def local_directory(path_or_repo: str | Path) -> Path:
+def local_directory(path_or_repo: str | Path, patterns: Sequence[str] = _PATTERNS) -> Path:
     """The directory of a checkpoint: a local one, or a snapshot of a hub repository or of a folder in it.
 
     Args:
         path_or_repo: a directory, `owner/name` or `owner/name/folder`; `@revision` may follow the last two.
+        patterns: names of the files that are fetched from the hub.
 
     Raises:
         ValueError: it is neither a directory nor a repository that can be read, or the repository has no such folder.
@@ -25,10 +26,10 @@ def local_directory(path_or_repo: str | Path) -> Path:
         return path
     if path.is_file():
         raise ValueError(f"{path} is a file; pass the directory that holds the checkpoint.")
-    return _snapshot(str(path_or_repo))
+    return _snapshot(str(path_or_repo), patterns)
 
 
-def _snapshot(path_or_repo: str) -> Path:
+def _snapshot(path_or_repo: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -40,9 +41,9 @@ def _snapshot(path_or_repo: str) -> Path:
     place, _, revision = path_or_repo.partition("@")
     owner, *rest = place.split("/", 2)
     repo_id, folder = "/".join([owner, *rest[:1]]), "".join(rest[1:]).rstrip("/")
-    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _PATTERNS]
+    wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:
-        directory = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)) / folder
+        directory = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=wanted)) / folder
     except RevisionNotFoundError as error:
         raise ValueError(f"The hub repository {repo_id!r} has no revision {revision!r}.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:

@@ -126,7 +126,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, bool(use_cache), kwargs
         ).checked()
         names = self.peft_model.row_names(adapter_names, past_key_values, inputs.num_rows)
-        wants_shadow = self.wants_shadow_logits(output_shadow_logits)
+        returns_shadow = self.wants_shadow_logits(output_shadow_logits)
+        wants_shadow = returns_shadow or (labels is not None and bool(self.shadow_loss_weight))
         inputs = replace(inputs, adapter_names=names)
         adapted = self.peft_model.run(inputs, self.inference_mode, skip_head=True, reads_state=wants_shadow)
         padding = getattr(self.config.get_text_config(), "pad_token_id", None)
@@ -142,7 +143,8 @@ class ShadowForSequenceClassification(ShadowTaskModel):
             logits = shadow_logits
         if labels is not None:
             loss = self._loss(logits, shadow_logits, labels, num_items_in_batch, heads.shadow_rows)
-        result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shadow_logits)
+        shown = shadow_logits if returns_shadow or adapted.base is None else None
+        result = ShadowSequenceClassifierOutput(loss, logits, past_key_values=adapted.cache, shadow_logits=shown)
         if adapted.base is None and kwargs.get("output_hidden_states"):
             result.hidden_states = (adapted.shadow_state,)
         return result.to_tuple() if return_dict is False else result

@@ -6,11 +6,12 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from shadow_peft.storage.versions import versions_of
 
 CARD, PICTURE = "README.md", "losses.png"
 PACKAGES = ("shadow-peft", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -125,7 +126,7 @@ def _text(facts: RunFacts, log: Sequence[LogRow], has_picture: bool) -> str:
         "seed": str(facts.seed),
         "processes": str(facts.processes),
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **versions_of(PACKAGES),
     }
     command = shlex.join(["shadow-peft", "train", *map(portable, facts.arguments)])
     return "\n\n".join(

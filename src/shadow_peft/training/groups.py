@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from shadow_peft.model import ShadowPeftModel
+from shadow_peft.adapter import ShadowAdapter
 
 
 def parameter_groups(
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def _backbones(model: nn.Module) -> list[nn.Module]:
-    adapted = [module for module in model.modules() if isinstance(module, ShadowPeftModel)]
+    adapted = [module for module in model.modules() if isinstance(module, ShadowAdapter)]
     if not adapted:
         raise TypeError(f"{type(model).__name__} holds no shadow adapter; wrap the base with get_shadow_model first.")
     return [part for m in adapted for part in (m.shadow_model, m.shadow_hidden_projection)]

@@ -89,10 +89,17 @@ def _names_of(rows: Dataset, column: str) -> list[str]:
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    found = {label for label in rows[column] if label is not None}
+    found = {_plain(label) for label in rows[column] if label is not None}
     if found and all(isinstance(label, int) for label in found):
         return [str(index) for index in range(max(found) + 1)]
     return sorted(map(str, found))
+
+
+def _plain(label: Any) -> Any:
+    """A truth value as its JSON text, and the integers of a column that an empty cell has made floats, as integers."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _index(label: Any, names: Sequence[str]) -> int:
@@ -101,8 +108,9 @@ def _index(label: Any, names: Sequence[str]) -> int:
     Raises:
         ValueError: it is no class.
     """
+    label = _plain(label)
     if isinstance(label, str) and label in names:
         return names.index(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+    if isinstance(label, int) and 0 <= label < len(names):
         return label
     raise ValueError(f"the label {label!r} is no class among {', '.join(names)}")

@@ -73,6 +73,8 @@ def _loaded(data: str, *args: str, **kwargs: str | None) -> Dataset:
 def _from_disk(data: str, split: str) -> Dataset:
     rows = load_from_disk(data)
     if isinstance(rows, Dataset):
+        if split != "train":
+            raise BadDataError([f"{data}: a saved dataset without splits has no {split!r}; save it with its splits"])
         return rows
     if split not in rows:
         raise BadDataError([f"{data}: there is no split {split!r}; it has {', '.join(rows)}"])

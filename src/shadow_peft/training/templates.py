@@ -189,7 +189,8 @@ def _columns_of(template: str) -> set[str]:
 
 def _named_classes(rows: Dataset, template: PromptTemplate, where: str) -> Dataset:
     """The rows with class names instead of class indices."""
-    names = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)}
+    read = _columns_of(template.prompt or "") | _columns_of(template.completion or "")
+    names = {c: feature.names for c, feature in rows.features.items() if isinstance(feature, ClassLabel) and c in read}
     if template.class_column is not None and template.class_names is not None:
         names[template.class_column] = template.class_names
     for column, chosen in names.items():
