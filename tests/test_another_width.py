@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from shadow_peft import AutoModelForCausalLMWithHiddenProjection, ShadowForCausalLM
 from tests.tiny_models import causal_lm, llama, tokens
@@ -48,3 +49,18 @@ def test_a_projected_model_generates_the_same_with_a_cache(narrow: ShadowForCaus
     cached = exported.generate(tokens(), **settings, return_dict_in_generate=True)
     assert cached.past_key_values.get_seq_length() == tokens().shape[1] + 7
     assert torch.equal(cached.sequences, exported.generate(tokens(), **settings, use_cache=False))
+
+
+def test_a_recurrent_projected_model_computes_and_generates() -> None:
+    """Mamba's state has another name than a cache, and its outputs have no attentions."""
+    model = causal_lm(
+        MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, state_size=4)),
+        shadow_hidden_size=16,
+    )
+    model.eval()
+    exported = model.export_shadow().eval()
+    model.set_inference_mode("shadow_only")
+    with torch.no_grad():
+        torch.testing.assert_close(exported(tokens()).logits, model(tokens()).logits, rtol=0, atol=1e-5)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(exported.generate(tokens(), **settings), model.generate(tokens(), **settings))

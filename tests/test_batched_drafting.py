@@ -85,6 +85,18 @@ def test_rows_end_on_their_own() -> None:
             assert torch.equal(model.generate(**batch, **settings, **DRAFT), expected), (name, cut)
 
 
+def test_the_last_pass_of_a_row_counts_what_it_rejected() -> None:
+    """A drafter that is never right: rows that end in a pass have drafted and lost in it as well as the others."""
+    model, batch = agreeing("never"), padded()
+    end = {"eos_token_id": int(model.generate(**batch, **LONG)[0, 9 + 3]), "pad_token_id": 0}
+    output = model.generate(**batch, **{**LONG, **end}, return_dict_in_generate=True, **DRAFT)
+    statistics, at_length = output.draft_statistics, int(output.sequences[:, -1].ne(0).sum())
+    assert statistics.accepted == 0
+    assert at_length < 4
+    prompts, without_room = 4, at_length  # passes that draft nothing: over a prompt, and for the last token that fits
+    assert statistics.drafted_at[0] == statistics.base_passes - prompts - without_room
+
+
 class Biased(LogitsProcessor):
     """Depends on the row, on the length and on the whole text."""
 
@@ -235,6 +247,10 @@ def test_what_a_batch_cannot_draft_is_said() -> None:
         model.generate(**batch, cache_implementation="quantized", cache_config={"backend": "fp8"}, **LONG, **DRAFT)
     with pytest.raises(ValueError, match="no attentions"):
         model.generate(**batch, output_hidden_states=True, return_dict_in_generate=True, **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="leave position_ids out"):
+        model.generate(**batch, position_ids=torch.arange(9).expand(4, -1), **LONG, **DRAFT)
+    with pytest.raises(ValueError, match="one name a row, got 'robot'"):
+        model.generate(**batch, adapter_names="robot", **LONG)
     with pytest.raises(ValueError, match="streamer"):
         model.generate(**batch, streamer=Stream(), **LONG, **DRAFT)
 

@@ -122,3 +122,10 @@ def test_the_other_variants_use_the_state_of_the_shadow(variant: str) -> None:
 def test_a_switch_is_true_or_false(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
         ShadowConfig(variant="readout", **{name: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", ["published", "peft"])
+@pytest.mark.parametrize("name", ["output_hidden_size", "readout_hidden_size"])
+def test_a_rank_that_a_variant_does_not_have_is_refused(variant: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is for the variant 'readout'"):
+        ShadowConfig(variant=variant, **{name: 8})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM
+from shadow_peft.inputs import ModelInputs
 from shadow_peft.multi_adapter.rows import merge_rows
 from shadow_peft.multi_adapter.weights import pieces_of
 from tests.test_named_adapters import OTHERS, several, stir
@@ -377,3 +378,11 @@ def test_a_batch_of_one_name_is_that_adapter() -> None:
         mixed = model(tokens(), adapter_names=["readout"] * 3)
         model.set_adapter("readout")
         assert torch.equal(mixed.logits, model(tokens()).logits)
+
+
+def test_positions_of_as_many_kinds_as_there_are_rows_keep_their_kinds() -> None:
+    """Qwen-VL's positions `[3, B, T]`, for three rows: rows are chosen, not kinds."""
+    positions = torch.arange(3 * 3 * 4).view(3, 3, 4)
+    chosen = ModelInputs(tokens(3, 4), position_ids=positions).select_rows([2])
+    assert torch.equal(chosen.position_ids, positions[:, 2:])
+    assert torch.equal(chosen.input_ids, tokens(3, 4)[2:])

@@ -291,6 +291,15 @@ def test_other_shapes_cannot_be_swapped_in(settings: dict[str, Any], complaint: 
     assert same(answers(model), before)
 
 
+def test_a_trained_head_is_not_dropped_by_a_swap(tmp_path: Path) -> None:
+    causal_lm(llama(), seed=9, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model = causal_lm(llama())
+    before = answers(model)
+    with pytest.raises(ValueError, match=r"has a trained lm_head, and the adapter 'default' has none\. Load it"):
+        model.hotswap_adapter(tmp_path)
+    assert same(answers(model), before)
+
+
 def test_a_backbone_of_layers_of_another_kind_is_not_swapped_in(tmp_path: Path) -> None:
     """Gemma's layers attend far or near: the same weights compute something else in a layer of the other kind."""
 

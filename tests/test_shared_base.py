@@ -296,3 +296,14 @@ def test_adapters_of_other_methods_come_and_go(method: str, tmp_path: Path) -> N
     torch.testing.assert_close(loaded(tokens()).logits, expected)
     loaded.peft_model.unload()
     same(base, before)
+
+
+def test_unloading_one_leaves_the_others_checkpointing() -> None:
+    base = llama()
+    first, second = adapted(base), adapted(base)
+    for shadow in (first, second):
+        shadow.gradient_checkpointing_enable()
+    first.unload()
+    assert base.model.layers[1].gradient_checkpointing
+    second.unload()
+    assert not base.model.layers[1].gradient_checkpointing

@@ -246,3 +246,12 @@ def test_batches_of_several_adapters_are_trained(tmp_path: Path) -> None:
     )
     trainer.train()
     assert {name.split(".")[1] for name in gradients.last} >= {"shadow_readout_model", "other_adapters"}
+
+
+def test_a_classifiers_loss_does_not_depend_on_what_it_returns() -> None:
+    model = classifier(qwen3_classifier()).train()
+    labels = torch.tensor([0, 2, 1])
+    whole, lean = (model(tokens(), labels=labels, output_shadow_logits=wanted) for wanted in (True, False))
+    assert torch.equal(lean.loss, whole.loss)
+    assert lean.shadow_logits is None
+    assert whole.shadow_logits is not None

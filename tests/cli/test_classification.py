@@ -105,6 +105,16 @@ def test_indices_are_named_by_the_user(tmp_path: Path) -> None:
     assert names == ["one", "two", "three"]
 
 
+def test_truth_values_and_floats_of_a_gappy_column_are_labels(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "a", "label": True}, {"text": "b", "label": False}])
+    rows, names = load_labelled(str(path), LabelledTexts())
+    assert (rows["labels"][:], names) == ([1, 0], ["false", "true"])
+    (tmp_path / "d.csv").write_text("text,label\na,1\nb,\nc,0\n")
+    with pytest.raises(BadDataError) as caught:
+        load_labelled(str(tmp_path / "d.csv"), LabelledTexts())
+    assert [problem.split(": ")[1] for problem in caught.value.problems] == ["row 2"]
+
+
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": "a", "label": "x"}, {"text": " ", "label": "x"}, {"text": "b", "label": None}]
     path = write_lines(tmp_path / "d.jsonl", rows)

@@ -105,3 +105,9 @@ def test_an_address_cannot_carry_a_policy_of_its_own() -> None:
     ]
     bad.append("http://[::1]:80/v1")  # which no content security policy can name
     assert [url for url in (*good, *bad) if is_endpoint(url)] == good
+
+
+def test_rows_that_are_no_examples_are_left_out(tmp_path: Path) -> None:
+    rows = ['{"prompt": "a: one"}', "not JSON", "[1]", '{"prompt": 3}', '{"text": "a: two"}', '{"prompt": "b"}']
+    (tmp_path / "check.jsonl").write_text("\n".join(rows))
+    assert page(tmp_path, check=str(tmp_path / "check.jsonl"), page_prompt="a: {}", threshold=0.5).examples == ("one", "two")

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from shadow_peft.cli import main
 from shadow_peft.cli.errors import UserError
 from shadow_peft.cli.folders import checkpoint_to_resume, clear, old_run, what_is_missing
 from shadow_peft.cli.progress import TrainingProgress
+from tests.tiny_models import llama
 
 QUICK = ["--use_cpu", "--disable_tqdm", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
@@ -287,3 +289,12 @@ def test_ctrl_c_says_how_to_resume(model_folder: Path, data_folder: Path, tmp_pa
     steps = int(str(last).rpartition("-")[2])
     assert main(["train", *resumed, "--max_steps", str(steps + 1)]) == 0
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == steps + 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
+def test_an_adapter_of_others_is_never_removed(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    get_peft_model(llama(), LoraConfig(target_modules="all-linear")).save_pretrained(out)
+    before = files(out)
+    assert main(["train", *places(model_folder, data_folder, out), *QUICK, "--overwrite"]) == 1
+    assert files(out) == before

@@ -7,15 +7,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from shadow_peft import ShadowConfig, get_shadow_model
 from shadow_peft.cli import main
 from shadow_peft.cli.errors import UserError
-from shadow_peft.cli.loading import named_base
+from shadow_peft.cli.generate import continuation
+from shadow_peft.cli.loading import load_tokenizer, named_base
+from shadow_peft.cli.prompts import read_prompts
+from tests.cli.conftest import write_lines
 from tests.tiny_models import llama
 
 EXTRAS = ("accelerate", "datasets", "trl", "matplotlib", "peft", "rich", "lm_eval")
@@ -208,3 +213,19 @@ def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHADOW_PEFT_TRACEBACK", "1")
     with pytest.raises(UserError):
         main(["generate", "x"])
+
+
+def test_a_chat_template_writes_the_special_tokens_itself(chat_folder: Path, tmp_path: Path) -> None:
+    """A tokenizer that begins every text with a token, as Llama's does, must not do so before a formatted chat too."""
+    tokenizer = load_tokenizer(str(chat_folder))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    model, config = llama(vocab_size=300), GenerationConfig(max_new_tokens=1, pad_token_id=0)
+    model.generate = Mock(wraps=model.generate)
+    for chat in (True, False):
+        continuation(model, tokenizer, "user: hello", config, chat)
+    read = [call.kwargs["input_ids"][0].tolist() for call in model.generate.call_args_list]
+    assert read[1] == [1, *read[0]]
+    path = write_lines(tmp_path / "check.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}, {"prompt": "hello"}])
+    formatted, plain = read_prompts(str(path), tokenizer, 2)
+    assert 1 not in formatted
+    assert plain[0] == 1

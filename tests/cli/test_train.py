@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -59,6 +59,19 @@ def test_data_of_every_kind_gives_the_same_examples(kind: str, tmp_path: Path) -
     examples = load_examples(str(path), FORM)
     assert examples[3] == {"prompt": "say 3:", "completion": " 3 3"}
     assert len(examples) == len(ROWS)
+
+
+def test_a_split_of_a_saved_dataset_without_splits_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list([{"q": row["q"], "a": row["a"]} for row in ROWS]).save_to_disk(str(tmp_path / "saved"))
+    assert len(load_examples(str(tmp_path / "saved"), FORM)) == len(ROWS)
+    with pytest.raises(BadDataError, match=r"without splits has no 'train\[:25%\]'"):
+        load_examples(str(tmp_path / "saved"), FORM, split="train[:25%]")
+
+
+def test_classes_that_no_template_reads_may_be_missing(tmp_path: Path) -> None:
+    features = Features({"q": Value("string"), "a": Value("string"), "unused": ClassLabel(names=["x", "y"])})
+    Dataset.from_list([{"q": "1", "a": "2", "unused": -1}], features=features).to_parquet(tmp_path / "d.parquet")
+    assert load_examples(str(tmp_path / "d.parquet"), FORM).to_list() == [{"prompt": "say 1:", "completion": " 2"}]
 
 
 def test_split_may_be_a_slice(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch
 from huggingface_hub import constants
 
 from shadow_peft import ShadowConfig, ShadowForCausalLM, ShadowPeftModel
+from shadow_peft.cli.loading import load_tokenizer
 from shadow_peft.storage.hub import local_directory
+from tests.cli.conftest import TEMPLATE, tiny_tokenizer
 from tests.hub.fake import FakeHub, Repository, connected, running
 from tests.test_atomic_save import stop_after_commit
 from tests.test_base_adapters import shadowed, with_lora
@@ -224,3 +226,15 @@ def test_a_calibration_beside_an_adapter_is_fetched(hub: FakeHub) -> None:
     repository = hub.repositories["org/shadow"]
     repository.commit("main", {**repository.commits[repository.branches["main"]], "cascade.json": b"{}"})
     assert (local_directory("org/shadow") / "cascade.json").read_bytes() == b"{}"
+
+
+def test_a_tokenizer_beside_an_adapter_is_used(hub: FakeHub, tmp_path: Path) -> None:
+    causal_lm(llama()).push_to_hub("org/shadow", token=TOKEN)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "own")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    repository, own = hub.repositories["org/shadow"], {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    assert load_tokenizer("org/shadow", str(tmp_path / "base")).chat_template is None
+    repository.commit("main", {**repository.commits[repository.branches["main"]], **own})
+    assert load_tokenizer("org/shadow", str(tmp_path / "base")).chat_template == TEMPLATE

@@ -33,6 +33,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--shadow_init_layers", "3,0"], "in ascending order"),
     (["--shadow_init_layers", "last"], "shadow_init_layers must be"),
     (["--data", "nothing"], "nothing holds no file"),
+    (["--data", "here.jsonl", "owner/elsewhere"], "There is no owner/elsewhere; a dataset of the hub is read alone"),
     (["--held_out", "5000"], "none is left to train on"),
 ]
 
@@ -49,6 +50,7 @@ def test_mistakes_are_one_message_and_write_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("nothing").mkdir()
+    Path("here.jsonl").write_text('{"text": "once"}\n')
     if "few" in wrong:
         llama(5, vocab_size=200).save_pretrained("few")
     if "headless" in wrong:

@@ -123,6 +123,8 @@ def test_a_row_that_has_ended_stays_within_the_table_of_positions() -> None:
     waiting: list[Any] = [SimpleNamespace(route=route, prompt=[5] * n, config=config) for (n, _), config in pairs]
     assert decoder.together(waiting, 8) == waiting[:1]
     assert decoder.together(waiting[1:], 8) == waiting[1:]
+    too_long = SimpleNamespace(route=route, prompt=[5] * context, config=configs[0])
+    assert decoder.together([too_long, *waiting], 8) == [too_long]  # it fails alone, and nobody waits behind it for ever
     rotary = ServedModels(causal_lm(llama()).eval(), chat_tokenizer(), ["default"])
     assert Decoder(rotary).together(waiting, 8) == waiting
     assert context_of(causal_lm(llama(max_position_embeddings=256), shadow_model=gpt2())) == 128  # the shadow's table ends

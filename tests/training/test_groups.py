@@ -47,6 +47,15 @@ def test_rates_and_decay_by_hand() -> None:
     assert not any("norm" in name for name in rest | shadow)
 
 
+def test_the_backbones_of_all_trained_adapters_have_their_rate() -> None:
+    model = whole_model()
+    model.peft_model.add_adapter("other", ShadowConfig())
+    model.peft_model.set_requires_grad(["default", "other"])
+    shadow = {name for group in names_of(model, parameter_groups(model, 1.0, 0.0, 0.5))[1:] for name in group}
+    assert any(name.startswith("other_adapters.other.shadow_model.") for name in shadow)
+    assert not any("injection" in name for name in shadow)
+
+
 def test_stacked_biases_do_not_decay() -> None:
     model = get_shadow_model(base(), ShadowConfig(variant="peft"))
     bare = [p for group in parameter_groups(model, 1.0, 0.1) if not group["weight_decay"] for p in group["params"]]
