@@ -42,7 +42,7 @@ DECODING = {
     "DoRA": "DoRA, not merged",
     "peft Shadow": "Shadow of peft",
     "shadow-peft 0.1.1": "shadow-peft 0.1.1",
-    "ours, variant released": "published",
+    "ours, variant published": "published",
     "ours": "readout",
 }
 TRAINING = {
