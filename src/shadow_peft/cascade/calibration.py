@@ -207,8 +207,8 @@ def _choose(losses: Array, promise: Promise) -> int:
     shown = math.floor(promise.of_risk(best) * digits) if promise.kind == "quality" else math.ceil(best * digits)
     raise ValueError(
         f"These data cannot carry {promise.kind} {promise.target:g} {how}: the best that can be promised is "
-        f"{shown / digits:g}, from {len(losses)} examples that test thresholds. On other rows, give that as target; or give more data, or "
-        "less confidence."
+        f"{shown / digits:g}, from {len(losses)} examples that test thresholds. On other rows, give that as target; or give "
+        "more data, or less confidence."
     )
 
 
