@@ -6,7 +6,7 @@
 The first trains the adapter of the demo in FOLDER, unless it is there. The second takes any adapter, and rows new to
 it. Both models answer all rows once, which is kept in FOLDER. Then, 20 times: the rows are divided at random into a part to
 calibrate on and a part to test on; each promise is calibrated on the first, with confidence 0.95, and checked on the second.
-Results: benchmarks/results/cascade-NAME.json and .png.
+Results: benchmarks/results/cascade-NAME.json and .png; `benchmarks.cascade_report` writes the tables of docs/cascade.md.
 """
 
 from __future__ import annotations
