@@ -62,9 +62,14 @@ def promises_table(found: dict[str, dict[str, Any]]) -> str:
     return table(heads, lines)
 
 
+def results() -> dict[str, dict[str, Any]]:
+    """Name -> result."""
+    return {name: json.loads((RESULTS / f"cascade-{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+
+
 def markdown() -> str:
     """Both tables."""
-    found = {name: json.loads((RESULTS / f"cascade-{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+    found = results()
     return (
         f"{models_table(found)}\n\nAreas and errors are means over the resamplings of one promise. "
         f'"Curves above random" counts all resamplings of all promises.\n\n{promises_table(found)}'
@@ -73,12 +78,8 @@ def markdown() -> str:
 
 def totals() -> dict[str, int]:
     """Promises with a confidence over all data: how many were made, kept on the test half, and broken beyond noise."""
-    summaries = [
-        entries["summary"]
-        for name in NAMES
-        for promise, entries in json.loads((RESULTS / f"cascade-{name}.json").read_text(encoding="utf-8"))["promises"].items()
-        if "expectation" not in promise
-    ]
+    promises = [item for result in results().values() for item in result["promises"].items()]
+    summaries = [entries["summary"] for promise, entries in promises if "expectation" not in promise]
     return {key: sum(of.get(key, 0) for of in summaries) for key in ("promised", "kept", "broken_beyond_noise")}
 
 
