@@ -71,7 +71,7 @@ def test_a_split_of_a_saved_dataset_without_splits_is_refused(tmp_path: Path) ->
 def test_classes_that_no_template_reads_may_be_missing(tmp_path: Path) -> None:
     features = Features({"q": Value("string"), "a": Value("string"), "unused": ClassLabel(names=["x", "y"])})
     Dataset.from_list([{"q": "1", "a": "2", "unused": -1}], features=features).to_parquet(tmp_path / "d.parquet")
-    assert load_examples(str(tmp_path / "d.parquet"), FORM).to_list() == [{"prompt": "say 1:", "completion": " 2"}]
+    assert load_examples(str(tmp_path / "d.parquet"), FORM).to_list() == [{"prompt": "1:", "completion": " 2"}]
 
 
 def test_split_may_be_a_slice(tmp_path: Path) -> None:
