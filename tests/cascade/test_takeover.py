@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from shadow_peft import ShadowCascade, ShadowForCausalLM
 from shadow_peft.cascade.answers import AnsweredBy
+from shadow_peft.cascade.calibration import Calibration, Promise
 from shadow_peft.cascade.decoding import run_shadow
+from shadow_peft.cascade.scorer import Scorer
 from tests.cascade.worlds import PROMPTS, ids_of, tokenizer
 from tests.tiny_models import FAMILIES, causal_lm, classifier, gemma3, llama, llama_classifier, qwen3_classifier
 
@@ -226,5 +228,9 @@ def test_what_cannot_be_a_cascade_is_refused() -> None:
         ShadowCascade(model, tokenizer(), threshold=0.5).answer("")
     with pytest.raises(ValueError, match="takeover is 'answer' or 'token'"):
         ShadowCascade(model, tokenizer(), threshold=0.5, takeover="word").answer("x")
+    other = Calibration(Scorer(), 0.5, "answer", Promise("regret", 0.1), 0.1, {}, None, {})
+    with pytest.raises(ValueError, match="for a takeover per answer, and takeover='token' was given"):
+        ShadowCascade(model, tokenizer(), calibration=other, takeover="token")
+    assert ShadowCascade(model, tokenizer(), calibration=other, takeover="token", threshold=0.5).takeover == "token"
     with pytest.raises(ValueError, match="not a number"):
         ShadowCascade(model, tokenizer(), threshold=float("nan")).answer("x")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from trl import DPOConfig
 
-from shadow_peft import ShadowForCausalLM
+from shadow_peft import ShadowConfig, ShadowForCausalLM
 from shadow_peft.demo.robot_commands import commands
 from shadow_peft.training import ShadowDPOTrainer
 from tests.cli.conftest import tiny_tokenizer
@@ -122,8 +122,9 @@ def test_outputs_are_the_models_own(tmp_path: Path) -> None:
 
 def test_disabled_dropout_is_the_adapters_too(tmp_path: Path) -> None:
     model = whole_model(dropout=0.4)
+    model.peft_model.add_adapter("other", ShadowConfig(dropout=0.3))
     make_trainer(tmp_path, model)
-    assert model.peft_model.shadow_config.dropout == 0
+    assert {config.dropout for config in model.peft_model.adapter_configs.values()} == {0}
     model = whole_model(dropout=0.4)
     make_trainer(tmp_path, model, disable_dropout=False)
     assert model.peft_model.shadow_config.dropout == 0.4

@@ -113,6 +113,18 @@ def test_a_loop_of_ones_own_is_watched() -> None:
         watch.close()
 
 
+def test_every_trained_adapter_is_watched() -> None:
+    model = fresh_model()
+    model.peft_model.add_adapter("other", ShadowConfig())
+    model.peft_model.set_requires_grad(["default", "other"])
+    watch, ids = GradientWatch(model), tokens()
+    model(ids, labels=ids).loss.backward()
+    watch.step()
+    missing = watch.missing()
+    assert "other.shadow_injection_model" in missing
+    assert "shadow_injection_model" not in missing
+
+
 def test_a_tuple_is_no_evidence() -> None:
     model, ids = fresh_model(), tokens()
     watch = GradientWatch(model)

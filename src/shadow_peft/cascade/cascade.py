@@ -56,7 +56,7 @@ class ShadowCascade:
     Raises:
         TypeError: no such model.
         ValueError: the model is in training mode, an exported shadow has nobody to ask, beams, or a calibration of another
-            shadow.
+            shadow, or of another takeover without a threshold.
     """
 
     def __init__(
@@ -237,8 +237,13 @@ class ShadowCascade:
         return save_calibration(self.calibration, directory)
 
     def _use(self, calibration: Calibration) -> None:
-        """Take a calibration over if it belongs to this shadow."""
+        """Take a calibration over if it belongs to this shadow and to this kind of takeover."""
         require_same_shadow(calibration, self.shadow)
+        if self._threshold is None and self._takeover not in (None, calibration.takeover):
+            raise ValueError(
+                f"The calibration is for a takeover per {calibration.takeover}, and takeover={self._takeover!r} was given: "
+                "its threshold means nothing there. Calibrate again, or pass a threshold."
+            )
         self.calibration = calibration
 
     def _provenance(self, quality: Quality) -> dict[str, Any]:

@@ -164,11 +164,11 @@ def reject_options(args: Any, names: tuple[str, ...], why: str) -> None:
 
 
 def without_dropout(model: ShadowTaskModel) -> None:
-    """Apply TRL's `disable_dropout` to the adapter, whose dropout is no module: set it to 0 in the config."""
-    peft = model.peft_model
-    if peft.shadow_config.dropout:
-        logger.info("disable_dropout: the adapter's dropout of %s becomes 0.", peft.shadow_config.dropout)
-        peft.shadow_config = replace(peft.shadow_config, dropout=0.0)
+    """Apply TRL's `disable_dropout` to all adapters, whose dropout is no module: set it to 0 in their configs."""
+    for adapter in map(model.peft_model.adapter, model.peft_model.adapter_configs):
+        if adapter.shadow_config.dropout:
+            logger.info("disable_dropout: an adapter's dropout of %s becomes 0.", adapter.shadow_config.dropout)
+            adapter.shadow_config = replace(adapter.shadow_config, dropout=0.0)
 
 
 def mean_over_step(total: Tensor, count: Tensor | int, steps: int, processes: int) -> Tensor:

@@ -138,7 +138,11 @@ def _trainable_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     if not adapted:
         raise TypeError(f"{type(model).__name__} holds no shadow adapter to monitor.")
     parts: dict[str, nn.Module] = {}
-    for m in adapted:
-        parts |= {name: child for name, child in m.named_children() if name not in NO_PARTS} | dict(m.task_heads.items())
+    for holder in adapted:
+        for adapter_name in holder.adapter_configs:
+            adapter = holder.adapter(adapter_name)
+            own = {name: child for name, child in adapter.named_children() if name not in NO_PARTS}
+            prefix = "" if adapter is holder else f"{adapter_name}."
+            parts |= {f"{prefix}{name}": part for name, part in (own | dict(adapter.task_heads.items())).items()}
     trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
     return {name: parameters for name, parameters in trainable.items() if parameters}
