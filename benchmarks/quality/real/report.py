@@ -34,8 +34,8 @@ from benchmarks.quality.table import table
 
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality-smollm2.svg"
 BEGIN, END = "<!-- begin: python -m benchmarks.quality.real.report -->", "<!-- end of the report -->"
-REFERENCE = "lora"
-OURS = ("published", "readout")
+REFERENCE, UPPER_REFERENCE = "lora", "lora-upper"
+OURS = ("published", "readout", "readout-upper")
 METHODS = ("lora", "lora-upper", *OTHERS, "published", "readout", "readout-upper", *PRETRAINED)
 DECODED = tuple(task for task in PLANNED if task in DRAFTED)
 
@@ -103,9 +103,9 @@ def quality_table(results: Results, tasks: Sequence[str]) -> str:
 
 
 def versus_table(results: Results, tasks: Sequence[str]) -> str:
-    """Differences of both variants to each method that is not ours, with intervals."""
+    """Differences of both variants, and of one on the upper half of the layers, to each method that is not ours."""
     lines = []
-    for other in (REFERENCE, *OTHERS):
+    for other in (REFERENCE, UPPER_REFERENCE, *OTHERS):
         pairs = [[results.difference(ours, other, tasks, name) for name in ("loss", "exact")] for ours in OURS]
         lines.append([other, *(cell for loss, exact in pairs for cell in (signed(loss), signed(exact, 1, 100)))])
     return table(["less", *(f"{ours}, {measure}" for ours in OURS for measure in ("loss", "right, %"))], lines)
