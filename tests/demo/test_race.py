@@ -191,8 +191,9 @@ def test_nothing_goes_on_where_one_fails(ended_by: str, capfd: pytest.CaptureFix
 def test_demo_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = [sys.executable, "-m", "shadow_peft.cli", "demo", "--smoke", "--output", str(tmp_path / "race")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["race"]
     shown = done.stdout
     results = json.loads((tmp_path / "race" / "results.json").read_text())
     names = [contender["name"] for contender in results["contenders"]]

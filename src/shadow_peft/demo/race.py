@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -209,12 +210,14 @@ def _train(
 ) -> Training:
     """Train a contender; only the learning rate and the class of the trainer differ between contenders."""
     data = Dataset.from_list([c.row() for c in commands("train", settings.steps * settings.batch, settings.seed)])
-    trainer = trainer_class(model=model, args=_arguments(settings, rate), train_dataset=data, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(reporter)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    with TemporaryDirectory() as folder:  # a trainer makes one, though nothing is saved there
+        arguments = _arguments(settings, rate, folder)
+        trainer = trainer_class(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(reporter)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
     return Training(_trainable(model), seconds, peak_memory_mb(), _curves(trainer.state.log_history))
 
 
@@ -222,9 +225,9 @@ def _trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _arguments(settings: RaceSettings, rate: float) -> SFTConfig:
+def _arguments(settings: RaceSettings, rate: float, folder: str) -> SFTConfig:
     return SFTConfig(
-        output_dir="unused", save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        output_dir=folder, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
         activation_checkpointing=False, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
         logging_steps=max(1, settings.steps // 50), max_length=None, seed=settings.seed, data_seed=settings.seed,
